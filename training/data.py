@@ -1,0 +1,512 @@
+"""Captioned photos: from a dataset on disk or on the Hub to batches of tensors.
+
+Reading order: which columns, which rows are bad, decoding (once, into a cache that `datasets` keys), one sample with
+its seeded augmentation, one batch. A photo is encoded once for all its captions of a step, so a batch holds B photos
+and B x K captions. Everything random follows from (seed, epoch, row), never from a worker's state.
+"""
+
+import json
+import logging
+import math
+import os
+import random
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import datasets
+import torch
+from datasets.distributed import split_dataset_by_node
+from PIL import Image
+from torch.utils.data import Dataset, IterableDataset, Sampler
+
+from tinycap.processing_tinycap import load_image
+from tinycap.training.tokenizer import encode_captions
+
+
+logger = logging.getLogger(__name__)
+
+CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "txt")
+IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "photo")
+ID_COLUMNS = ("image_id", "id", "filename", "file_name", "__key__")
+
+# Part of the key of every decoded cache: raise it when `decode_row` changes what it stores.
+DECODE_VERSION = 1
+
+
+# --- which dataset, which columns -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Names of the columns that hold the image, its caption or captions, and its id (None: the row number)."""
+
+    image: str
+    caption: str
+    image_id: str | None = None
+
+
+def load_split(
+    dataset_name: str, split: str, dataset_config_name: str | None = None, streaming: bool = False
+) -> datasets.Dataset | datasets.IterableDataset:
+    """Loads one split of a Hub dataset, a local folder of parquet or WebDataset shards, or an `imagefolder`.
+
+    Args:
+        dataset_name: Hub id or local folder.
+        split: name of the split, slices such as `train[:100]` included.
+        dataset_config_name: configuration of the dataset, where it has several.
+        streaming: read the shards as they come, instead of a memory-mapped copy.
+
+    Raises:
+        ValueError: the folder or the split does not exist; names what there is.
+    """
+    if not os.path.isdir(dataset_name) and (os.path.isabs(dataset_name) or dataset_name.startswith(".")):
+        raise ValueError(f"dataset_name: no such folder: {dataset_name}")
+    try:
+        return datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
+    except ValueError as error:
+        # "Unknown split" and "Bad split" are how the two modes of `datasets` say the same.
+        if "split" in str(error):
+            raise ValueError(f"dataset {dataset_name}: no split {split!r}: {error}") from error
+        raise
+
+
+def resolve_columns(
+    dataset: datasets.Dataset | datasets.IterableDataset,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> Columns:
+    """Finds the image, caption and id columns, by the given names or by the usual ones.
+
+    Raises:
+        ValueError: a named column isn't there, none of the usual names is, or the caption column holds no text.
+    """
+    names = list(dataset.column_names or next(iter(dataset)).keys())
+    features = dataset.features or {}
+
+    def pick(flag: str, given: str | None, usual: tuple[str, ...]) -> str:
+        candidates = (given,) if given else usual
+        found = next((name for name in candidates if name in names), None)
+        if found is None:
+            raise ValueError(f"{flag}: expected a column named {' or '.join(candidates)}, got columns {names}")
+        return found
+
+    if image_column is None:
+        image_column = next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
+    caption = pick("caption_column", caption_column, CAPTION_COLUMNS)
+    kind = features.get(caption)
+    inner = getattr(kind, "feature", kind)
+    if kind is not None and not (isinstance(inner, datasets.Value) and "string" in inner.dtype):
+        raise ValueError(f"caption_column: expected strings or lists of strings in {caption!r}, got {kind}")
+    return Columns(
+        image=pick("image_column", image_column, IMAGE_COLUMNS),
+        caption=caption,
+        image_id=next((name for name in ID_COLUMNS if name in names and name != caption), None),
+    )
+
+
+def clean_captions(value: str | list[str] | None) -> list[str]:
+    """The usable captions of one row: whitespace folded, no space before closing punctuation, empty ones left out.
+
+    Raises:
+        ValueError: not one usable caption is left; says what came.
+    """
+    values = value if isinstance(value, (list, tuple)) else [value]
+    captions = [re.sub(r"\s+([.,;:!?])", r"\1", " ".join(text.split())) for text in values if isinstance(text, str)]
+    captions = [text for text in captions if text]
+    if not captions:
+        raise ValueError(f"expected a caption or a list of captions, got {str(value)[:80]!r} ({type(value).__name__})")
+    return captions
+
+
+# --- bad rows ---------------------------------------------------------------------------------------------------------
+
+
+class TooManyBadRowsError(ValueError):
+    """More rows are unusable than a dataset in good order would have."""
+
+
+class BadRowError(ValueError):
+    """A row is unusable and the run was asked to stop at the first."""
+
+
+@dataclass
+class SkippedRows:
+    """Counts the rows that were left out and writes each to a file, so that none is lost silently.
+
+    Args:
+        path: the JSON-lines file, `skipped.jsonl` in the output folder; None to count only.
+        on_bad_row: "skip", or "error" to stop at the first one.
+        max_share: share of bad rows above which the dataset is refused.
+    """
+
+    path: Path | None = None
+    on_bad_row: str = "skip"
+    max_share: float = 0.10
+    count: int = 0
+    by_split: dict[str, int] = field(default_factory=dict)
+
+    def add(self, split: str, row: int | str, image_id: str, reason: str) -> None:
+        """Counts one row. Raises `BadRowError` where the run was asked to stop at the first."""
+        if self.on_bad_row == "error":
+            raise BadRowError(f"split {split}, row {row}, id {image_id}: {reason}")
+        self.count += 1
+        self.by_split[split] = self.by_split.get(split, 0) + 1
+        if self.path is not None:
+            with open(self.path, "a", encoding="utf-8") as file:
+                line = {"split": split, "row": row, "image_id": image_id, "reason": reason}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+    def check(self, split: str, total: int) -> None:
+        """Raises `TooManyBadRowsError` when more than `max_share` of the split's `total` rows so far were bad."""
+        bad = self.by_split.get(split, 0)
+        if bad > self.max_share * total:
+            raise TooManyBadRowsError(
+                f"split {split}: expected at most {self.max_share:.0%} bad rows, got {bad} of {total}"
+                + (f"; they are listed in {self.path}" if self.path else "")
+            )
+
+
+# --- decoding, once ---------------------------------------------------------------------------------------------------
+
+
+def decode_row(row: dict, index: int, columns: Columns, stored_size: int, version: int = DECODE_VERSION) -> dict:
+    """Checks and decodes one row; a bad one comes back with its reason and no pixels.
+
+    Args:
+        row: a row whose image has not been decoded (`Image(decode=False)`).
+        index: its number, which is its id when the dataset has no id column.
+        columns: where to look.
+        stored_size: pixels of the stored picture's shorter side; smaller pictures are stored as they are.
+        version: only there to be part of the cache's key.
+
+    Returns:
+        dict of `pixels` (height x width x 3 bytes, RGB), `height`, `width`, `captions`, `image_id`, `reason` ("" when
+        the row is good).
+    """
+    image_id = str(row[columns.image_id]) if columns.image_id and row[columns.image_id] is not None else str(index)
+    decoded = {"pixels": b"", "height": 0, "width": 0, "captions": [], "image_id": image_id, "reason": ""}
+    try:
+        captions = clean_captions(row[columns.caption])
+        image = load_image(row[columns.image], name=image_id)
+    except (ValueError, TypeError) as error:
+        return {**decoded, "reason": str(error)}
+    width, height = image.size
+    if min(width, height) > stored_size:
+        ratio = stored_size / min(width, height)
+        size = (max(stored_size, round(width * ratio)), max(stored_size, round(height * ratio)))
+        image = image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3.0)
+        width, height = image.size
+    return {**decoded, "pixels": image.tobytes(), "height": height, "width": width, "captions": captions}
+
+
+DECODED_FEATURES = datasets.Features(
+    {
+        "pixels": datasets.Value("binary"),
+        "height": datasets.Value("int32"),
+        "width": datasets.Value("int32"),
+        "captions": datasets.List(datasets.Value("string")),
+        "image_id": datasets.Value("string"),
+        "reason": datasets.Value("string"),
+    }
+)
+
+
+def stored_size_for(image_size: int) -> int:
+    """Shorter side to store for training at `image_size`: a little more, so that a crop is seldom enlarged."""
+    return math.ceil(image_size * 8 / 7)
+
+
+def decode_dataset(
+    dataset: datasets.Dataset,
+    columns: Columns,
+    image_size: int,
+    skipped: SkippedRows,
+    split: str,
+    num_proc: int | None = None,
+) -> datasets.Dataset:
+    """Decodes every photo once and leaves the bad rows out.
+
+    The result is `datasets`' own Arrow cache, keyed by the dataset's fingerprint, the columns and the size; it needs
+    about 3 x (8/7 x image_size)^2 bytes a photo (200 kB at 224) and is memory-mapped, so that processes share it.
+
+    Args:
+        dataset: rows with an image and its captions.
+        columns: their names.
+        image_size: side of the pictures that the model will see.
+        skipped: where bad rows are counted.
+        split: the split's name, for the report.
+        num_proc: processes to decode with.
+
+    Returns:
+        A dataset of `pixels`, `height`, `width`, `captions`, `image_id` (see `decode_row`).
+
+    Raises:
+        TooManyBadRowsError, BadRowError: see `SkippedRows`.
+        ValueError: no good row is left.
+    """
+    wanted = [name for name in (columns.image, columns.caption, columns.image_id) if name]
+    rows = dataset.select_columns(wanted)
+    if isinstance(rows.features[columns.image], datasets.Image):
+        rows = rows.cast_column(columns.image, datasets.Image(decode=False))
+    decoded = rows.map(
+        decode_row,
+        with_indices=True,
+        fn_kwargs={"columns": columns, "stored_size": stored_size_for(image_size), "version": DECODE_VERSION},
+        remove_columns=rows.column_names,
+        features=DECODED_FEATURES,
+        num_proc=num_proc,
+        # 200 photos of 200 kB: what is held in memory before it is written.
+        writer_batch_size=200,
+        desc=f"Decoding {split}",
+    )
+    reasons = decoded["reason"]
+    good = [row for row, reason in enumerate(reasons) if not reason]
+    if len(good) < len(decoded):
+        for row, reason in enumerate(reasons):
+            if reason:
+                skipped.add(split, row, decoded[row]["image_id"], reason)
+        skipped.check(split, len(decoded))
+        decoded = decoded.select(good)
+    if not good:
+        raise ValueError(f"split {split}: expected at least one usable row, got none of {len(reasons)}")
+    return decoded.remove_columns("reason")
+
+
+# --- one sample -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a training photo is varied. The defaults vary nothing; `Augmentation()` is the evaluation crop.
+
+    Args:
+        crop_scale: smallest share of the photo's area that a random crop keeps (1.0: the whole centre square).
+        horizontal_flip: mirror half of the photos, except where the captions say left or right.
+        color_jitter: largest relative change of brightness, contrast and each channel's gain.
+    """
+
+    crop_scale: float = 1.0
+    horizontal_flip: bool = False
+    color_jitter: float = 0.0
+
+    def crop_box(self, width: int, height: int, rng: random.Random) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in pixels; aspect ratios from 3:4 to 4:3 as in Inception (Szegedy et al. 2015)."""
+        if self.crop_scale < 1.0:
+            for _ in range(10):
+                area = rng.uniform(self.crop_scale, 1.0) * width * height
+                ratio = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+                crop_width, crop_height = math.sqrt(area * ratio), math.sqrt(area / ratio)
+                if crop_width <= width and crop_height <= height:
+                    left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
+                    return left, top, left + crop_width, top + crop_height
+        side = min(width, height)
+        left, top = (width - side) / 2, (height - side) / 2
+        return left, top, left + side, top + side
+
+    def color_gain_and_shift(self, rng: random.Random) -> tuple[list[float], list[float]]:
+        """Per channel (gain, shift), to be applied as `pixel * gain + shift` to pixels from 0 to 1."""
+        if not self.color_jitter:
+            return [1.0] * 3, [0.0] * 3
+        vary = self.color_jitter
+        brightness, contrast = rng.uniform(1 - vary, 1 + vary), rng.uniform(1 - vary, 1 + vary)
+        gains = [brightness * contrast * rng.uniform(1 - vary / 2, 1 + vary / 2) for _ in range(3)]
+        # Contrast turns about the middle grey.
+        return gains, [0.5 * (1 - contrast)] * 3
+
+
+SIDE_WORDS = re.compile(r"\b(left|right)\b", re.IGNORECASE)
+
+
+def make_sample(
+    row: dict, image_size: int, augmentation: Augmentation, captions_per_image: int | None, rng: random.Random
+) -> dict:
+    """One decoded row to what the collator takes.
+
+    Args:
+        row: as `decode_row` returns it.
+        image_size: side of the square picture, pixels.
+        augmentation: how to vary it.
+        captions_per_image: captions to draw, without repeats while there are enough; None for all.
+        rng: the sample's own source of randomness.
+
+    Returns:
+        dict of `pixels` (image_size, image_size, 3) uint8 tensor, `gain` and `shift` (3 floats), `captions`,
+        `image_id`.
+    """
+    captions = list(row["captions"])
+    if captions_per_image is not None:
+        rng.shuffle(captions)
+        captions = [captions[i % len(captions)] for i in range(captions_per_image)]
+    image = Image.frombuffer("RGB", (row["width"], row["height"]), row["pixels"], "raw", "RGB", 0, 1)
+    box = augmentation.crop_box(row["width"], row["height"], rng)
+    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    if augmentation.horizontal_flip and rng.random() < 0.5 and not any(map(SIDE_WORDS.search, captions)):
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    gain, shift = augmentation.color_gain_and_shift(rng)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image_size, image_size, 3)
+    return {"pixels": pixels, "gain": gain, "shift": shift, "captions": captions, "image_id": row["image_id"]}
+
+
+def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
+    """The randomness of one row in one epoch, the same in whatever worker or process it is drawn."""
+    return random.Random(f"{seed}/{epoch}/{index}")
+
+
+class CaptionDataset(Dataset):
+    """Decoded photos, varied afresh in every epoch.
+
+    Args:
+        rows: from `decode_dataset`.
+        image_size: side of the pictures, pixels.
+        augmentation: how to vary them.
+        captions_per_image: captions to draw for a photo; None for all.
+        seed: with the epoch and the row number, fixes every draw.
+
+    A key is `(epoch, row)`, as `EpochSampler` gives it, so that workers need not be told the epoch; a plain row number
+    means epoch 0.
+    """
+
+    def __init__(
+        self,
+        rows: datasets.Dataset,
+        image_size: int,
+        augmentation: Augmentation | None = None,
+        captions_per_image: int | None = None,
+        seed: int = 0,
+    ):
+        self.rows = rows
+        self.image_size = image_size
+        self.augmentation = augmentation or Augmentation()
+        self.captions_per_image = captions_per_image
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: int | tuple[int, int]) -> dict:
+        epoch, index = key if isinstance(key, tuple) else (0, key)
+        rng = sample_rng(self.seed, epoch, index)
+        return make_sample(self.rows[index], self.image_size, self.augmentation, self.captions_per_image, rng)
+
+
+class EpochSampler(Sampler):
+    """A permutation of the rows that is a function of (seed, epoch); yields `(epoch, row)`."""
+
+    def __init__(self, num_rows: int, seed: int):
+        self.num_rows = num_rows
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by accelerate's data loader before each epoch."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.num_rows
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = list(range(self.num_rows))
+        sample_rng(self.seed, self.epoch, -1).shuffle(order)
+        return ((self.epoch, row) for row in order)
+
+
+class StreamingCaptionDataset(IterableDataset):
+    """The same samples from a dataset too large for the disk: decoded as they come, shuffled in a buffer.
+
+    Args:
+        dataset: a `datasets.IterableDataset`; each process reads its own shards, and in it each worker its own.
+        columns: where to look.
+        skipped: where bad rows are counted; with workers each counts its own.
+        split: the split's name, for the report.
+        process_index, num_processes: which share of the stream is this process's.
+        shuffle_buffer: photos among which the next one is drawn; 0 keeps the order.
+        Others: as in `CaptionDataset`.
+    """
+
+    # Before this many rows, one bad row may well be more than the tolerated share.
+    MIN_ROWS_TO_JUDGE = 100
+
+    def __init__(
+        self,
+        dataset: datasets.IterableDataset,
+        columns: Columns,
+        image_size: int,
+        skipped: SkippedRows,
+        split: str,
+        augmentation: Augmentation | None = None,
+        captions_per_image: int | None = None,
+        seed: int = 0,
+        process_index: int = 0,
+        num_processes: int = 1,
+        shuffle_buffer: int = 1000,
+    ):
+        if isinstance((dataset.features or {}).get(columns.image), datasets.Image):
+            dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
+        if shuffle_buffer:
+            dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        self.dataset = split_dataset_by_node(dataset, rank=process_index, world_size=num_processes)
+        self.columns = columns
+        self.image_size = image_size
+        self.skipped = skipped
+        self.split = split
+        self.augmentation = augmentation or Augmentation()
+        self.captions_per_image = captions_per_image
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+        self.dataset.set_epoch(epoch)
+
+    def __iter__(self) -> Iterator[dict]:
+        stored_size = stored_size_for(self.image_size)
+        for index, row in enumerate(self.dataset):
+            decoded = decode_row(row, index, self.columns, stored_size)
+            if decoded["reason"]:
+                self.skipped.add(self.split, index, decoded["image_id"], decoded["reason"])
+                if index >= self.MIN_ROWS_TO_JUDGE:
+                    self.skipped.check(self.split, index + 1)
+                continue
+            rng = sample_rng(self.seed, self.epoch, index)
+            yield make_sample(decoded, self.image_size, self.augmentation, self.captions_per_image, rng)
+
+
+# --- one batch --------------------------------------------------------------------------------------------------------
+
+
+class CaptionCollator:
+    """Samples to a batch of tensors.
+
+    Args:
+        tokenizer: the caption tokenizer.
+        max_caption_length: ids a caption may have, the end token included.
+        image_mean, image_std: per channel, of pixels from 0 to 1.
+
+    Returns (from a call on B samples with K captions each):
+        dict of `pixel_values` (B, 3, H, W) float32; `labels` (B * K, T) int64, the captions of a photo side by side,
+        each ended by the end token and filled up with -100; `image_ids`, B strings.
+    """
+
+    def __init__(self, tokenizer, max_caption_length: int, image_mean: list[float], image_std: list[float]):
+        self.tokenizer = tokenizer
+        self.max_caption_length = max_caption_length
+        self.image_mean = torch.tensor(image_mean)
+        self.image_std = torch.tensor(image_std)
+
+    def __call__(self, samples: list[dict]) -> dict:
+        pixels = torch.stack([sample["pixels"] for sample in samples]).permute(0, 3, 1, 2).float()
+        gain = torch.tensor([sample["gain"] for sample in samples])
+        shift = torch.tensor([sample["shift"] for sample in samples])
+        # Jitter, scaling to 0..1 and normalisation are one multiplication and one addition.
+        gain = gain / (255 * self.image_std)
+        shift = (shift - self.image_mean) / self.image_std
+        pixel_values = pixels.mul_(gain[:, :, None, None]).add_(shift[:, :, None, None]).contiguous()
+
+        captions = [caption for sample in samples for caption in sample["captions"]]
+        encoded = encode_captions(self.tokenizer, captions, self.max_caption_length)
+        labels = torch.full((len(encoded), max(map(len, encoded))), -100)
+        for row, ids in enumerate(encoded):
+            labels[row, : len(ids)] = torch.tensor(ids)
+        return {"pixel_values": pixel_values, "labels": labels, "image_ids": [s["image_id"] for s in samples]}
