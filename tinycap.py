@@ -7,4 +7,5 @@ The wheel does not contain this file: there the same files lie in a real `tinyca
 
 import os
 
+
 __path__ = [os.path.dirname(os.path.abspath(__file__))]

@@ -29,7 +29,9 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
         ValueError: `vocab_size` is below 259.
     """
     if vocab_size < MIN_VOCAB_SIZE:
-        raise ValueError(f"vocab_size: expected at least {MIN_VOCAB_SIZE} (256 bytes and 3 special tokens), got {vocab_size}")
+        raise ValueError(
+            f"vocab_size: expected at least {MIN_VOCAB_SIZE} (256 bytes and 3 special tokens), got {vocab_size}"
+        )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -1,0 +1,864 @@
+"""TinyCap: a student ViT that imitates CLIP's image embedding, and a causal decoder that says what it means.
+
+Reading order follows the data: image -> student -> memory -> decoder -> caption.
+
+What is unusual here:
+- The decoder sees the image as ONE memory vector, the student's embedding times `memory_scale`, projected. Softmax over
+  one key is 1, so without gradients cross-attention is a constant per image and layer, computed once and cached.
+- One image may come with K captions: `labels` of B * K rows go with B images, and the student runs once per image.
+- `forward(pixel_values, labels, teacher_embeds)` returns the joint loss and each named part of it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers.activations import ACT2FN
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import ModelOutput, logging
+
+from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisionConfig
+
+
+if TYPE_CHECKING:
+    # `save_pretrained` copies the files it finds in relative imports: this one brings the pipeline along.
+    from .pipeline_tinycap import ImageToTextPipeline  # noqa: F401
+
+
+logger = logging.get_logger(__name__)
+
+# Rows of logits held at once when the caption loss is computed without returning logits.
+LOSS_CHUNK = 512
+
+
+@dataclass
+class TinyCapVisionOutput(ModelOutput):
+    """Output of the student.
+
+    Args:
+        last_hidden_state: (B, 1 + patches, hidden_size), after the final layer norm; row 0 is `[CLS]`.
+        image_embeds: (B, projection_dim), unit norm.
+        hidden_states: num_hidden_layers + 1 tensors like `last_hidden_state`, before the final layer norm.
+        attentions: num_hidden_layers tensors (B, heads, tokens, tokens).
+    """
+
+    last_hidden_state: torch.FloatTensor | None = None
+    image_embeds: torch.FloatTensor | None = None
+    hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    attentions: tuple[torch.FloatTensor, ...] | None = None
+
+
+@dataclass
+class TinyCapOutput(ModelOutput):
+    """Output of `TinyCapForConditionalGeneration`: `Seq2SeqLMOutput` and the named parts of the loss.
+
+    Args:
+        loss: scalar, `caption_loss + distill_weight * distill_loss`, of the parts that could be computed.
+        logits: (captions, T, vocab_size); `None` with `skip_logits=True`.
+        past_key_values: `EncoderDecoderCache` of what was computed.
+        decoder_hidden_states, decoder_attentions, cross_attentions: per layer, when asked for.
+        encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: see `TinyCapVisionOutput`.
+        image_embeds: (B, projection_dim), unit norm.
+        caption_loss: scalar, mean cross-entropy (nats) over the labels that aren't -100.
+        distill_loss: scalar, mean of 1 - cos(image_embeds, teacher_embeds).
+    """
+
+    loss: torch.FloatTensor | None = None
+    logits: torch.FloatTensor | None = None
+    past_key_values: EncoderDecoderCache | None = None
+    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
+    encoder_last_hidden_state: torch.FloatTensor | None = None
+    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
+    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
+    image_embeds: torch.FloatTensor | None = None
+    caption_loss: torch.FloatTensor | None = None
+    distill_loss: torch.FloatTensor | None = None
+
+
+# --- attention and MLP, shared by student and decoder ---------------------------------------------------------------
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention as written (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762), with its weights.
+
+    Args:
+        query: (B, heads, L, head_dim); `key` and `value`: (B, heads, S, head_dim).
+        attention_mask: (B or 1, 1, L, S), added to the scores, or bool with `False` where attention is forbidden.
+
+    Returns:
+        The output (B, L, heads, head_dim) and the weights (B, heads, L, S).
+    """
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class TinyCapAttention(nn.Module):
+    """Multi-head self-attention over (B, L, hidden_size), causal or not, through transformers' attention interface."""
+
+    def __init__(self, config: TinyCapVisionConfig | TinyCapTextConfig, layer_idx: int, is_causal: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.attention_dropout = config.attention_probs_dropout_prob
+        self.num_key_value_groups = 1
+
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, L, hidden_size) -> (B, heads, L, head_dim)."""
+        return states.view(*states.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+    def attend(self, query, key, value, attention_mask, output_attentions, **kwargs):
+        implementation = "eager" if output_attentions else self.config._attn_implementation
+        attention = eager_attention_forward
+        if implementation != "eager":
+            attention = ALL_ATTENTION_FUNCTIONS[implementation]
+        dropout = self.attention_dropout if self.training else 0.0
+        output, weights = attention(
+            self, query, key, value, attention_mask, scaling=self.scaling, dropout=dropout, **kwargs
+        )
+        output = output.reshape(*output.shape[:2], self.num_heads * self.head_dim)
+        return self.out_proj(output), weights if output_attentions else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        query = self.split_heads(self.q_proj(hidden_states))
+        key = self.split_heads(self.k_proj(hidden_states))
+        value = self.split_heads(self.v_proj(hidden_states))
+        if past_key_values is not None:
+            key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+        return self.attend(query, key, value, attention_mask, output_attentions, **kwargs)
+
+
+class TinyCapCrossAttention(TinyCapAttention):
+    """Attention from the text to the memory (B, M, hidden_size).
+
+    With M = 1 the softmax is 1 whatever query and key say, and the output is `out_proj(v_proj(memory))` for every
+    token. Where no gradient is wanted that constant is computed once per image and kept in the cache. Training takes
+    the general path, so that every parameter takes part in the graph, as `DistributedDataParallel` asks.
+    """
+
+    def memory_states(
+        self, memory: torch.Tensor | None, memory_length: int, past_key_values: EncoderDecoderCache | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Keys and values (B, heads, M, head_dim); with M = 1 and a cache, the constant stands in the keys' place."""
+        if memory is None:
+            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            # A static cache is as long as its owner made it.
+            return cached.keys[:, :, :memory_length], cached.values[:, :, :memory_length]
+        values = self.v_proj(memory)
+        if memory_length == 1 and (past_key_values is not None or not torch.is_grad_enabled()):
+            # Any key of the right shape serves the general path too, since its weight is 1.
+            keys = self.out_proj(values)
+        else:
+            keys = self.k_proj(memory)
+        keys, values = self.split_heads(keys), self.split_heads(values)
+        if past_key_values is not None:
+            past_key_values.cross_attention_cache.update(keys, values, self.layer_idx)
+            past_key_values.is_updated[self.layer_idx] = True
+        return keys, values
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        memory: torch.Tensor | None,
+        memory_length: int,
+        past_key_values: EncoderDecoderCache | None = None,
+        output_attentions: bool = False,
+        **kwargs,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        keys, values = self.memory_states(memory, memory_length, past_key_values)
+        if memory_length == 1 and not self.training and not torch.is_grad_enabled():
+            constant = keys.transpose(1, 2).flatten(2)
+            weights = None
+            if output_attentions:
+                weights = keys.new_ones(keys.shape[0], self.num_heads, hidden_states.shape[1], 1)
+            return constant, weights
+        query = self.split_heads(self.q_proj(hidden_states))
+        return self.attend(query, keys, values, None, output_attentions, **kwargs)
+
+
+class TinyCapMLP(nn.Module):
+    def __init__(self, config: TinyCapVisionConfig | TinyCapTextConfig):
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+# --- student ViT ----------------------------------------------------------------------------------------------------
+
+
+class TinyCapVisionEmbeddings(nn.Module):
+    """Pixels (B, C, H, W) -> tokens (B, 1 + patches, hidden_size), `[CLS]` first."""
+
+    def __init__(self, config: TinyCapVisionConfig):
+        super().__init__()
+        self.config = config
+        self.num_patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.num_patches, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def positions(self, rows: int, columns: int) -> torch.Tensor:
+        """The position table, interpolated to a grid of `rows` x `columns` patches."""
+        side = math.isqrt(self.num_patches)
+        if (rows, columns) == (side, side):
+            return self.position_embeddings
+        cls_position, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic", align_corners=False).to(grid.dtype)
+        return torch.cat([cls_position, grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def drop_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """Leaves a random `patch_dropout` of each image's patches out, another choice for each image."""
+        batch, length, width = patches.shape
+        kept = max(1, round(length * (1.0 - self.config.patch_dropout)))
+        index = torch.rand(batch, length, device=patches.device).argsort(dim=1)[:, :kept]
+        return patches.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        size, patch = self.config.image_size, self.config.patch_size
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != self.config.num_channels:
+            raise ValueError(
+                f"pixel_values: expected (batch, {self.config.num_channels}, height, width), "
+                f"got {tuple(pixel_values.shape)}"
+            )
+        height, width = pixel_values.shape[2:]
+        if not interpolate_pos_encoding and (height, width) != (size, size):
+            raise ValueError(
+                f"pixel_values: expected {size}x{size} pixels, got {height}x{width}; "
+                "pass interpolate_pos_encoding=True to encode another size"
+            )
+        if height < patch or width < patch:
+            raise ValueError(f"pixel_values: expected at least {patch}x{patch} pixels, got {height}x{width}")
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        positions = self.positions(*patches.shape[2:])
+        patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]
+        if self.training and self.config.patch_dropout > 0:
+            patches = self.drop_patches(patches)
+        cls_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
+        return self.dropout(torch.cat([cls_token, patches], dim=1))
+
+
+class TinyCapVisionLayer(GradientCheckpointingLayer):
+    def __init__(self, config: TinyCapVisionConfig, layer_idx: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = TinyCapAttention(config, layer_idx)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TinyCapMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, output_attentions: bool = False, **kwargs):
+        attended, weights = self.self_attn(
+            self.layer_norm1(hidden_states), output_attentions=output_attentions, **kwargs
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm2(hidden_states)))
+        return hidden_states, weights
+
+
+class TinyCapPreTrainedModel(PreTrainedModel):
+    """Initial weights, loading and saving, and what transformers asks about the family."""
+
+    config_class = TinyCapConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TinyCapVisionEmbeddings", "TinyCapVisionLayer", "TinyCapDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, TinyCapVisionEmbeddings):
+            nn.init.trunc_normal_(module.cls_token, std=std)
+            nn.init.trunc_normal_(module.position_embeddings, std=std)
+
+    def _flags(self, output_attentions, output_hidden_states, return_dict) -> tuple[bool, bool, bool]:
+        """The three output flags, from the call or else from the config."""
+        config = self.config
+        return (
+            config.output_attentions if output_attentions is None else output_attentions,
+            config.output_hidden_states if output_hidden_states is None else output_hidden_states,
+            config.return_dict if return_dict is None else return_dict,
+        )
+
+
+class TinyCapVisionModel(TinyCapPreTrainedModel):
+    """The student ViT alone (Dosovitskiy et al., 2021, https://arxiv.org/abs/2010.11929, pre-norm), with a projection
+    of `[CLS]` to the teacher's width. Loads from the folder of a whole TinyCap too."""
+
+    config_class = TinyCapVisionConfig
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^lm_head\."]
+
+    def __init__(self, config: TinyCapVisionConfig):
+        super().__init__(config)
+        self.embeddings = TinyCapVisionEmbeddings(config)
+        self.layers = nn.ModuleList([TinyCapVisionLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.hidden_size, config.projection_dim)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TinyCapVisionOutput | tuple:
+        """Encodes images.
+
+        Args:
+            pixel_values: (B, num_channels, image_size, image_size), normalised by the image processor.
+            interpolate_pos_encoding: accept other heights and widths.
+
+        Returns:
+            `TinyCapVisionOutput`, or its values as a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: `pixel_values` has another shape; names the expected one.
+        """
+        output_attentions, output_hidden_states, return_dict = self._flags(
+            output_attentions, output_hidden_states, return_dict
+        )
+        if pixel_values is None:
+            raise ValueError("pixel_values: expected a tensor of images, got None")
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        all_hidden_states, all_attentions = [hidden_states], []
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, output_attentions=output_attentions, **kwargs)
+            all_hidden_states.append(hidden_states)
+            all_attentions.append(weights)
+        last_hidden_state = self.final_layer_norm(hidden_states)
+        image_embeds = self.projection(last_hidden_state[:, 0])
+        # The norm in float32: the squares of 768 half-precision numbers lose too much.
+        image_embeds = F.normalize(image_embeds.float(), dim=-1).to(image_embeds.dtype)
+        output = TinyCapVisionOutput(
+            last_hidden_state=last_hidden_state,
+            image_embeds=image_embeds,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_attentions) if output_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+# --- causal decoder -------------------------------------------------------------------------------------------------
+
+
+class TinyCapDecoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: TinyCapTextConfig, layer_idx: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = TinyCapAttention(config, layer_idx, is_causal=True)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.cross_attn = TinyCapCrossAttention(config, layer_idx)
+        self.layer_norm3 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TinyCapMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        memory: torch.Tensor | None,
+        memory_length: int,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        output_attentions: bool = False,
+        **kwargs,
+    ):
+        attended, self_weights = self.self_attn(
+            self.layer_norm1(hidden_states), attention_mask, past_key_values, output_attentions, **kwargs
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        attended, cross_weights = self.cross_attn(
+            self.layer_norm2(hidden_states), memory, memory_length, past_key_values, output_attentions, **kwargs
+        )
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm3(hidden_states)))
+        return hidden_states, self_weights, cross_weights
+
+
+class TinyCapDecoder(TinyCapPreTrainedModel):
+    """Memory and tokens -> hidden states. Pre-norm, learned positions, causal self-attention, cross-attention."""
+
+    config_class = TinyCapTextConfig
+
+    def __init__(self, config: TinyCapTextConfig, memory_width: int, memory_scale: float):
+        super().__init__(config)
+        self.memory_scale = memory_scale
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_positions = nn.Embedding(config.max_position_embeddings, config.hidden_size)
+        self.memory_projection = nn.Linear(memory_width, config.hidden_size)
+        self.layers = nn.ModuleList([TinyCapDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.embed_tokens = value
+
+    def project_memory(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
+        """(B, M, projection_dim or the student's hidden_size) -> (B, M, hidden_size of the text)."""
+        return self.memory_projection(encoder_hidden_states.to(self.memory_projection.weight.dtype) * self.memory_scale)
+
+    def position_ids(self, attention_mask: torch.Tensor | None, past_length, length: int, device) -> torch.Tensor:
+        """(1 or B, length): counted from each row's first real token, so that left padding changes nothing."""
+        if attention_mask is None or attention_mask.dim() != 2:
+            return (past_length + torch.arange(length, device=device)).unsqueeze(0)
+        return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
+
+    def causal_mask(
+        self, attention_mask: torch.Tensor | None, past_length: int, hidden_states: torch.Tensor, eager: bool
+    ) -> torch.Tensor | None:
+        """The mask for the attention function: `None` where it needs none, else (B or 1, 1, L, past_length + L)."""
+        if attention_mask is not None and attention_mask.dim() == 4:
+            return attention_mask
+        length, device, dtype = hidden_states.shape[1], hidden_states.device, hidden_states.dtype
+        if attention_mask is not None and bool(attention_mask.all()):
+            attention_mask = None
+        if not eager and "flash" in self.config._attn_implementation:
+            return attention_mask
+        if attention_mask is None and (length == 1 or (past_length == 0 and not eager)):
+            return None
+        keys = torch.arange(past_length + length, device=device)
+        allowed = (keys <= keys[past_length:, None])[None, None]
+        if attention_mask is not None:
+            allowed = allowed & attention_mask[:, None, None, :].bool()
+        return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        encoder_hidden_states: torch.FloatTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        inputs_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
+        **kwargs,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Runs the decoder over the tokens that aren't in the cache yet.
+
+        Args:
+            input_ids: (B, L), or `inputs_embeds` (B, L, hidden_size), exactly one of them.
+            encoder_hidden_states: (B, M, width): the memory, neither scaled nor projected.
+            attention_mask: (B, cached + L), 0 on padding, or a 4-dimensional mask for the attention function.
+            past_key_values: the cache; updated in place.
+
+        Raises:
+            ValueError: both or neither input; no memory; a cache of another kind; more tokens than positions.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("expected exactly one of decoder_input_ids and decoder_inputs_embeds")
+        if encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states: expected the memory to describe, got None")
+        if use_cache and past_key_values is None:
+            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
+            raise ValueError(f"past_key_values: expected an EncoderDecoderCache, got {type(past_key_values).__name__}")
+
+        hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        length = hidden_states.shape[1]
+        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        position_ids = self.position_ids(attention_mask, past_length, length, hidden_states.device)
+        # A padded batch may be longer than the table: what counts is the last position it reads.
+        last = past_length + length if position_ids.shape[0] == 1 else int(position_ids.max()) + 1
+        if last > self.config.max_position_embeddings:
+            raise ValueError(
+                f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), got {int(last)}"
+            )
+        hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
+
+        eager = output_attentions or self.config._attn_implementation == "eager"
+        mask = self.causal_mask(attention_mask, past_length, hidden_states, eager)
+        cached = past_key_values is not None and past_key_values.is_updated.get(len(self.layers) - 1)
+        memory = None if cached else self.project_memory(encoder_hidden_states)
+        memory_length = encoder_hidden_states.shape[1]
+
+        all_hidden_states, all_self_attentions, all_cross_attentions = [hidden_states], [], []
+        for layer in self.layers:
+            hidden_states, self_weights, cross_weights = layer(
+                hidden_states,
+                memory,
+                memory_length,
+                attention_mask=mask,
+                past_key_values=past_key_values,
+                output_attentions=output_attentions,
+                **kwargs,
+            )
+            all_hidden_states.append(hidden_states)
+            all_self_attentions.append(self_weights)
+            all_cross_attentions.append(cross_weights)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=self.final_layer_norm(hidden_states),
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
+            attentions=tuple(all_self_attentions) if output_attentions else None,
+            cross_attentions=tuple(all_cross_attentions) if output_attentions else None,
+        )
+
+
+# --- the captioner --------------------------------------------------------------------------------------------------
+
+
+def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int, pad_token_id: int) -> torch.Tensor:
+    """Decoder inputs (N, T) for `labels` (N, T): the start token, then every label but the last; -100 becomes pad."""
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = decoder_start_token_id
+    return shifted.masked_fill(shifted == -100, pad_token_id)
+
+
+class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
+    """Student, decoder and joint objective: `L = caption_loss + distill_weight * distill_loss`."""
+
+    _tied_weights_keys = {"lm_head.weight": "decoder.embed_tokens.weight"}
+    # The losses are means over the micro-batch: `Trainer` scales them for gradient accumulation itself.
+    accepts_loss_kwargs = False
+
+    def __init__(self, config: TinyCapConfig):
+        super().__init__(config)
+        self.vision_model = TinyCapVisionModel._from_config(config.vision_config)
+        vision = config.vision_config
+        width, scale = vision.hidden_size, 1.0
+        if config.memory == "embedding":
+            # A unit-norm vector of 768 has entries near 0.036; this brings them back to the size of 1.
+            width, scale = vision.projection_dim, math.sqrt(vision.projection_dim)
+        scale = config.memory_scale or scale
+        self.decoder = TinyCapDecoder._from_config(config.text_config, memory_width=width, memory_scale=scale)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_encoder(self, modality: str | None = None) -> TinyCapVisionModel:
+        return self.vision_model
+
+    def get_decoder(self) -> TinyCapDecoder:
+        return self.decoder
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.decoder.embed_tokens
+
+    def set_input_embeddings(self, value: nn.Module):
+        self.decoder.embed_tokens = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, value: nn.Module):
+        self.lm_head = value
+
+    def get_image_features(
+        self, pixel_values: torch.FloatTensor, interpolate_pos_encoding: bool = False
+    ) -> torch.FloatTensor:
+        """The student's embedding of `pixel_values` (B, C, H, W): (B, projection_dim), unit norm."""
+        return self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True).image_embeds
+
+    def get_memory(self, encoder_outputs: ModelOutput | tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What the decoder attends to, from the student's output or from bare embeddings.
+
+        Args:
+            encoder_outputs: a `TinyCapVisionOutput`; with `memory="embedding"` also
+                `BaseModelOutput(last_hidden_state=embeddings)`, embeddings (B, 1, projection_dim) of any norm.
+
+        Returns:
+            The memory (B, M, width) and `image_embeds` (B, projection_dim) or `None`.
+
+        Raises:
+            ValueError: neither of the two; says what was expected and what came.
+        """
+        image_embeds = getattr(encoder_outputs, "image_embeds", None)
+        hidden_states = encoder_outputs[0] if image_embeds is None else encoder_outputs.last_hidden_state
+        if isinstance(encoder_outputs, (tuple, list)) and len(encoder_outputs) > 1:
+            image_embeds = encoder_outputs[1]
+        if self.config.memory == "patches":
+            width = self.config.vision_config.hidden_size
+            if hidden_states.dim() != 3 or hidden_states.shape[-1] != width:
+                raise ValueError(
+                    f"encoder_outputs: with memory='patches' expected last_hidden_state (B, tokens, {width}), "
+                    f"got {tuple(hidden_states.shape)}"
+                )
+            return hidden_states, image_embeds
+        width = self.config.vision_config.projection_dim
+        if image_embeds is None:
+            if hidden_states.dim() != 3 or hidden_states.shape[1:] != (1, width):
+                raise ValueError(
+                    f"encoder_outputs: expected image_embeds (B, {width}) or last_hidden_state (B, 1, {width}), "
+                    f"got last_hidden_state {tuple(hidden_states.shape)}"
+                )
+            image_embeds = F.normalize(hidden_states[:, 0].float(), dim=-1).to(hidden_states.dtype)
+        return image_embeds.unsqueeze(1), image_embeds
+
+    def caption_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Mean cross-entropy of `labels` (N, T) given the decoder's `hidden_states` (N, T, hidden_size).
+
+        Padding never reaches the head, and no more than `LOSS_CHUNK` rows of logits exist at a time: they are
+        computed again in the backward pass.
+        """
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        rows = labels != -100
+        hidden_states, labels = hidden_states[rows], labels[rows]
+
+        def chunk_loss(hidden_states, labels):
+            logits = self.lm_head(hidden_states).float()
+            return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
+
+        losses = [
+            checkpoint(chunk_loss, *chunk, use_reentrant=False) if torch.is_grad_enabled() else chunk_loss(*chunk)
+            for chunk in zip(hidden_states.split(LOSS_CHUNK), labels.split(LOSS_CHUNK))
+        ]
+        return torch.stack(losses).sum() / labels.numel()
+
+    def distill_loss(self, image_embeds: torch.Tensor | None, teacher_embeds: torch.Tensor) -> torch.Tensor:
+        """Mean of 1 - cos over the batch; both (B, projection_dim).
+
+        Raises:
+            ValueError: the teacher's embeddings have another shape; names both.
+        """
+        expected = None if image_embeds is None else tuple(image_embeds.shape)
+        if expected != tuple(teacher_embeds.shape):
+            raise ValueError(
+                f"teacher_embeds: expected the student's shape (batch, projection_dim) = {expected}, "
+                f"got {tuple(teacher_embeds.shape)}"
+            )
+        return (1.0 - F.cosine_similarity(image_embeds.float(), teacher_embeds.float(), dim=-1)).mean()
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: ModelOutput | tuple | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
+        decoder_inputs_embeds: torch.FloatTensor | None = None,
+        labels: torch.LongTensor | None = None,
+        teacher_embeds: torch.FloatTensor | None = None,
+        use_cache: bool | None = None,
+        interpolate_pos_encoding: bool = False,
+        logits_to_keep: int | torch.Tensor = 0,
+        skip_logits: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TinyCapOutput | tuple:
+        """Scores captions of images, and the images' embeddings against a teacher's.
+
+        Args:
+            pixel_values: (B, C, image_size, image_size); not needed with `encoder_outputs`.
+            decoder_input_ids: (N, L), N = B * K captions, those of an image next to each other; made from `labels`
+                when absent, and the start token alone without labels.
+            decoder_attention_mask: (N, cached + L), 0 on padding.
+            encoder_outputs: output of the student, or bare embeddings (see `get_memory`).
+            past_key_values: `EncoderDecoderCache` of the tokens before; updated in place.
+            decoder_inputs_embeds: (N, L, hidden_size), in place of `decoder_input_ids`.
+            labels: (N, T), the caption's tokens and the end token, no start token; -100 is ignored.
+            teacher_embeds: (B, projection_dim), what the student should embed the images to.
+            use_cache: return `past_key_values`; by default as the config says, and not with labels.
+            interpolate_pos_encoding: accept images of another size.
+            logits_to_keep: compute only that many last positions' logits; 0 means all.
+            skip_logits: with labels, compute the loss without keeping logits: padding never reaches the head.
+
+        Returns:
+            `TinyCapOutput`, or its values as a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: an argument has the wrong shape or is missing; names it, what was expected and what came.
+        """
+        output_attentions, output_hidden_states, return_dict = self._flags(
+            output_attentions, output_hidden_states, return_dict
+        )
+        for name in ("input_ids", "attention_mask"):
+            if kwargs.pop(name, None) is not None:
+                raise ValueError(f"{name}: the text goes into the decoder; expected it as decoder_{name}")
+        if use_cache is None:
+            use_cache = self.config.text_config.use_cache and labels is None
+        if encoder_outputs is None:
+            encoder_outputs = self.vision_model(
+                pixel_values,
+                interpolate_pos_encoding,
+                output_attentions=output_attentions,
+                output_hidden_states=output_hidden_states,
+                return_dict=True,
+            )
+        memory, image_embeds = self.get_memory(encoder_outputs)
+
+        if decoder_input_ids is None and decoder_inputs_embeds is None:
+            start = self.config.decoder_start_token_id
+            if labels is not None:
+                decoder_input_ids = shift_tokens_right(labels, start, self.config.pad_token_id)
+            else:
+                decoder_input_ids = torch.full((memory.shape[0], 1), start, device=memory.device)
+        num_captions = (decoder_input_ids if decoder_inputs_embeds is None else decoder_inputs_embeds).shape[0]
+        if num_captions % memory.shape[0]:
+            raise ValueError(f"expected K captions for each of {memory.shape[0]} images, got {num_captions} captions")
+        if num_captions != memory.shape[0]:
+            memory = memory.repeat_interleave(num_captions // memory.shape[0], dim=0)
+
+        decoder_outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            encoder_hidden_states=memory,
+            attention_mask=decoder_attention_mask,
+            past_key_values=past_key_values,
+            inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            output_attentions=output_attentions,
+            output_hidden_states=output_hidden_states,
+            **kwargs,
+        )
+        hidden_states = decoder_outputs.last_hidden_state
+
+        logits, losses = None, {}
+        if not skip_logits or labels is None:
+            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+            logits = self.lm_head(hidden_states[:, kept])
+        if labels is not None and skip_logits:
+            losses["caption_loss"] = self.caption_loss(hidden_states, labels)
+        elif labels is not None:
+            smoothing = self.config.label_smoothing if self.training else 0.0
+            losses["caption_loss"] = F.cross_entropy(
+                logits.float().flatten(0, 1), labels.flatten(), label_smoothing=smoothing
+            )
+        if teacher_embeds is not None:
+            losses["distill_loss"] = self.distill_loss(image_embeds, teacher_embeds)
+        weights = {"caption_loss": 1.0, "distill_loss": self.config.distill_weight}
+        loss = sum(weights[name] * value for name, value in losses.items()) if losses else None
+
+        output = TinyCapOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=decoder_outputs.past_key_values,
+            decoder_hidden_states=decoder_outputs.hidden_states,
+            decoder_attentions=decoder_outputs.attentions,
+            cross_attentions=decoder_outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
+            encoder_attentions=getattr(encoder_outputs, "attentions", None),
+            image_embeds=image_embeds,
+            **losses,
+        )
+        return output if return_dict else output.to_tuple()
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.Tensor) -> torch.Tensor:
+        """Decoder inputs (N, T) for `labels` (N, T), as `DataCollatorForSeq2Seq` asks for them."""
+        return shift_tokens_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+
+    # --- generation: everything is GenerationMixin's; these two fit prompts and lengths to the decoder ---
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+        """`GenerationMixin.generate`, with the prompt as a processor gives it.
+
+        Args:
+            inputs: `pixel_values` (B, C, H, W); or give `pixel_values=` or `encoder_outputs=`.
+            input_ids (or decoder_input_ids): (B, L), the beginning of each caption, with or without its start token,
+                padded on the left; `attention_mask` (or `decoder_attention_mask`) says where.
+            kwargs: as `GenerationMixin.generate`. Captions end at `max_position_embeddings` at the latest.
+
+        Raises:
+            ValueError: a prompt leaves no room in the position table.
+        """
+        prompt = kwargs.pop("input_ids", None)
+        mask = kwargs.pop("attention_mask", None)
+        prompt = kwargs.pop("decoder_input_ids", prompt)
+        mask = kwargs.pop("decoder_attention_mask", mask)
+        if prompt is not None:
+            kwargs["decoder_input_ids"], mask = self._start_prompts(prompt, mask)
+            if kwargs["decoder_input_ids"].shape[1] >= self.config.text_config.max_position_embeddings:
+                raise ValueError(
+                    f"prompt: expected fewer than {self.config.text_config.max_position_embeddings} tokens, "
+                    f"got {kwargs['decoder_input_ids'].shape[1]}"
+                )
+            if mask is not None:
+                kwargs["decoder_attention_mask"] = mask
+        return super().generate(inputs, *args, **kwargs)
+
+    def _start_prompts(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Puts the start token right before the first real token of each row that doesn't begin with it."""
+        start, length = self.config.decoder_start_token_id, input_ids.shape[1]
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
+        # One more column on the left: now every row has a slot before its first real token.
+        input_ids = F.pad(input_ids, (1, 0), value=self.config.pad_token_id)
+        mask = F.pad(mask, (1, 0))
+        first = torch.where(mask.any(dim=1), mask.argmax(dim=1), length + 1).unsqueeze(1)
+        started = (first <= length) & (input_ids.gather(1, first.clamp(max=length)) == start)
+        slot = (torch.arange(length + 1, device=input_ids.device) == first - 1) & ~started
+        input_ids, mask = input_ids.masked_fill(slot, start), mask.masked_fill(slot, 1)
+        if not bool(mask[:, 0].any()):
+            input_ids, mask = input_ids[:, 1:], mask[:, 1:]
+        return input_ids, None if bool(mask.all()) else mask
+
+    def _prepare_generated_length(self, generation_config, **kwargs):
+        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
+        limit = self.config.text_config.max_position_embeddings
+        if generation_config.max_length > limit:
+            logger.info("Captions end after the %d positions the decoder has.", limit)
+            generation_config.max_length = limit
+        return generation_config
+
+
+TinyCapVisionModel.register_for_auto_class("AutoModel")
+TinyCapForConditionalGeneration.register_for_auto_class("AutoModel")
+
+
+__all__ = ["TinyCapForConditionalGeneration", "TinyCapPreTrainedModel", "TinyCapVisionModel"]

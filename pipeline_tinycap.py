@@ -1,0 +1,125 @@
+"""`pipeline("image-to-text", model=..., trust_remote_code=True)`: images in, captions out.
+
+transformers 5 has no such task of its own any more; `custom_pipelines` in the config brings this one, in the shape
+users of transformers 4 knew.
+"""
+
+from typing import Any
+
+import torch
+from transformers.pipelines.base import GenericTensor, Pipeline
+
+from .processing_tinycap import load_image
+
+
+class ImageToTextPipeline(Pipeline):
+    """Captions images.
+
+    `pipe(images)` takes a path, an `http(s)://` URL, a base64 string, the bytes of a file or a PIL image; or a list, a
+    generator or a `KeyDataset` of these. One image gives `[{"generated_text": ...}]`, with as many entries as
+    `num_return_sequences`; a list gives a list of such lists; a generator or dataset gives an iterator over them.
+
+    An image that can't be read is a `ValueError` naming it. Among several, it yields
+    `[{"generated_text": None, "error": <what is wrong with it>}]` instead, and the others get their captions.
+    """
+
+    _load_processor = False
+    _load_image_processor = True
+    _load_feature_extractor = False
+    _load_tokenizer = True
+    _pipeline_calls_generate = True
+
+    def _sanitize_parameters(
+        self,
+        max_new_tokens: int | None = None,
+        generate_kwargs: dict | None = None,
+        prompt: str | None = None,
+        timeout: float | None = None,
+        **generate_parameters,
+    ):
+        generate_kwargs = dict(generate_kwargs or {})
+        if max_new_tokens is not None:
+            generate_parameters["max_new_tokens"] = max_new_tokens
+        for name, value in generate_parameters.items():
+            if name in generate_kwargs:
+                raise ValueError(f"{name}: expected it once, got it in generate_kwargs and as an argument of its own")
+            if not hasattr(self.model.generation_config, name) and name not in ("generation_config", "streamer"):
+                raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}")
+            generate_kwargs[name] = value
+        if prompt is not None and not isinstance(prompt, str):
+            raise ValueError(f"prompt: expected one string for all images, got {type(prompt).__name__}")
+        preprocess_params = {
+            name: value for name, value in (("prompt", prompt), ("timeout", timeout)) if value is not None
+        }
+        return preprocess_params, {"generate_kwargs": generate_kwargs} if generate_kwargs else {}, {}
+
+    def __call__(self, images: Any = None, **kwargs) -> list:
+        """Captions one image or many; see the class for what goes in and what comes out.
+
+        Args:
+            images: the image or images (`inputs=` is understood too).
+            prompt: beginning of every caption, part of `generated_text`.
+            max_new_tokens: longest caption, in tokens; any other argument of `generate()` may be given likewise.
+            generate_kwargs: the same as a dict.
+            batch_size: images run through the model together.
+            timeout: seconds to wait for a URL.
+
+        Raises:
+            ValueError: the image can't be read; names it.
+        """
+        images = kwargs.pop("inputs", images)
+        if images is None:
+            raise ValueError("images: expected a path, URL, PIL image, or several of them, got None")
+        if isinstance(images, tuple):
+            images = list(images)
+        if isinstance(images, list) and not images:
+            return []
+        return super().__call__(images, **kwargs)
+
+    def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
+        preprocess_params = {**preprocess_params, "keep_going": True}
+        return super().get_iterator(
+            inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
+        )
+
+    def preprocess(
+        self, image: Any, prompt: str | None = None, timeout: float | None = None, keep_going: bool = False
+    ) -> dict[str, GenericTensor]:
+        error = ""
+        try:
+            pixel_values = self.image_processor(load_image(image, timeout=timeout), return_tensors="pt").pixel_values
+        except (ValueError, TypeError) as problem:
+            if not keep_going:
+                raise
+            # A blank stands in, so that every item of a batch has the same keys and shapes.
+            error = str(problem)
+            vision = self.model.config.vision_config
+            pixel_values = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
+        model_inputs = {"pixel_values": pixel_values.to(self.dtype), "error": error}
+        if prompt:
+            # A trailing space would be a token of its own, where captions have it at the head of the next word.
+            model_inputs["input_ids"] = self.tokenizer(prompt.rstrip(), return_tensors="pt").input_ids
+        return model_inputs
+
+    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict | None = None) -> dict[str, Any]:
+        errors = model_inputs.pop("error")
+        generate_kwargs = dict(generate_kwargs or {})
+        if hasattr(self, "_prepare_generate_kwargs"):
+            generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
+        elif "generation_config" not in generate_kwargs:
+            generate_kwargs["generation_config"] = self.generation_config
+        sequences = self.model.generate(**model_inputs, **generate_kwargs)
+        if not isinstance(sequences, torch.Tensor):
+            sequences = sequences.sequences
+        # (images, captions of one image, tokens): the iterator takes batches apart along the first axis.
+        sequences = sequences.reshape(model_inputs["pixel_values"].shape[0], -1, sequences.shape[-1])
+        return {"sequences": sequences, "error": errors}
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, str | None]]:
+        if model_outputs["error"]:
+            return [{"generated_text": None, "error": model_outputs["error"]}]
+        texts = self.tokenizer.batch_decode(model_outputs["sequences"].flatten(0, 1), skip_special_tokens=True)
+        return [{"generated_text": text.strip()} for text in texts]
+
+
+__all__ = ["ImageToTextPipeline"]

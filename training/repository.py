@@ -1,0 +1,81 @@
+"""What a finished run leaves behind: a folder that is a complete model repository, loadable from anywhere."""
+
+import json
+from pathlib import Path
+
+from transformers import CLIPImageProcessor, GenerationConfig, PreTrainedTokenizerFast
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+
+
+# A generic built-in that joins an image processor and a tokenizer, so that AutoProcessor needs no code of ours.
+PROCESSOR_CLASS = "GitProcessor"
+
+
+def create_image_processor(image_size: int) -> CLIPImageProcessor:
+    """CLIP's preprocessing at `image_size`: shorter side resized, middle square kept, CLIP's mean and deviation."""
+    return CLIPImageProcessor(
+        size={"shortest_edge": image_size},
+        crop_size={"height": image_size, "width": image_size},
+        image_mean=list(OPENAI_CLIP_MEAN),
+        image_std=list(OPENAI_CLIP_STD),
+    )
+
+
+def create_generation_config(
+    tokenizer: PreTrainedTokenizerFast, max_new_tokens: int, num_beams: int = 1
+) -> GenerationConfig:
+    """How the saved model captions when a caller says nothing: up to `max_new_tokens`, with `num_beams`."""
+    return GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        decoder_start_token_id=tokenizer.bos_token_id,
+        max_new_tokens=max_new_tokens,
+        num_beams=num_beams,
+    )
+
+
+def save_repository(
+    output_dir: str | Path,
+    model: TinyCapForConditionalGeneration,
+    tokenizer: PreTrainedTokenizerFast,
+    image_processor: CLIPImageProcessor,
+    state_dict: dict | None = None,
+) -> None:
+    """Writes weights, configs, code, tokenizer and processor to `output_dir`.
+
+    Args:
+        state_dict: the weights to store when they aren't those in `model` (gathered from several processes).
+
+    Raises:
+        ValueError: `output_dir` is the folder that the code itself was loaded from.
+    """
+    output_dir = Path(output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if output_dir.resolve() == Path(__file__).resolve().parents[1]:
+        raise ValueError(f"output_dir: expected a folder other than the code's own, got {output_dir}")
+    model.save_pretrained(output_dir, state_dict=state_dict)
+    tokenizer.save_pretrained(output_dir)
+    # transformers 5 writes a class name that transformers 4 doesn't know; this one loads in both.
+    _update_json(
+        output_dir / "tokenizer_config.json",
+        tokenizer_class="PreTrainedTokenizerFast",
+        processor_class=PROCESSOR_CLASS,
+        padding_side="left",
+    )
+    image_processor.save_pretrained(output_dir)
+    _update_json(
+        output_dir / "preprocessor_config.json",
+        image_processor_type="CLIPImageProcessor",
+        processor_class=PROCESSOR_CLASS,
+    )
+    # safetensors writes files that only their owner can read.
+    (output_dir / "model.safetensors").chmod(0o644)
+
+
+def _update_json(path: Path, **values) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content.update(values)
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
