@@ -121,7 +121,8 @@ class TinyCapTextConfig(PretrainedConfig):
         attention_probs_dropout_prob (`float`, default 0.0): dropout of the attention weights.
         initializer_range (`float`, default 0.02): standard deviation of the initial weights.
         use_cache (`bool`, default `True`): return key/value caches.
-        pad_token_id, bos_token_id, eos_token_id (`int`, default 50256): special tokens. GPT-2 has one for all.
+        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): special tokens. Each is the vocabulary's last
+            token unless given: GPT-2 has that one for all of them.
     """
 
     model_type = "tinycap_text_model"
@@ -141,9 +142,9 @@ class TinyCapTextConfig(PretrainedConfig):
         attention_probs_dropout_prob=0.0,
         initializer_range=0.02,
         use_cache=True,
-        pad_token_id=50256,
-        bos_token_id=50256,
-        eos_token_id=50256,
+        pad_token_id=None,
+        bos_token_id=None,
+        eos_token_id=None,
         **kwargs,
     ):
         self.vocab_size = vocab_size
@@ -164,7 +165,8 @@ class TinyCapTextConfig(PretrainedConfig):
         _check_shares(self, ("hidden_dropout_prob", "attention_probs_dropout_prob"))
         _check_heads(self)
         # transformers 5 has no such fields in its base class, transformers 4 reads them from the keywords.
-        super().__init__(pad_token_id=pad_token_id, bos_token_id=bos_token_id, eos_token_id=eos_token_id, **kwargs)
+        ids = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
+        super().__init__(**{name: vocab_size - 1 if value is None else value for name, value in ids.items()}, **kwargs)
 
 
 class TinyCapConfig(PretrainedConfig):

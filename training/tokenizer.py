@@ -73,7 +73,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
     if tokenizer.eos_token_id is None:
         raise ValueError(
-            f"tokenizer {name_or_path}: expected an end token (eos_token), which tells generation where to stop, got none"
+            f"tokenizer {name_or_path}: expected an end token (eos_token), where generation stops, got none"
         )
     for token in ("pad_token", "bos_token"):
         if getattr(tokenizer, token) is None:

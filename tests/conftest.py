@@ -1,0 +1,56 @@
+"""What the tests share: a tiny model, a tokenizer, pictures, and a repository made of them."""
+
+import os
+
+
+# Before any Hugging Face library is imported: a test that reaches for the network fails at once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from PIL import Image
+from tiny import CAPTIONS, draw_picture, tiny_model
+
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
+from tinycap.training.tokenizer import train_tokenizer
+
+
+@pytest.fixture
+def model() -> TinyCapForConditionalGeneration:
+    return tiny_model()
+
+
+@pytest.fixture
+def pixel_values() -> torch.Tensor:
+    """(5, 3, 24, 24)"""
+    return torch.randn(5, 3, 24, 24, generator=torch.Generator().manual_seed(7))
+
+
+@pytest.fixture
+def labels() -> torch.Tensor:
+    """(5, 7), the third one shorter than the rest."""
+    labels = torch.randint(3, 37, (5, 7), generator=torch.Generator().manual_seed(8))
+    labels[2, 4:] = -100
+    return labels
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    return train_tokenizer(CAPTIONS * 3, vocab_size=300, model_max_length=19)
+
+
+@pytest.fixture(scope="session")
+def pictures() -> list[Image.Image]:
+    return [draw_picture(seed) for seed in range(4)]
+
+
+@pytest.fixture(scope="session")
+def repository(tmp_path_factory, tokenizer):
+    """A folder as a finished run leaves it: weights, configs, code, tokenizer, processor."""
+    folder = tmp_path_factory.mktemp("hub") / "tiny-repository"
+    model = tiny_model(text_config={"vocab_size": len(tokenizer)})
+    model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
+    save_repository(folder, model, tokenizer, create_image_processor(24))
+    return folder

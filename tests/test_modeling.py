@@ -1,0 +1,462 @@
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tiny import tiny_config, tiny_model
+from torch import nn
+from transformers.cache_utils import DynamicCache
+from transformers.modeling_outputs import BaseModelOutput
+
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionModel, shift_tokens_right
+
+
+def logits_of(model, pixel_values, decoder_input_ids, **kwargs):
+    with torch.no_grad():
+        return model(pixel_values=pixel_values, decoder_input_ids=decoder_input_ids, **kwargs).logits
+
+
+@pytest.fixture
+def tokens(labels):
+    return labels.clamp(min=3)
+
+
+# --- the student ------------------------------------------------------------------------------------------------------
+
+
+def test_image_embeds_have_unit_norm_and_the_teachers_width(model, pixel_values):
+    output = model.vision_model(pixel_values)
+    assert output.image_embeds.shape == (5, 14)
+    assert output.last_hidden_state.shape == (5, 1 + 9, 12)
+    torch.testing.assert_close(output.image_embeds.norm(dim=-1), torch.ones(5))
+    torch.testing.assert_close(model.get_image_features(pixel_values), output.image_embeds)
+
+
+def test_the_student_equals_an_assembly_of_torchs_own_encoder_layers(model, pixel_values):
+    student, config = model.vision_model, model.config.vision_config
+    layers = []
+    for layer in student.layers:
+        theirs = nn.TransformerEncoderLayer(
+            12, 3, 20, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+        )
+        copy_attention(layer.self_attn, theirs.self_attn)
+        copy_linear({layer.mlp.fc1: theirs.linear1, layer.mlp.fc2: theirs.linear2})
+        copy_linear({layer.layer_norm1: theirs.norm1, layer.layer_norm2: theirs.norm2})
+        layers.append(theirs.eval())
+    with torch.no_grad():
+        patches = F.unfold(pixel_values, config.patch_size, stride=config.patch_size).transpose(1, 2)
+        kernel = student.embeddings.patch_embedding
+        patches = patches @ kernel.weight.flatten(1).t() + kernel.bias
+        states = torch.cat([student.embeddings.cls_token.expand(5, -1, -1), patches], dim=1)
+        states = states + student.embeddings.position_embeddings
+        for layer in layers:
+            states = layer(states)
+        states = student.final_layer_norm(states)
+        embeds = student.projection(states[:, 0])
+        output = student(pixel_values)
+    torch.testing.assert_close(output.last_hidden_state, states, atol=1e-4, rtol=0)
+    torch.testing.assert_close(output.image_embeds, embeds / embeds.norm(dim=-1, keepdim=True), atol=1e-4, rtol=0)
+
+
+def test_another_image_size_needs_interpolated_positions(model):
+    larger = torch.randn(2, 3, 32, 40)
+    with pytest.raises(ValueError, match="expected 24x24 pixels, got 32x40"):
+        model.get_image_features(larger)
+    assert model.vision_model(larger, interpolate_pos_encoding=True).last_hidden_state.shape == (2, 1 + 4 * 5, 12)
+
+
+def test_positions_interpolated_to_their_own_size_are_the_table(model, pixel_values):
+    plain = model.get_image_features(pixel_values)
+    torch.testing.assert_close(model.get_image_features(pixel_values, interpolate_pos_encoding=True), plain)
+
+
+@pytest.mark.parametrize("shape", [(3, 24, 24), (2, 1, 24, 24), (2, 3, 24, 16)])
+def test_pixel_values_of_another_shape_are_an_error_that_says_which_one_was_expected(model, shape):
+    with pytest.raises(ValueError, match="pixel_values: expected .*24|pixel_values: expected .*3, height"):
+        model.get_image_features(torch.zeros(shape))
+
+
+def test_patch_dropout_shortens_training_sequences_and_leaves_inference_alone(pixel_values):
+    model = tiny_model(vision_config={"patch_dropout": 0.5})
+    assert model.vision_model.train()(pixel_values).last_hidden_state.shape == (5, 1 + 4, 12)
+    whole = model.vision_model.eval()(pixel_values)
+    assert whole.last_hidden_state.shape == (5, 1 + 9, 12)
+
+
+# --- the decoder ------------------------------------------------------------------------------------------------------
+
+
+def copy_linear(pairs: dict) -> None:
+    for ours, theirs in pairs.items():
+        theirs.load_state_dict(ours.state_dict())
+
+
+def copy_attention(ours, theirs: nn.MultiheadAttention) -> None:
+    projections = (ours.q_proj, ours.k_proj, ours.v_proj)
+    with torch.no_grad():
+        theirs.in_proj_weight.copy_(torch.cat([projection.weight for projection in projections]))
+        theirs.in_proj_bias.copy_(torch.cat([projection.bias for projection in projections]))
+    theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
+
+
+@pytest.mark.parametrize("memory", ["embedding", "patches"])
+def test_the_decoder_equals_an_assembly_of_torchs_own_decoder_layers(memory, pixel_values, tokens):
+    model = tiny_model(memory=memory)
+    decoder = model.decoder
+    with torch.no_grad():
+        encoded = model.vision_model(pixel_values)
+        if memory == "embedding":
+            states = encoded.image_embeds[:, None] * 14**0.5
+        else:
+            states = encoded.last_hidden_state
+        memory_states = decoder.memory_projection(states)
+        states = decoder.embed_tokens(tokens) + decoder.embed_positions.weight[:7]
+        for layer in decoder.layers:
+            theirs = nn.TransformerDecoderLayer(
+                16, 2, 28, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
+            ).eval()
+            copy_attention(layer.self_attn, theirs.self_attn)
+            copy_attention(layer.cross_attn, theirs.multihead_attn)
+            copy_linear({layer.mlp.fc1: theirs.linear1, layer.mlp.fc2: theirs.linear2})
+            norms = {layer.layer_norm1: theirs.norm1, layer.layer_norm2: theirs.norm2, layer.layer_norm3: theirs.norm3}
+            copy_linear(norms)
+            mask = nn.Transformer.generate_square_subsequent_mask(7)
+            states = theirs(states, memory_states, tgt_mask=mask, tgt_is_causal=True)
+        expected = decoder.final_layer_norm(states) @ decoder.embed_tokens.weight.t()
+    torch.testing.assert_close(logits_of(model, pixel_values, tokens), expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_later_token_never_changes_an_earlier_logit(model, pixel_values, tokens, implementation):
+    model.set_attn_implementation(implementation)
+    before = logits_of(model, pixel_values, tokens)
+    changed = tokens.clone()
+    changed[:, 4] = (changed[:, 4] + 1) % 37
+    after = logits_of(model, pixel_values, changed)
+    torch.testing.assert_close(after[:, :4], before[:, :4])
+    assert not torch.allclose(after[:, 4:], before[:, 4:], atol=1e-3)
+
+
+@pytest.mark.parametrize("memory", ["embedding", "patches"])
+def test_eager_attention_equals_sdpa(memory, pixel_values, tokens):
+    model = tiny_model(memory=memory)
+    model.set_attn_implementation("sdpa")
+    sdpa = logits_of(model, pixel_values, tokens)
+    model.set_attn_implementation("eager")
+    torch.testing.assert_close(logits_of(model, pixel_values, tokens), sdpa, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("memory", ["embedding", "patches"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_cached_decoding_equals_uncached(memory, implementation, pixel_values, tokens):
+    model = tiny_model(memory=memory)
+    model.set_attn_implementation(implementation)
+    whole = logits_of(model, pixel_values, tokens)
+    cache, pieces = None, []
+    with torch.no_grad():
+        encoded = model.vision_model(pixel_values)
+        for piece in (tokens[:, :1], tokens[:, 1:2], tokens[:, 2:5], tokens[:, 5:]):
+            output = model(encoder_outputs=encoded, decoder_input_ids=piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            pieces.append(output.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("memory", ["embedding", "patches"])
+def test_a_batch_equals_its_members_one_by_one(memory, pixel_values, tokens):
+    model = tiny_model(memory=memory)
+    batch = logits_of(model, pixel_values, tokens)
+    alone = [logits_of(model, pixel_values[i : i + 1], tokens[i : i + 1]) for i in range(5)]
+    torch.testing.assert_close(torch.cat(alone), batch, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_in_a_batch_changes_nothing(model, pixel_values, tokens, side, implementation):
+    model.set_attn_implementation(implementation)
+    plain = logits_of(model, pixel_values, tokens)
+    pads = (3, 0) if side == "left" else (0, 3)
+    mask = F.pad(torch.ones_like(tokens), pads)
+    padded = logits_of(model, pixel_values, F.pad(tokens, pads), decoder_attention_mask=mask)
+    real = padded[:, 3:] if side == "left" else padded[:, :7]
+    torch.testing.assert_close(real, plain, atol=1e-5, rtol=0)
+
+
+def test_padding_stays_without_effect_in_cached_steps(model, pixel_values, tokens):
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        encoded = model.vision_model(pixel_values)
+        first = model(
+            encoder_outputs=encoded, decoder_input_ids=tokens[:, :5], decoder_attention_mask=mask[:, :5], use_cache=True
+        )
+        second = model(
+            encoder_outputs=encoded,
+            decoder_input_ids=tokens[:, 5:],
+            decoder_attention_mask=mask,
+            past_key_values=first.past_key_values,
+        )
+    alone = logits_of(model, pixel_values[1:2], tokens[1:2, 3:])
+    torch.testing.assert_close(second.logits[1:2], alone[:, 2:], atol=1e-5, rtol=0)
+
+
+# --- one memory token (points 1 and 2 of what an expert should know) --------------------------------------------------
+
+
+def test_the_one_token_shortcut_equals_full_cross_attention(model, pixel_values, tokens):
+    shortcut = logits_of(model, pixel_values, tokens)
+    full = model(pixel_values=pixel_values, decoder_input_ids=tokens, use_cache=False).logits
+    assert full.requires_grad, "with gradients the general path is taken"
+    torch.testing.assert_close(shortcut, full, atol=1e-5, rtol=0)
+
+
+def test_the_shortcut_asks_neither_queries_nor_keys(model, pixel_values, tokens):
+    before = logits_of(model, pixel_values, tokens)
+    with torch.no_grad():
+        for layer in model.decoder.layers:
+            layer.cross_attn.q_proj.weight.fill_(float("nan"))
+            layer.cross_attn.k_proj.weight.fill_(float("nan"))
+    torch.testing.assert_close(logits_of(model, pixel_values, tokens), before, atol=0, rtol=0)
+
+
+def test_the_constant_is_computed_once_per_image_and_layer(model, pixel_values, tokens):
+    calls = []
+    for layer in model.decoder.layers:
+        layer.cross_attn.v_proj.register_forward_hook(lambda *_: calls.append(1))
+    model.generate(pixel_values, max_new_tokens=6, min_new_tokens=6)
+    assert len(calls) == len(model.decoder.layers)
+
+
+def test_a_cache_filled_with_gradients_serves_a_step_without_them(model, pixel_values, tokens):
+    whole = logits_of(model, pixel_values, tokens)
+    encoded = model.vision_model(pixel_values)
+    first = model(encoder_outputs=encoded, decoder_input_ids=tokens[:, :3], use_cache=True)
+    with torch.no_grad():
+        second = model(encoder_outputs=encoded, decoder_input_ids=tokens[:, 3:], past_key_values=first.past_key_values)
+    torch.testing.assert_close(second.logits, whole[:, 3:], atol=1e-5, rtol=0)
+
+
+def test_cross_attention_weights_of_one_token_are_ones(model, pixel_values, tokens):
+    with torch.no_grad():
+        output = model(pixel_values=pixel_values, decoder_input_ids=tokens, output_attentions=True)
+    assert [weights.shape for weights in output.cross_attentions] == [(5, 2, 7, 1)] * 3
+    assert all((weights == 1).all() for weights in output.cross_attentions)
+
+
+def test_a_unit_norm_embedding_enters_the_decoder_at_the_size_of_its_token_embeddings():
+    """Raw, a 768-vector of norm 1 would change the first logits some 28 times less."""
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 224, 224)
+    effect = {}
+    for scale in (None, 1.0):
+        torch.manual_seed(1)
+        config = tiny_config(
+            memory_scale=scale, vision_config={"image_size": 224, "patch_size": 32, "projection_dim": 768}
+        )
+        fresh = TinyCapForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            memory = fresh.decoder.project_memory(fresh.get_image_features(images)[:, None])
+        effect[scale] = memory.std().item()
+    assert effect[None] / effect[1.0] == pytest.approx(768**0.5, rel=1e-3)
+    assert 0.2 < effect[None] < 2.0
+
+
+def test_the_patch_memory_comes_from_a_layer_norm_and_is_not_scaled():
+    assert tiny_model(memory="patches").decoder.memory_scale == 1.0
+    assert tiny_model(memory="patches", memory_scale=0.5).decoder.memory_scale == 0.5
+
+
+# --- the objective ----------------------------------------------------------------------------------------------------
+
+
+def test_the_loss_is_the_sum_of_its_named_parts(pixel_values, labels):
+    model = tiny_model(distill_weight=0.25)
+    teacher = torch.randn(5, 14)
+    output = model(pixel_values, labels=labels, teacher_embeds=teacher)
+    expected = F.cross_entropy(output.logits.flatten(0, 1), labels.flatten())
+    torch.testing.assert_close(output.caption_loss, expected)
+    cosine = (output.image_embeds * F.normalize(teacher, dim=-1)).sum(dim=-1)
+    torch.testing.assert_close(output.distill_loss, (1 - cosine).mean())
+    torch.testing.assert_close(output.loss, output.caption_loss + 0.25 * output.distill_loss)
+    assert model(pixel_values, labels=labels).distill_loss is None
+    torch.testing.assert_close(model(pixel_values, teacher_embeds=teacher).loss, 0.25 * output.distill_loss)
+
+
+def test_labels_are_shifted_right_behind_the_start_token(model, pixel_values, labels):
+    shifted = shift_tokens_right(labels, 1, 0)
+    assert (shifted[:, 0] == 1).all() and torch.equal(shifted[0, 1:], labels[0, :-1])
+    assert torch.equal(shifted[2, 1:5], labels[2, :4]) and (shifted[2, 5:] == 0).all()
+    given = model(pixel_values, decoder_input_ids=shifted, labels=labels)
+    torch.testing.assert_close(model(pixel_values, labels=labels).loss, given.loss)
+
+
+def test_padding_of_labels_changes_no_loss(model, pixel_values, labels):
+    padded = F.pad(labels, (0, 4), value=-100)
+    torch.testing.assert_close(model(pixel_values, labels=padded).loss, model(pixel_values, labels=labels).loss)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_the_loss_without_logits_equals_the_loss_with_them(pixel_values, labels, smoothing, monkeypatch):
+    monkeypatch.setattr("tinycap.modeling_tinycap.LOSS_CHUNK", 4)
+    model = tiny_model(label_smoothing=smoothing).train()
+    gradients = []
+    for skip_logits in (False, True):
+        model.zero_grad()
+        output = model(pixel_values, labels=labels, skip_logits=skip_logits)
+        output.loss.backward()
+        assert (output.logits is None) == skip_logits
+        gradients.append((output.loss, [parameter.grad.clone() for parameter in model.parameters()]))
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+def test_label_smoothing_counts_in_training_only(pixel_values, labels):
+    smooth, plain = tiny_model(label_smoothing=0.2), tiny_model()
+    torch.testing.assert_close(smooth(pixel_values, labels=labels).loss, plain(pixel_values, labels=labels).loss)
+    assert smooth.train()(pixel_values, labels=labels).loss != plain.train()(pixel_values, labels=labels).loss
+
+
+def test_several_captions_of_an_image_share_its_one_encoding(model, pixel_values, labels):
+    many = torch.cat([labels, labels.flip(0), labels]).unflatten(0, (3, 5)).transpose(0, 1).flatten(0, 1)
+    encoded = []
+    model.vision_model.register_forward_hook(lambda module, args, output: encoded.append(output.image_embeds.shape))
+    shared = model(pixel_values, labels=many)
+    assert encoded == [(5, 14)]
+    repeated = model(pixel_values.repeat_interleave(3, dim=0), labels=many)
+    torch.testing.assert_close(shared.logits, repeated.logits)
+    torch.testing.assert_close(shared.loss, repeated.loss)
+
+
+def test_captions_that_do_not_divide_among_the_images_are_an_error(model, pixel_values, labels):
+    with pytest.raises(ValueError, match="each of 5 images, got 4 captions"):
+        model(pixel_values, labels=labels[:4])
+
+
+def test_gradients_reach_every_parameter(pixel_values, labels):
+    """With one memory token, queries and keys of the cross-attention take part, though their gradient is zero."""
+    for memory in ("embedding", "patches"):
+        model = tiny_model(memory=memory).train()
+        model(pixel_values, labels=labels, teacher_embeds=torch.randn(5, 14)).loss.backward()
+        silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+        assert not silent, silent
+        zero = {name for name, parameter in model.named_parameters() if parameter.grad.abs().max() < 1e-8}
+        # A shift of all scores of a softmax changes nothing: no key bias ever learns.
+        zero = {name for name in zero if not name.endswith("k_proj.bias")}
+        if memory == "embedding":
+            expected = {n for n, _ in model.named_parameters() if "cross_attn.q_" in n or "cross_attn.k_proj.w" in n}
+            expected |= {name for name, _ in model.named_parameters() if ".layer_norm2." in name and "decoder" in name}
+            # The last positions of the table are beyond these captions, but the table itself learns.
+            assert zero == expected
+        else:
+            assert not zero
+
+
+def test_the_caption_loss_alone_trains_the_student_too(model, pixel_values, labels):
+    model.train()(pixel_values, labels=labels).loss.backward()
+    assert model.vision_model.embeddings.patch_embedding.weight.grad.abs().sum() > 0
+
+
+def test_the_teachers_embeddings_get_no_gradient(model, pixel_values, labels):
+    teacher = torch.randn(5, 14)
+    model.train()(pixel_values, labels=labels, teacher_embeds=teacher).loss.backward()
+    assert teacher.grad is None and not teacher.requires_grad
+
+
+def test_teacher_embeddings_of_another_width_are_an_error_that_names_both(model, pixel_values, labels):
+    with pytest.raises(ValueError, match=r"\(5, 14\), got \(5, 13\)"):
+        model(pixel_values, labels=labels, teacher_embeds=torch.randn(5, 13))
+
+
+# --- interfaces of transformers ---------------------------------------------------------------------------------------
+
+
+def test_attentions_and_hidden_states_come_layer_by_layer(model, pixel_values, tokens):
+    output = model(
+        pixel_values=pixel_values, decoder_input_ids=tokens, output_attentions=True, output_hidden_states=True
+    )
+    assert [a.shape for a in output.encoder_attentions] == [(5, 3, 10, 10)] * 2
+    assert [a.shape for a in output.decoder_attentions] == [(5, 2, 7, 7)] * 3
+    assert [h.shape for h in output.encoder_hidden_states] == [(5, 10, 12)] * 3
+    assert [h.shape for h in output.decoder_hidden_states] == [(5, 7, 16)] * 4
+    torch.testing.assert_close(output.decoder_attentions[0].sum(-1), torch.ones(5, 2, 7))
+
+
+def test_return_dict_false_gives_a_tuple_that_begins_with_the_loss(model, pixel_values, labels):
+    as_dict = model(pixel_values, labels=labels)
+    as_tuple = model(pixel_values, labels=labels, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    torch.testing.assert_close(as_tuple[:2], (as_dict.loss, as_dict.logits))
+
+
+def test_gradient_checkpointing_changes_no_gradient(pixel_values, labels):
+    gradients = []
+    for enabled in (False, True):
+        model = tiny_model().train()
+        if enabled:
+            model.gradient_checkpointing_enable()
+        model(pixel_values, labels=labels).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(gradients[0], gradients[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_gives_nearly_the_same_logits(model, pixel_values, tokens, dtype):
+    expected = logits_of(model, pixel_values, tokens)
+    half = logits_of(copy.deepcopy(model).to(dtype), pixel_values, tokens)
+    assert half.dtype == dtype
+    assert (half.float() - expected).abs().max() < 0.1 * expected.abs().max()
+
+
+def test_only_the_wanted_positions_reach_the_head(model, pixel_values, tokens):
+    whole = logits_of(model, pixel_values, tokens)
+    torch.testing.assert_close(logits_of(model, pixel_values, tokens, logits_to_keep=2), whole[:, -2:])
+
+
+def test_more_tokens_than_positions_are_an_error_before_any_lookup(model, pixel_values):
+    with pytest.raises(ValueError, match="at most 19 tokens .*got 20"):
+        logits_of(model, pixel_values, torch.ones(5, 20, dtype=torch.long))
+
+
+@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
+def test_text_under_the_encoders_name_is_an_error_that_gives_the_right_one(model, pixel_values, tokens, name):
+    with pytest.raises(ValueError, match=f"decoder_{name}"):
+        model(pixel_values, **{name: tokens})
+
+
+def test_a_cache_of_another_kind_is_an_error(model, pixel_values, tokens):
+    with pytest.raises(ValueError, match="EncoderDecoderCache, got DynamicCache"):
+        logits_of(model, pixel_values, tokens, past_key_values=DynamicCache())
+
+
+def test_bare_embeddings_of_another_width_are_an_error(model, tokens):
+    with pytest.raises(ValueError, match=r"\(B, 1, 14\).*\(5, 1, 13\)"):
+        model(encoder_outputs=BaseModelOutput(last_hidden_state=torch.randn(5, 1, 13)), decoder_input_ids=tokens)
+
+
+def test_patch_memory_cannot_come_from_a_bare_embedding(tokens):
+    with pytest.raises(ValueError, match="memory='patches'"):
+        tiny_model(memory="patches")(
+            encoder_outputs=BaseModelOutput(last_hidden_state=torch.randn(5, 1, 14)), decoder_input_ids=tokens
+        )
+
+
+def test_resizing_the_vocabulary_keeps_head_and_embedding_tied(model, pixel_values):
+    model.resize_token_embeddings(41)
+    assert model.lm_head.weight is model.decoder.embed_tokens.weight
+    assert model(pixel_values).logits.shape[-1] == 41 == model.config.text_config.vocab_size
+
+
+def test_the_student_alone_loads_from_the_whole_models_folder(model, pixel_values, tmp_path):
+    model.save_pretrained(tmp_path)
+    student, report = TinyCapVisionModel.from_pretrained(tmp_path, output_loading_info=True)
+    assert not report["missing_keys"]
+    torch.testing.assert_close(student(pixel_values).image_embeds, model.get_image_features(pixel_values))
+
+
+def test_initial_weights_are_small_and_layer_norms_neutral():
+    fresh = TinyCapForConditionalGeneration(tiny_config())
+    for name, parameter in fresh.named_parameters():
+        if "norm" in name:
+            assert (parameter == (1.0 if name.endswith("weight") else 0.0)).all(), name
+        else:
+            assert parameter.abs().max() < 0.12, name
+            assert name.endswith("bias") or parameter.std() > 0.01, name

@@ -1,0 +1,65 @@
+"""A tiny model of odd, distinct sizes, so that a swapped axis fails, and small things to feed it."""
+
+import random
+
+import torch
+from PIL import Image
+
+from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+
+
+CAPTIONS = [
+    "A brown dog runs across the grass .",
+    "Two men are walking along a wet street .",
+    "a small child in a red coat jumps into a puddle",
+    "A woman with a hat is reading a book on a bench .",
+]
+
+VISION = {
+    "image_size": 24,
+    "patch_size": 8,
+    "hidden_size": 12,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "intermediate_size": 20,
+    "projection_dim": 14,
+}
+TEXT = {
+    "vocab_size": 37,
+    "hidden_size": 16,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "intermediate_size": 28,
+    "max_position_embeddings": 19,
+    "hidden_dropout_prob": 0.0,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+def tiny_config(**changes) -> TinyCapConfig:
+    """The tiny configuration; `vision_config` and `text_config` are merged into it, the rest replaces."""
+    vision = {**VISION, **changes.pop("vision_config", {})}
+    text = {**TEXT, **changes.pop("text_config", {})}
+    return TinyCapConfig(vision_config=vision, text_config=text, **changes)
+
+
+def tiny_model(**changes) -> TinyCapForConditionalGeneration:
+    """A tiny model in eval mode whose weights are large enough for differences to show."""
+    torch.manual_seed(3)
+    model = TinyCapForConditionalGeneration(tiny_config(initializer_range=0.3, **changes)).eval()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "norm" not in name:
+                parameter.normal_(std=0.3)
+    return model
+
+
+def draw_picture(seed: int, size: tuple[int, int] = (37, 29)) -> Image.Image:
+    """A picture of random coloured blocks."""
+    colors = random.Random(seed)
+    picture = Image.new("RGB", (5, 3))
+    picture.putdata([tuple(colors.randrange(256) for _ in range(3)) for _ in range(15)])
+    return picture.resize(size, Image.Resampling.NEAREST)
