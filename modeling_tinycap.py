@@ -9,6 +9,7 @@ What is unusual here:
 - `forward(pixel_values, labels, teacher_embeds)` returns the joint loss and each named part of it.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -525,7 +526,8 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         last = past_length + length if position_ids.shape[0] == 1 else int(position_ids.max()) + 1
         if last > self.config.max_position_embeddings:
             raise ValueError(
-                f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), got {int(last)}"
+                f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), "
+                f"got {int(last)}"
             )
         hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
 
@@ -816,6 +818,9 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: a prompt leaves no room in the position table.
         """
+        if isinstance(kwargs.get("encoder_outputs"), ModelOutput):
+            # GenerationMixin repeats its tensors for every beam, in place: the caller's object stays as it is.
+            kwargs["encoder_outputs"] = copy.copy(kwargs["encoder_outputs"])
         prompt = kwargs.pop("input_ids", None)
         mask = kwargs.pop("attention_mask", None)
         prompt = kwargs.pop("decoder_input_ids", prompt)

@@ -10,7 +10,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import pytest
 import torch
 from PIL import Image
-from tiny import CAPTIONS, draw_picture, tiny_model
+from tiny import CAPTIONS, draw_picture, tiny_model, tiny_repository_model
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
@@ -50,7 +50,7 @@ def pictures() -> list[Image.Image]:
 def repository(tmp_path_factory, tokenizer):
     """A folder as a finished run leaves it: weights, configs, code, tokenizer, processor."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-repository"
-    model = tiny_model(text_config={"vocab_size": len(tokenizer)})
+    model = tiny_repository_model(tokenizer)
     model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
     save_repository(folder, model, tokenizer, create_image_processor(24))
     return folder

@@ -72,6 +72,50 @@ def load_split(
         raise
 
 
+def load_splits(
+    dataset_name: str,
+    dataset_config_name: str | None = None,
+    train_split: str = "train",
+    validation_split: str | None = None,
+    max_train_samples: int | None = None,
+    max_eval_samples: int | None = None,
+    streaming: bool = False,
+    seed: int = 0,
+) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset]:
+    """The training and the validation split, cut to the numbers of rows that were asked for.
+
+    Args:
+        validation_split: `None` for "validation" if there is one, else for 5 % of the training rows, drawn by `seed`.
+        streaming: the training split comes as a stream; of the validation split, `max_eval_samples` rows (1,000 when
+            not given) are kept, since scores need the same photos each time.
+        Others: see `load_split`.
+
+    Raises:
+        ValueError: a split isn't there, or a stream has none to validate on.
+    """
+    train = load_split(dataset_name, train_split, dataset_config_name, streaming)
+    try:
+        validation = load_split(dataset_name, validation_split or "validation", dataset_config_name, streaming)
+    except ValueError:
+        if validation_split is not None:
+            raise
+        if streaming:
+            raise ValueError(
+                f"dataset {dataset_name}: expected a split to validate on; name it by --validation_split"
+            ) from None
+        logger.info("dataset %s has no validation split: 5 %% of its training rows are held out", dataset_name)
+        held_out = train.train_test_split(test_size=0.05, seed=seed)
+        train, validation = held_out["train"], held_out["test"]
+    if streaming:
+        rows = list(validation.take(max_eval_samples or 1000))
+        validation = datasets.Dataset.from_list(rows, features=validation.features)
+        return train.take(max_train_samples) if max_train_samples else train, validation
+    return (
+        train.select(range(min(len(train), max_train_samples or len(train)))),
+        validation.select(range(min(len(validation), max_eval_samples or len(validation)))),
+    )
+
+
 def resolve_columns(
     dataset: datasets.Dataset | datasets.IterableDataset,
     image_column: str | None = None,
@@ -274,6 +318,11 @@ def decode_dataset(
     return decoded.remove_columns("reason")
 
 
+def picture_of(row: dict) -> Image.Image:
+    """The picture of a decoded row, without a copy."""
+    return Image.frombuffer("RGB", (row["width"], row["height"]), row["pixels"], "raw", "RGB", 0, 1)
+
+
 # --- one sample -------------------------------------------------------------------------------------------------------
 
 
@@ -339,7 +388,7 @@ def make_sample(
     if captions_per_image is not None:
         rng.shuffle(captions)
         captions = [captions[i % len(captions)] for i in range(captions_per_image)]
-    image = Image.frombuffer("RGB", (row["width"], row["height"]), row["pixels"], "raw", "RGB", 0, 1)
+    image = picture_of(row)
     box = augmentation.crop_box(row["width"], row["height"], rng)
     image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
     if augmentation.horizontal_flip and rng.random() < 0.5 and not any(map(SIDE_WORDS.search, captions)):

@@ -57,22 +57,33 @@ def save_repository(
     if output_dir.resolve() == Path(__file__).resolve().parents[1]:
         raise ValueError(f"output_dir: expected a folder other than the code's own, got {output_dir}")
     model.save_pretrained(output_dir, state_dict=state_dict)
+    save_processors(output_dir, tokenizer, image_processor, PROCESSOR_CLASS)
+    # safetensors writes files that only their owner can read.
+    (output_dir / "model.safetensors").chmod(0o644)
+
+
+def save_processors(
+    output_dir: str | Path,
+    tokenizer: PreTrainedTokenizerFast,
+    image_processor: CLIPImageProcessor,
+    processor_class: str,
+) -> None:
+    """Writes tokenizer and image processor so that `AutoProcessor` joins them as `processor_class`."""
+    output_dir = Path(output_dir)
     tokenizer.save_pretrained(output_dir)
     # transformers 5 writes a class name that transformers 4 doesn't know; this one loads in both.
     _update_json(
         output_dir / "tokenizer_config.json",
         tokenizer_class="PreTrainedTokenizerFast",
-        processor_class=PROCESSOR_CLASS,
+        processor_class=processor_class,
         padding_side="left",
     )
     image_processor.save_pretrained(output_dir)
     _update_json(
         output_dir / "preprocessor_config.json",
         image_processor_type="CLIPImageProcessor",
-        processor_class=PROCESSOR_CLASS,
+        processor_class=processor_class,
     )
-    # safetensors writes files that only their owner can read.
-    (output_dir / "model.safetensors").chmod(0o644)
 
 
 def _update_json(path: Path, **values) -> None:

@@ -39,7 +39,8 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
         vocab_size=vocab_size,
         # A merge seen once would spend a row of the embedding on one caption's typing error.
         min_frequency=2,
-        special_tokens=[PAD_TOKEN, BOS_TOKEN, EOS_TOKEN],
+        # The end token mustn't be id 2: CLIP's text model takes that for the mark of its earliest checkpoints.
+        special_tokens=[PAD_TOKEN, EOS_TOKEN, BOS_TOKEN],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )

@@ -1,0 +1,155 @@
+"""The three doors, each from another working directory and, where code is loaded, in a process of its own."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import tiny_model, tiny_repository_model
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageTextToText,
+    AutoProcessor,
+    AutoTokenizer,
+    pipeline,
+)
+
+
+TRUST = {"trust_remote_code": True}
+
+
+@pytest.fixture(autouse=True)
+def another_working_directory(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def run_elsewhere(code: str, folder) -> str:
+    """Runs `code` in a fresh interpreter that knows nothing of this project's folder."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["PYTHONSAFEPATH"] = "1"
+    process = subprocess.run(
+        [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment, check=False
+    )
+    assert process.returncode == 0, process.stderr
+    return process.stdout
+
+
+@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText])
+def test_save_and_reload_is_bit_exact(repository, auto_class, pixel_values, tokenizer):
+    original = tiny_repository_model(tokenizer)
+    loaded, report = auto_class.from_pretrained(repository, output_loading_info=True, **TRUST)
+    assert type(loaded).__name__ == "TinyCapForConditionalGeneration"
+    assert not any(report.values()), report
+    for name, parameter in original.state_dict().items():
+        assert torch.equal(parameter, loaded.state_dict()[name]), name
+    with torch.no_grad():
+        assert torch.equal(loaded(pixel_values).logits, original(pixel_values).logits)
+
+
+def test_the_tied_head_is_stored_once(repository):
+    stored = load_file(repository / "model.safetensors")
+    assert "lm_head.weight" not in stored and "decoder.embed_tokens.weight" in stored
+    model = AutoModel.from_pretrained(repository, **TRUST)
+    assert model.lm_head.weight is model.decoder.embed_tokens.weight
+
+
+def test_every_auto_class_opens_the_folder(repository):
+    assert AutoConfig.from_pretrained(repository, **TRUST).model_type == "tinycap"
+    assert AutoTokenizer.from_pretrained(repository, **TRUST)("").input_ids == [2]
+    assert AutoImageProcessor.from_pretrained(repository, **TRUST).crop_size["height"] == 24
+    processor = AutoProcessor.from_pretrained(repository, **TRUST)
+    inputs = processor(images=Image.new("RGB", (31, 29)), text="A brown", return_tensors="pt")
+    model = AutoModel.from_pretrained(repository, **TRUST)
+    text = processor.batch_decode(model.generate(**inputs), skip_special_tokens=True)[0]
+    assert text.startswith("A brown")
+
+
+def test_a_new_process_elsewhere_loads_and_captions(repository, tmp_path):
+    code = """
+import sys, torch
+from PIL import Image
+from transformers import AutoModel, pipeline
+torch.manual_seed(0)
+captioner = pipeline("image-to-text", model=sys.argv[1], trust_remote_code=True)
+print(captioner(Image.new("RGB", (40, 30), "red"))[0]["generated_text"].encode())
+"""
+    first = run_elsewhere(code, repository)
+    assert first.startswith("b'") and first == run_elsewhere(code, repository)
+
+
+@pytest.mark.parametrize("how", ["model", "pipeline"])
+def test_what_save_pretrained_writes_is_a_repository_again(repository, tmp_path, pictures, how):
+    captioner = pipeline("image-to-text", model=str(repository), **TRUST)
+    copy = tmp_path / "copy"
+    if how == "model":
+        captioner.model.save_pretrained(copy)
+        captioner.tokenizer.save_pretrained(copy)
+        captioner.image_processor.save_pretrained(copy)
+    else:
+        captioner.save_pretrained(copy)
+    for name in ("configuration", "modeling", "pipeline", "processing"):
+        assert (copy / f"{name}_tinycap.py").read_bytes() == (repository / f"{name}_tinycap.py").read_bytes()
+    again = pipeline("image-to-text", model=str(copy), **TRUST)
+    assert again(pictures) == captioner(pictures)
+    assert type(again).__name__ == "ImageToTextPipeline"
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_weights_load_in_the_wanted_precision_and_generate(repository, dtype, pixel_values):
+    model = AutoModel.from_pretrained(repository, dtype=dtype, **TRUST)
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.generate(pixel_values, max_new_tokens=4).shape[0] == 5
+
+
+def test_the_builtin_image_text_to_text_pipeline_captions_and_continues(repository, pictures):
+    captioner = pipeline("image-text-to-text", model=str(repository), **TRUST)
+    expected = pipeline("image-to-text", model=str(repository), **TRUST)
+    found = captioner(images=pictures[0], text="")
+    assert found[0]["generated_text"].strip() == expected(pictures[0])[0]["generated_text"]
+    found = captioner(images=pictures[:2], text=["A brown", "Two"])
+    assert [one["generated_text"][: len(start)] for one, start in zip(found, ("A brown", "Two"))] == ["A brown", "Two"]
+
+
+def test_the_tokenizer_names_a_class_that_transformers_4_knows(repository):
+    config = json.loads((repository / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+    assert config["processor_class"] == "GitProcessor"
+
+
+def test_the_weights_may_be_read_by_others(repository):
+    assert (repository / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
+def test_saving_over_the_code_itself_is_refused(tokenizer):
+    from pathlib import Path
+
+    from tinycap.training import repository as module
+    from tinycap.training.repository import create_image_processor, save_repository
+
+    root = Path(module.__file__).resolve().parents[1]
+    with pytest.raises(ValueError, match="folder other than the code's own"):
+        save_repository(root, tiny_model(), tokenizer, create_image_processor(24))
+
+
+def test_the_root_of_the_project_is_such_a_repository(pictures):
+    from pathlib import Path
+
+    import tinycap
+
+    root = str(Path(tinycap.__file__).resolve().parent)
+    captioner = pipeline("image-to-text", model=root, **TRUST)
+    captions = [entries[0]["generated_text"] for entries in captioner(pictures, batch_size=3)]
+    assert all(captions)
+    code = """
+import sys
+from transformers import AutoModel, AutoProcessor
+AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
+print(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).num_parameters())
+"""
+    assert int(run_elsewhere(code, root)) > 3_003_456

@@ -1,0 +1,732 @@
+"""Trains TinyCap: a student ViT learns a CLIP teacher's image embedding, a decoder learns to say what it means.
+
+    accelerate launch train_distill.py
+        trains on drawn scenes, with a teacher of their own; no files, no network.
+    accelerate launch train_distill.py --dataset_name my_photos --teacher_name_or_path openai/clip-vit-base-patch32
+        trains on captioned photos.
+
+Reading order: arguments, data, model, one evaluation, the loop, what is left behind.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoImageProcessor, get_scheduler
+
+# Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
+from tinycap import train_teacher
+from tinycap.configuration_tinycap import MEMORIES, TinyCapConfig
+from tinycap.evaluation.fidelity import distillation_fidelity
+from tinycap.evaluation.metrics import score_captions
+from tinycap.evaluation.reports import contact_sheet, plot_curves
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.training.arguments import (
+    FLAG,
+    add_data_arguments,
+    add_optimisation_arguments,
+    add_output_arguments,
+    check_common_arguments,
+    parse_with_scene_defaults,
+)
+from tinycap.training.checkpoints import (
+    complete_checkpoints,
+    load_checkpoint,
+    resolve_resume,
+    save_checkpoint,
+    seed_step,
+)
+from tinycap.training.data import (
+    Augmentation,
+    CaptionCollator,
+    CaptionDataset,
+    Columns,
+    EpochSampler,
+    SkippedRows,
+    StreamingCaptionDataset,
+    decode_dataset,
+    load_splits,
+    picture_of,
+    resolve_columns,
+)
+from tinycap.training.logs import RunLog, prepare_output_dir, write_json
+from tinycap.training.loop import check_finite, epoch_batches, set_up_logging
+from tinycap.training.model_card import write_model_card
+from tinycap.training.optimization import create_optimizer
+from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
+from tinycap.training.scenes import scene_splits, score_scene_captions
+from tinycap.training.teacher import FEATURES, Teacher
+from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
+
+
+logger = get_logger(__name__)
+
+LOSSES = ("loss", "caption_loss", "distill_loss")
+
+# With no dataset: pictures of 64 pixels and a small student, for ten minutes of two CPU cores.
+SCENE_CONFIG = {
+    "vision_config": {
+        "image_size": 64,
+        "patch_size": 8,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 384,
+        "projection_dim": 256,
+    },
+    "text_config": {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 48},
+}
+SCENE_DEFAULTS = {
+    "max_train_samples": 6000,
+    "max_eval_samples": 500,
+    "per_device_train_batch_size": 64,
+    "captions_per_image": 2,
+    "num_train_epochs": 12.0,
+    "learning_rate": 2e-3,
+    "num_warmup_steps": 50,
+    "vocab_size": 512,
+    "dropout": 0.0,
+    "crop_scale": 1.0,
+    "horizontal_flip": False,
+    "color_jitter": 0.0,
+    "max_caption_length": 40,
+}
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--model_name_or_path", help="continue from this TinyCap checkpoint")
+    model.add_argument(
+        "--config_name", help="folder or JSON file of a TinyCapConfig; the seed architecture if not given"
+    )
+    model.add_argument(
+        "--memory", choices=MEMORIES, help="what the decoder attends to; as the config says if not given"
+    )
+    model.add_argument("--image_size", type=int, help="side of the pictures in pixels; as the config says if not given")
+    model.add_argument("--tokenizer_name", help="a pretrained tokenizer; one is trained on the captions if not given")
+    model.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer trained on the captions")
+    model.add_argument("--dropout", type=float, default=0.1, help="dropout of the decoder's embeddings and sublayers")
+    model.add_argument("--vision_dropout", type=float, default=0.0, help="dropout of the student's sublayers")
+    model.add_argument(
+        "--patch_dropout", type=float, default=0.0, help="share of an image's patches left out of a training step"
+    )
+
+    teacher = parser.add_argument_group("teacher and objective")
+    teacher.add_argument(
+        "--teacher_name_or_path", help="a CLIP vision model, such as openai/clip-vit-base-patch32 or a local folder"
+    )
+    teacher.add_argument(
+        "--teacher_feature",
+        choices=FEATURES,
+        default="pooled",
+        help="the target: the pooled output before the visual projection, or image_embeds after it",
+    )
+    teacher.add_argument(
+        "--distill_weight", type=float, default=1.0, help="weight of the distillation loss; 0: no teacher"
+    )
+    teacher.add_argument("--label_smoothing", type=float, default=0.0, help="label smoothing of the caption loss")
+
+    add_data_arguments(parser)
+    parser.add_argument("--streaming", action=FLAG, default=False, help="read the training photos as they come")
+    add_optimisation_arguments(parser, batch_size=64, captions_per_image=5, learning_rate=1e-3, weight_decay=0.05)
+    parser.add_argument("--gradient_checkpointing", action=FLAG, default=False, help="less memory, more time")
+    add_output_arguments(parser, output_dir="outputs/tinycap")
+    parser.add_argument("--num_beams", type=int, default=3, help="beams of validation and of the saved model")
+    parser.add_argument("--push_to_hub", action=FLAG, default=False, help="upload the result")
+    parser.add_argument("--hub_model_id", help="repository to upload to; the output folder's name if not given")
+    return parser
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads and checks the flags; every contradiction is an error that names them."""
+    parser = build_parser()
+    args = parse_with_scene_defaults(parser, argv, SCENE_DEFAULTS)
+
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            parser.error(message)
+
+    check_common_arguments(args, refuse)
+    refuse(args.dataset_name is None and args.streaming, "--streaming: needs --dataset_name")
+    refuse(
+        args.dataset_name is not None and args.distill_weight > 0 and not args.teacher_name_or_path,
+        "--teacher_name_or_path: needed with --dataset_name, unless --distill_weight is 0",
+    )
+    refuse(
+        args.distill_weight == 0 and args.teacher_name_or_path is not None,
+        "--teacher_name_or_path: contradicts --distill_weight 0, with which no teacher is asked",
+    )
+    refuse(
+        args.model_name_or_path is not None and args.config_name is not None,
+        "--config_name: contradicts --model_name_or_path, which brings its own configuration",
+    )
+    refuse(
+        args.model_name_or_path is not None and args.tokenizer_name is not None,
+        "--tokenizer_name: contradicts --model_name_or_path, which brings its own tokenizer",
+    )
+    refuse(args.streaming and args.max_train_steps is None, "--streaming: needs --max_train_steps, the end of the run")
+    refuse(args.hub_model_id is not None and not args.push_to_hub, "--hub_model_id: needs --push_to_hub")
+    refuse(args.num_beams < 1, f"--num_beams: expected a positive number, got {args.num_beams}")
+    refuse(not args.distill_weight >= 0, f"--distill_weight: expected at least 0, got {args.distill_weight}")
+    for name in ("dropout", "vision_dropout", "patch_dropout", "label_smoothing"):
+        value = getattr(args, name)
+        refuse(not 0 <= value < 1, f"--{name}: expected a number in [0, 1), got {value}")
+    return args
+
+
+# --- data -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Data:
+    """Both splits: as they came, decoded, and what is known about them.
+
+    Args:
+        raw_train: rows with images and captions; may be a stream.
+        raw_validation: the same; never a stream.
+        columns: where they have what.
+        train: decoded rows; `None` for a stream, which is decoded as it comes.
+        validation: decoded rows.
+        scenes: the true scenes of the validation pictures (JSON), where the pictures are drawn.
+    """
+
+    raw_train: datasets.Dataset | datasets.IterableDataset
+    raw_validation: datasets.Dataset
+    columns: Columns
+    train: datasets.Dataset | None
+    validation: datasets.Dataset
+    scenes: list[str] | None = None
+
+
+def build_data(args: argparse.Namespace, image_size: int, skipped: SkippedRows) -> Data:
+    """Loads or draws both splits and decodes them into the cache; bad rows are counted in `skipped`."""
+    scenes = None
+    if args.dataset_name is None:
+        drawn = scene_splits(args.max_train_samples, args.max_eval_samples, args.seed, image_size)
+        train, validation, scenes = drawn["train"], drawn["validation"], drawn["validation"]["scene"]
+    else:
+        train, validation = load_splits(
+            args.dataset_name,
+            args.dataset_config_name,
+            args.train_split,
+            args.validation_split,
+            args.max_train_samples,
+            args.max_eval_samples,
+            args.streaming,
+            args.seed,
+        )
+    columns = resolve_columns(train, args.image_column, args.caption_column)
+    validation_rows = decode_dataset(validation, columns, image_size, skipped, args.validation_split or "validation")
+    train_rows = None
+    if not args.streaming:
+        train_rows = decode_dataset(train, columns, image_size, skipped, args.train_split)
+    return Data(train, validation, columns, train_rows, validation_rows, scenes)
+
+
+def iterate_captions(data: Data, num_streamed: int = 100_000):
+    """The captions that a tokenizer is trained on: of every decoded photo, or of the first ones of a stream."""
+    if data.train is not None:
+        for captions in data.train["captions"]:
+            yield from captions
+        return
+    for row in data.raw_train.select_columns([data.columns.caption]).take(num_streamed):
+        captions = row[data.columns.caption]
+        for caption in [captions] if isinstance(captions, str) else captions or []:
+            if isinstance(caption, str):
+                yield caption
+
+
+def build_loaders(
+    args: argparse.Namespace, accelerator: Accelerator, data: Data, collator, image_size: int, skipped: SkippedRows
+) -> tuple[DataLoader, DataLoader]:
+    """One loader of training batches, which starts anew each epoch, and one of validation batches in order."""
+    augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter)
+    common = {
+        "collate_fn": collator,
+        "num_workers": args.dataloader_num_workers,
+        "persistent_workers": args.dataloader_num_workers > 0,
+        "pin_memory": accelerator.device.type == "cuda",
+    }
+    if args.streaming:
+        stream = StreamingCaptionDataset(
+            data.raw_train,
+            data.columns,
+            image_size,
+            skipped,
+            args.train_split,
+            augmentation,
+            args.captions_per_image,
+            args.seed,
+            process_index=accelerator.process_index,
+            num_processes=accelerator.num_processes,
+        )
+        # Each process reads its own shards, so that this loader isn't accelerate's to divide; and its workers are
+        # born anew each epoch, since they learn the epoch when they are.
+        common["persistent_workers"] = False
+        train_loader = DataLoader(stream, args.per_device_train_batch_size, drop_last=True, **common)
+    else:
+        dataset = CaptionDataset(data.train, image_size, augmentation, args.captions_per_image, args.seed)
+        train_loader = accelerator.prepare(
+            DataLoader(
+                dataset,
+                min(args.per_device_train_batch_size, len(dataset)),
+                sampler=EpochSampler(len(dataset), args.seed),
+                drop_last=True,
+                **common,
+            )
+        )
+    dataset = CaptionDataset(data.validation, image_size, None, args.captions_per_image, args.seed)
+    validation_loader = accelerator.prepare(DataLoader(dataset, args.per_device_eval_batch_size, **common))
+    return train_loader, validation_loader
+
+
+# --- teacher ----------------------------------------------------------------------------------------------------------
+
+
+def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, folder: Path) -> Path:
+    """Trains the scenes' own teacher in `folder`, on other scenes than the student's, unless it is there already."""
+    if not (folder / "eval_results.json").exists():
+        logger.info("First, a teacher is trained on drawn scenes; then the student.")
+        flags = {
+            "output_dir": folder,
+            "seed": args.seed + 1,
+            "max_train_samples": args.max_train_samples,
+            "max_eval_samples": args.max_eval_samples,
+            "dataloader_num_workers": args.dataloader_num_workers,
+            "resume_from_checkpoint": "latest" if complete_checkpoints(folder) else None,
+        }
+        argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
+        # What was there before the first checkpoint is of no use.
+        train_teacher.main(argv if flags["resume_from_checkpoint"] else [*argv, "--overwrite_output_dir"], accelerator)
+    return folder
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+def read_config(args: argparse.Namespace) -> TinyCapConfig:
+    """The configuration before data and teacher have their say; `args.given` says which widths were asked for."""
+    if args.model_name_or_path is not None:
+        config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+        if config.model_type != TinyCapConfig.model_type:
+            raise ValueError(
+                f"--model_name_or_path {args.model_name_or_path}: expected a checkpoint of model_type "
+                f"{TinyCapConfig.model_type!r}, got {config.model_type!r}"
+            )
+        values = config.to_dict()
+    elif args.config_name is not None:
+        path = Path(args.config_name)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise ValueError(f"--config_name {args.config_name}: expected a TinyCapConfig as JSON: {error}") from error
+        if values.get("model_type", TinyCapConfig.model_type) != TinyCapConfig.model_type:
+            raise ValueError(
+                f"--config_name {args.config_name}: expected model_type {TinyCapConfig.model_type!r}, "
+                f"got {values['model_type']!r}"
+            )
+    else:
+        values = json.loads(json.dumps(SCENE_CONFIG)) if args.dataset_name is None else {}
+    vision, text = values.setdefault("vision_config", {}), values.setdefault("text_config", {})
+    # The scenes' own configuration leaves its widths to the teacher and the tokenizer, a user's doesn't.
+    fixed = args.model_name_or_path is not None or args.config_name is not None
+    args.given = {
+        "vocab_size": text.get("vocab_size") if fixed else None,
+        "projection_dim": vision.get("projection_dim") if fixed else None,
+    }
+    if args.image_size is not None:
+        if args.model_name_or_path is not None and vision["image_size"] != args.image_size:
+            raise ValueError(
+                f"--image_size: expected {vision['image_size']}, the size of {args.model_name_or_path}, "
+                f"got {args.image_size}"
+            )
+        vision["image_size"] = args.image_size
+    if args.memory is not None:
+        if args.model_name_or_path is not None and values["memory"] != args.memory:
+            raise ValueError(
+                f"--memory: expected {values['memory']!r}, that of {args.model_name_or_path}, got {args.memory!r}"
+            )
+        values["memory"] = args.memory
+    vision.update(hidden_dropout_prob=args.vision_dropout, patch_dropout=args.patch_dropout)
+    text.update(hidden_dropout_prob=args.dropout)
+    values.update(distill_weight=args.distill_weight, label_smoothing=args.label_smoothing)
+    return TinyCapConfig(**values)
+
+
+def fit_config(args: argparse.Namespace, config: TinyCapConfig, tokenizer, teacher: Teacher | None) -> None:
+    """Gives `config` the tokenizer's vocabulary and the teacher's width, or says why they don't fit.
+
+    Raises:
+        ValueError: vocabulary, width or caption length don't fit a configuration that was given; names both.
+    """
+    if args.given["vocab_size"] is None:
+        config.text_config.vocab_size = len(tokenizer)
+    elif len(tokenizer) > config.text_config.vocab_size:
+        raise ValueError(
+            f"tokenizer: expected at most the configuration's vocab_size of {config.text_config.vocab_size} tokens, "
+            f"got {len(tokenizer)}"
+        )
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
+        setattr(config.text_config, name, getattr(tokenizer, name))
+    config.decoder_start_token_id = tokenizer.bos_token_id
+    if args.max_caption_length > config.text_config.max_position_embeddings:
+        raise ValueError(
+            "--max_caption_length: expected at most max_position_embeddings "
+            f"{config.text_config.max_position_embeddings}, got {args.max_caption_length}"
+        )
+    if teacher is not None:
+        if args.given["projection_dim"] is None:
+            config.vision_config.projection_dim = teacher.embed_dim
+        teacher.check_width(config.vision_config.projection_dim)
+
+
+def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForConditionalGeneration:
+    """A new model with fresh weights, or the one to continue from."""
+    if args.model_name_or_path is None:
+        model = TinyCapForConditionalGeneration(config)
+    else:
+        model, report = TinyCapForConditionalGeneration.from_pretrained(
+            args.model_name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+        )
+        problems = {
+            kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report[kind]
+        }
+        if problems:
+            raise ValueError(
+                f"--model_name_or_path {args.model_name_or_path}: weights don't fit its config: {problems}"
+            )
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    return model
+
+
+# --- one evaluation ---------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluation:
+    """What a validation found: named figures, and a caption for each validation photo, in order."""
+
+    metrics: dict[str, float]
+    captions: list[str]
+
+
+@torch.inference_mode()
+def evaluate(
+    accelerator: Accelerator, model, loader: DataLoader, rows: datasets.Dataset, tokenizer, teacher, scenes
+) -> Evaluation:
+    """Losses, captions by `model.generation_config`, their scores, and the embeddings' fidelity to the teacher.
+
+    With several processes the losses may count a few photos of the last batch twice; captions and scores don't.
+    """
+    model = accelerator.unwrap_model(model)
+    model.eval()
+    captions, student_embeds, teacher_embeds, losses = [], [], [], []
+    progress = tqdm(loader, desc="Validating", leave=False, disable=not accelerator.is_local_main_process)
+    for batch in progress:
+        target = None if teacher is None else teacher(batch["pixel_values"])
+        with accelerator.autocast():
+            encoder_outputs = model.get_encoder()(batch["pixel_values"], return_dict=True)
+            output = model(
+                encoder_outputs=encoder_outputs, labels=batch["labels"], teacher_embeds=target, skip_logits=True
+            )
+            sequences = model.generate(encoder_outputs=encoder_outputs)
+        num_tokens = (batch["labels"] != -100).sum()
+        losses.append(accelerator.gather(torch.stack([output.caption_loss * num_tokens, num_tokens])[None].double()))
+        texts = [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
+        captions.extend(accelerator.gather_for_metrics(texts, use_gather_object=True))
+        if target is not None:
+            student_embeds.append(accelerator.gather_for_metrics(encoder_outputs.image_embeds.float()).cpu())
+            teacher_embeds.append(accelerator.gather_for_metrics(target.float()).cpu())
+    model.train()
+    total, tokens = torch.cat(losses).sum(dim=0).tolist()
+    metrics = {"caption_loss": total / tokens}
+    if teacher_embeds:
+        metrics.update(distillation_fidelity(torch.cat(student_embeds), torch.cat(teacher_embeds)))
+    metrics.update(score_captions(captions, list(rows["captions"])))
+    if scenes is not None:
+        metrics.update(score_scene_captions(captions, scenes))
+    return Evaluation(metrics, captions)
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model,
+    optimizer,
+    scheduler,
+    loader: DataLoader,
+    teacher: Teacher | None,
+    state: dict,
+    log: RunLog,
+    after_step,
+) -> None:
+    """Runs optimizer steps until `args.max_train_steps`.
+
+    Args:
+        state: where the run stands: `step`, `epoch`, and `batch`, the batches of the epoch that are done.
+        after_step: called after every optimizer step, for validation and checkpoints.
+    """
+    model.train()
+    sums, images, since = {}, 0, time.perf_counter()
+    while state["step"] < args.max_train_steps:
+        seen = state["batch"]
+        for batch in epoch_batches(accelerator, loader, state["epoch"], skip=state["batch"]):
+            seen += 1
+            # Dropout and patch dropout follow from the step, so that a resumed run makes the same choices.
+            seed_step(args.seed, state["step"] * args.gradient_accumulation_steps + seen, accelerator.process_index)
+            with accelerator.accumulate(model):
+                teacher_embeds = None if teacher is None else teacher(batch["pixel_values"])
+                output = model(
+                    pixel_values=batch["pixel_values"],
+                    labels=batch["labels"],
+                    teacher_embeds=teacher_embeds,
+                    skip_logits=True,
+                    use_cache=False,
+                )
+                losses = {name: output[name] for name in LOSSES if output.get(name) is not None}
+                check_finite(losses, state["step"] + 1, batch["image_ids"])
+                accelerator.backward(output.loss)
+                grad_norm = None
+                if accelerator.sync_gradients and args.max_grad_norm > 0:
+                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            for name, loss in losses.items():
+                sums.setdefault(name, []).append(loss.detach())
+            images += len(batch["image_ids"]) * accelerator.num_processes
+            if not accelerator.sync_gradients:
+                continue
+            state.update(step=state["step"] + 1, batch=seen)
+            if state["step"] % args.logging_steps == 0 or state["step"] == args.max_train_steps:
+                row = {
+                    name: accelerator.reduce(torch.stack(values).mean(), "mean").item() for name, values in sums.items()
+                }
+                row["learning_rate"] = scheduler.get_last_lr()[0]
+                if grad_norm is not None:
+                    row["grad_norm"] = float(grad_norm)
+                row["images_per_second"] = images / (time.perf_counter() - since)
+                log.train_row(state["step"], state["epoch"], row)
+                sums, images, since = {}, 0, time.perf_counter()
+            paused = time.perf_counter()
+            after_step()
+            since += time.perf_counter() - paused
+            log.advance(state["step"])
+            if state["step"] >= args.max_train_steps:
+                return
+        if seen == 0:
+            raise ValueError(
+                f"split {args.train_split}: expected at least one batch of --per_device_train_batch_size "
+                f"{args.per_device_train_batch_size} photos for each of {accelerator.num_processes} processes, got none"
+            )
+        state.update(epoch=state["epoch"] + 1, batch=0)
+
+
+# --- what is left behind ----------------------------------------------------------------------------------------------
+
+
+def save(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model,
+    tokenizer,
+    image_processor,
+    data: Data,
+    evaluation: Evaluation,
+    facts: dict,
+) -> None:
+    """Writes the model repository, its reports and its card to `args.output_dir`."""
+    state_dict = accelerator.get_state_dict(model)
+    if not accelerator.is_main_process:
+        return
+    output_dir = Path(args.output_dir)
+    model = accelerator.unwrap_model(model)
+    save_repository(output_dir, model, tokenizer, image_processor, state_dict)
+    write_json(output_dir / "eval_results.json", evaluation.metrics)
+    plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
+    shown = range(min(16, len(evaluation.captions)))
+    contact_sheet(
+        [picture_of(data.validation[row]) for row in shown],
+        [evaluation.captions[row] for row in shown],
+        output_dir / "samples.png",
+        references=[data.validation[row]["captions"][0] for row in shown],
+        title="Held-out pictures: the model's caption, and a human's" if args.dataset_name else "Unseen scenes",
+    )
+    write_model_card(output_dir / "README.md", args, model.config, evaluation.metrics, facts)
+
+
+def push_to_hub(args: argparse.Namespace) -> str:
+    """Uploads the model repository without its checkpoints; returns its address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi()
+    repo_id = api.create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
+    api.upload_folder(
+        repo_id=repo_id,
+        folder_path=args.output_dir,
+        ignore_patterns=["checkpoint-*", "teacher/*", "trackers/*", ".*"],
+        commit_message="A trained TinyCap",
+    )
+    return repo_id
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Runs the whole training; returns the last evaluation's figures.
+
+    Raises:
+        ValueError: an argument, a dataset, a teacher or a checkpoint doesn't fit; nothing has been trained then.
+        NonFiniteLossError: the loss became infinite or no number.
+    """
+    args = parse_args(argv)
+    started = time.perf_counter()
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+    )
+    set_up_logging(accelerator)
+    output_dir = Path(args.output_dir)
+    resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            prepare_output_dir(output_dir, args.overwrite_output_dir, resuming=resume_from is not None)
+            write_json(output_dir / "train_args.json", vars(args))
+    set_seed(args.seed)
+
+    config = read_config(args)
+    image_size = config.vision_config.image_size
+    if args.model_name_or_path is not None:
+        tokenizer = load_tokenizer(args.model_name_or_path)
+        image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+    else:
+        tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)
+        image_processor = create_image_processor(image_size)
+
+    skipped = SkippedRows(output_dir / "skipped.jsonl" if accelerator.is_main_process else None, args.on_bad_row)
+    # One process decodes into the cache, the others read it.
+    with accelerator.main_process_first():
+        data = build_data(args, image_size, skipped)
+    if skipped.count:
+        logger.warning("%d rows left out; they are listed in %s", skipped.count, output_dir / "skipped.jsonl")
+    if tokenizer is None:
+        tokenizer = train_tokenizer(iterate_captions(data), args.vocab_size, config.text_config.max_position_embeddings)
+
+    teacher = None
+    if args.distill_weight > 0:
+        name_or_path = args.teacher_name_or_path or train_scene_teacher(args, accelerator, output_dir / "teacher")
+        teacher = Teacher.from_pretrained(
+            name_or_path, args.teacher_feature, image_processor.image_mean, image_processor.image_std
+        ).to(accelerator.device)
+    fit_config(args, config, tokenizer, teacher)
+    set_seed(args.seed)
+    model = build_model(args, config)
+    model.generation_config = create_generation_config(tokenizer, args.max_caption_length, args.num_beams)
+    num_parameters = model.num_parameters()
+
+    collator = CaptionCollator(
+        tokenizer, args.max_caption_length, image_processor.image_mean, image_processor.image_std
+    )
+    train_loader, validation_loader = build_loaders(args, accelerator, data, collator, image_size, skipped)
+    steps_per_epoch = None
+    if not args.streaming:
+        steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
+        if args.max_train_steps is None:
+            args.max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
+    checkpointing_steps = args.checkpointing_steps or steps_per_epoch or args.max_train_steps
+    optimizer = create_optimizer(model, args.learning_rate, args.weight_decay)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        # accelerate steps the scheduler once for each process.
+        num_warmup_steps=args.num_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    if args.report_to != "none":
+        accelerator.init_trackers("tinycap", config={k: v for k, v in vars(args).items() if not isinstance(v, dict)})
+
+    state = {"step": 0, "epoch": 0, "batch": 0}
+    if resume_from is not None:
+        state = load_checkpoint(accelerator, resume_from)
+        logger.info("Going on from %s at step %d.", resume_from, state["step"])
+    batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    num_train_images = "a stream" if args.streaming else f"{len(data.train):,} pictures"
+    logger.info(
+        "Training %s parameters on %s, %s steps of %d pictures with %d captions each, on %s x %d, %s.",
+        f"{num_parameters:,}",
+        num_train_images,
+        f"{args.max_train_steps:,}",
+        batch_size,
+        args.captions_per_image,
+        accelerator.device,
+        accelerator.num_processes,
+        accelerator.mixed_precision,
+    )
+
+    scored = (data.validation, tokenizer, teacher, data.scenes)
+    log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
+
+    def after_step() -> None:
+        if args.evaluation_steps and state["step"] % args.evaluation_steps == 0 < args.max_train_steps - state["step"]:
+            found = evaluate(accelerator, model, validation_loader, *scored)
+            log.eval_row(state["step"], state["epoch"], found.metrics)
+        if state["step"] % checkpointing_steps == 0 or state["step"] == args.max_train_steps:
+            save_checkpoint(accelerator, output_dir, state, keep=args.checkpoints_total_limit)
+
+    train(args, accelerator, model, optimizer, scheduler, train_loader, teacher, state, log, after_step)
+    evaluation = evaluate(accelerator, model, validation_loader, *scored)
+    log.eval_row(state["step"], state["epoch"], evaluation.metrics)
+    log.close()
+
+    facts = {
+        "num_parameters": num_parameters,
+        "steps": state["step"],
+        "batch_size": batch_size,
+        "hours": (time.perf_counter() - started) / 3600,
+        "device": f"{accelerator.num_processes} x {accelerator.device.type}",
+        "teacher": "none"
+        if teacher is None
+        else f"{args.teacher_name_or_path or 'trained in the same run'}, "
+        f"{args.teacher_feature} feature of width {teacher.embed_dim}",
+        "num_train_images": num_train_images,
+        "num_images": len(evaluation.captions),
+    }
+    save(args, accelerator, model, tokenizer, image_processor, data, evaluation, facts)
+    if args.push_to_hub and accelerator.is_main_process:
+        logger.info("Uploaded to %s", push_to_hub(args))
+    accelerator.end_training()
+    logger.info("Saved to %s: %s", output_dir, {name: round(value, 4) for name, value in evaluation.metrics.items()})
+    return evaluation.metrics
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"train_distill.py: error: {error}")

@@ -1,0 +1,441 @@
+"""Trains a CLIP teacher from scratch, by the contrastive loss, on the same captioned pictures as the student.
+
+    accelerate launch train_teacher.py --dataset_name my_photos --output_dir my_teacher
+    accelerate launch train_distill.py --dataset_name my_photos --teacher_name_or_path my_teacher
+
+For people whose pictures are not web photos, and for machines without a hub. With web photos and a network,
+openai/clip-vit-base-patch32 has seen 400 million pairs and is the better teacher by far.
+
+Reading order: arguments, model, objective, one evaluation, the loop.
+"""
+
+import argparse
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed.nn
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import CLIPConfig, CLIPModel, get_scheduler
+
+# Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
+from tinycap.training.arguments import (
+    add_data_arguments,
+    add_optimisation_arguments,
+    add_output_arguments,
+    check_common_arguments,
+    parse_with_scene_defaults,
+)
+from tinycap.training.checkpoints import load_checkpoint, resolve_resume, save_checkpoint, seed_step
+from tinycap.training.data import (
+    Augmentation,
+    CaptionCollator,
+    CaptionDataset,
+    EpochSampler,
+    SkippedRows,
+    decode_dataset,
+    load_splits,
+    resolve_columns,
+)
+from tinycap.training.logs import RunLog, prepare_output_dir, write_json
+from tinycap.training.loop import check_finite, epoch_batches, set_up_logging
+from tinycap.training.optimization import create_optimizer
+from tinycap.training.repository import create_image_processor, save_processors
+from tinycap.training.scenes import scene_splits
+from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
+
+
+logger = get_logger(__name__)
+
+# CLIP's own bound on the temperature (Radford et al., 2021, section 2.5).
+MAX_LOGIT_SCALE = math.log(100.0)
+
+SCENE_DEFAULTS = {
+    "max_train_samples": 6000,
+    "max_eval_samples": 500,
+    "image_size": 64,
+    "patch_size": 8,
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "projection_dim": 256,
+    "text_hidden_size": 128,
+    "text_num_hidden_layers": 2,
+    "text_num_attention_heads": 4,
+    "vocab_size": 512,
+    "max_caption_length": 40,
+    "per_device_train_batch_size": 128,
+    "learning_rate": 2e-3,
+    "num_train_epochs": 10.0,
+    "num_warmup_steps": 50,
+    "crop_scale": 1.0,
+    "horizontal_flip": False,
+    "color_jitter": 0.0,
+}
+
+
+# --- arguments --------------------------------------------------------------------------------------------------------
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """Reads and checks the flags; every contradiction is an error that names them."""
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--image_size", type=int, default=224, help="side of the pictures in pixels")
+    model.add_argument("--patch_size", type=int, default=32, help="side of a patch in pixels")
+    model.add_argument("--hidden_size", type=int, default=256, help="width of the image tower")
+    model.add_argument("--num_hidden_layers", type=int, default=6, help="layers of the image tower")
+    model.add_argument("--num_attention_heads", type=int, default=4, help="heads of the image tower")
+    model.add_argument("--text_hidden_size", type=int, default=256, help="width of the text tower")
+    model.add_argument("--text_num_hidden_layers", type=int, default=3, help="layers of the text tower")
+    model.add_argument("--text_num_attention_heads", type=int, default=4, help="heads of the text tower")
+    model.add_argument("--projection_dim", type=int, default=512, help="width of the joint image-text space")
+    model.add_argument("--attention_dropout", type=float, default=0.0, help="dropout of the attention weights")
+    model.add_argument("--tokenizer_name", help="a pretrained tokenizer; one is trained on the captions if not given")
+    model.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer trained on the captions")
+    add_data_arguments(parser)
+    add_optimisation_arguments(parser, batch_size=256, captions_per_image=1, learning_rate=1e-3, weight_decay=0.1)
+    add_output_arguments(parser, output_dir="outputs/teacher")
+    args = parse_with_scene_defaults(parser, argv, SCENE_DEFAULTS)
+
+    def refuse(condition: bool, message: str) -> None:
+        if condition:
+            parser.error(message)
+
+    check_common_arguments(args, refuse)
+    sizes = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
+    for name in (*sizes, "text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads"):
+        refuse(getattr(args, name) < 1, f"--{name}: expected a positive number, got {getattr(args, name)}")
+    refuse(
+        args.image_size % args.patch_size != 0,
+        f"--image_size: expected a multiple of --patch_size {args.patch_size}, got {args.image_size}",
+    )
+    for prefix in ("", "text_"):
+        width, heads = getattr(args, f"{prefix}hidden_size"), getattr(args, f"{prefix}num_attention_heads")
+        refuse(width % heads != 0, f"--{prefix}hidden_size: expected a multiple of {heads} heads, got {width}")
+    refuse(
+        not 0 <= args.attention_dropout < 1,
+        f"--attention_dropout: expected a number in [0, 1), got {args.attention_dropout}",
+    )
+    return args
+
+
+# --- model ------------------------------------------------------------------------------------------------------------
+
+
+def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel:
+    """A `CLIPModel` with fresh weights."""
+    if tokenizer.eos_token_id == 2:
+        raise ValueError(
+            "tokenizer: expected an end token of another id than 2, which CLIPTextModel takes for the mark of its "
+            "earliest checkpoints and then pools the wrong token"
+        )
+    vision = {
+        "image_size": args.image_size,
+        "patch_size": args.patch_size,
+        "hidden_size": args.hidden_size,
+        "intermediate_size": 4 * args.hidden_size,
+        "num_hidden_layers": args.num_hidden_layers,
+        "num_attention_heads": args.num_attention_heads,
+        "attention_dropout": args.attention_dropout,
+        "projection_dim": args.projection_dim,
+    }
+    text = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": args.text_hidden_size,
+        "intermediate_size": 4 * args.text_hidden_size,
+        "num_hidden_layers": args.text_num_hidden_layers,
+        "num_attention_heads": args.text_num_attention_heads,
+        "attention_dropout": args.attention_dropout,
+        # The start token comes on top of a caption's length.
+        "max_position_embeddings": args.max_caption_length + 1,
+        "projection_dim": args.projection_dim,
+        "pad_token_id": tokenizer.pad_token_id,
+        "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id,
+    }
+    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=args.projection_dim))
+
+
+def text_inputs(labels: torch.Tensor, tokenizer) -> dict[str, torch.Tensor]:
+    """The text tower's inputs for the collator's `labels` (N, T): a start token in front, padding masked."""
+    input_ids = F.pad(labels, (1, 0), value=tokenizer.bos_token_id)
+    attention_mask = (input_ids != -100).long()
+    return {
+        "input_ids": input_ids.masked_fill(input_ids == -100, tokenizer.pad_token_id),
+        "attention_mask": attention_mask,
+    }
+
+
+# --- objective --------------------------------------------------------------------------------------------------------
+
+
+def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
+    """CLIP's symmetric loss (Radford et al., 2021, figure 3), for one or several captions of each image.
+
+    Args:
+        image_embeds: (B, D), unit norm.
+        text_embeds: (B * K, D), unit norm, the K captions of an image next to each other.
+        logit_scale: scalar, what cosines are multiplied by.
+
+    Returns:
+        The mean of both directions; with K > 1 an image is asked for all its captions alike.
+    """
+    logits = logit_scale * image_embeds @ text_embeds.t()
+    owner = torch.arange(len(image_embeds), device=logits.device).repeat_interleave(
+        len(text_embeds) // len(image_embeds)
+    )
+    targets = F.one_hot(owner, len(image_embeds)).t().to(logits.dtype)
+    image_to_text = F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True))
+    return (image_to_text + F.cross_entropy(logits.t(), owner)) / 2
+
+
+def gather_with_gradient(embeds: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
+    """(n, D) of each process -> (n * processes, D), through which gradients flow back."""
+    if accelerator.num_processes == 1:
+        return embeds
+    return torch.cat(torch.distributed.nn.all_gather(embeds))
+
+
+# --- one evaluation ---------------------------------------------------------------------------------------------------
+
+
+def retrieval_recall(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict:
+    """How often the right one is among the k nearest, in percent, in both directions.
+
+    Args:
+        image_embeds: (N, D); text_embeds: (N * K, D), the K captions of an image next to each other; unit norm.
+    """
+    per_image = len(text_embeds) // len(image_embeds)
+    similarity = image_embeds @ text_embeds.t()
+    owner = torch.arange(len(text_embeds)) // per_image
+    images = torch.arange(len(image_embeds))
+    found = {}
+    for k in ks:
+        nearest = similarity.topk(min(k, len(text_embeds)), dim=1).indices
+        found[f"image_to_text_recall_at_{k}"] = 100 * (owner[nearest] == images[:, None]).any(1).double().mean().item()
+    for k in ks:
+        nearest = similarity.t().topk(min(k, len(image_embeds)), dim=1).indices
+        found[f"text_to_image_recall_at_{k}"] = 100 * (nearest == owner[:, None]).any(1).double().mean().item()
+    return found
+
+
+@torch.inference_mode()
+def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> dict[str, float]:
+    """Retrieval among all validation pictures and their captions."""
+    model = accelerator.unwrap_model(model)
+    model.eval()
+    image_embeds, text_embeds = [], []
+    for batch in tqdm(loader, desc="Validating", leave=False, disable=not accelerator.is_local_main_process):
+        with accelerator.autocast():
+            output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
+        # One row an image, so that what the last batch holds twice is dropped from both alike.
+        texts = output.text_embeds.view(len(output.image_embeds), -1)
+        image_embeds.append(accelerator.gather_for_metrics(output.image_embeds.float()).cpu())
+        text_embeds.append(accelerator.gather_for_metrics(texts.float()).cpu())
+    model.train()
+    images, texts = torch.cat(image_embeds), torch.cat(text_embeds)
+    return {"num_images": len(images), **retrieval_recall(images, texts.view(-1, images.shape[1]))}
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------------
+
+
+def train(
+    args, accelerator, model, optimizer, scheduler, loader, tokenizer, state: dict, log: RunLog, after_step
+) -> None:
+    """Runs optimizer steps until `args.max_train_steps`; see `train_distill.train`."""
+    model.train()
+    logit_scale = accelerator.unwrap_model(model).logit_scale
+    losses, images, since = [], 0, time.perf_counter()
+    while state["step"] < args.max_train_steps:
+        seen = state["batch"]
+        for batch in epoch_batches(accelerator, loader, state["epoch"], skip=state["batch"]):
+            seen += 1
+            seed_step(args.seed, state["step"] * args.gradient_accumulation_steps + seen, accelerator.process_index)
+            with accelerator.accumulate(model):
+                output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
+                loss = contrastive_loss(
+                    gather_with_gradient(output.image_embeds.float(), accelerator),
+                    gather_with_gradient(output.text_embeds.float(), accelerator),
+                    logit_scale.exp(),
+                )
+                check_finite({"contrastive_loss": loss}, state["step"] + 1, batch["image_ids"])
+                accelerator.backward(loss)
+                if accelerator.sync_gradients and args.max_grad_norm > 0:
+                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+                optimizer.step()
+                scheduler.step()
+                optimizer.zero_grad()
+            with torch.no_grad():
+                logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            losses.append(loss.detach())
+            images += len(batch["image_ids"]) * accelerator.num_processes
+            if not accelerator.sync_gradients:
+                continue
+            state.update(step=state["step"] + 1, batch=seen)
+            if state["step"] % args.logging_steps == 0 or state["step"] == args.max_train_steps:
+                row = {
+                    "contrastive_loss": accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
+                    "learning_rate": scheduler.get_last_lr()[0],
+                    "logit_scale": logit_scale.exp().item(),
+                    "images_per_second": images / (time.perf_counter() - since),
+                }
+                log.train_row(state["step"], state["epoch"], row)
+                losses, images, since = [], 0, time.perf_counter()
+            paused = time.perf_counter()
+            after_step()
+            since += time.perf_counter() - paused
+            log.advance(state["step"])
+            if state["step"] >= args.max_train_steps:
+                return
+        state.update(epoch=state["epoch"] + 1, batch=0)
+
+
+def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) -> dict[str, float]:
+    """Runs the whole training; returns the last evaluation's figures.
+
+    Args:
+        accelerator: the caller's, when this is part of a larger run.
+
+    Raises:
+        ValueError: an argument, a dataset or a checkpoint doesn't fit; nothing has been trained then.
+        NonFiniteLossError: the loss became infinite or no number.
+    """
+    args = parse_args(argv)
+    own = accelerator is None
+    if own:
+        accelerator = Accelerator(
+            gradient_accumulation_steps=args.gradient_accumulation_steps,
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir,
+        )
+        set_up_logging(accelerator)
+    output_dir = Path(args.output_dir)
+    resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
+    if accelerator.is_main_process:
+        prepare_output_dir(output_dir, args.overwrite_output_dir, resuming=resume_from is not None)
+        write_json(output_dir / "train_args.json", vars(args))
+    accelerator.wait_for_everyone()
+
+    skipped = SkippedRows(output_dir / "skipped.jsonl" if accelerator.is_main_process else None, args.on_bad_row)
+    # One process decodes into the cache, the others read it.
+    with accelerator.main_process_first():
+        if args.dataset_name is None:
+            drawn = scene_splits(args.max_train_samples, args.max_eval_samples, args.seed, args.image_size)
+            train_rows, validation_rows = drawn["train"], drawn["validation"]
+        else:
+            train_rows, validation_rows = load_splits(
+                args.dataset_name,
+                args.dataset_config_name,
+                args.train_split,
+                args.validation_split,
+                args.max_train_samples,
+                args.max_eval_samples,
+                seed=args.seed,
+            )
+        columns = resolve_columns(train_rows, args.image_column, args.caption_column)
+        validation_rows = decode_dataset(validation_rows, columns, args.image_size, skipped, "validation")
+        train_rows = decode_dataset(train_rows, columns, args.image_size, skipped, args.train_split)
+    if skipped.count:
+        logger.warning("%d rows left out; they are listed in %s", skipped.count, output_dir / "skipped.jsonl")
+
+    if args.tokenizer_name is not None:
+        tokenizer = load_tokenizer(args.tokenizer_name)
+    else:
+        captions = (caption for captions in train_rows["captions"] for caption in captions)
+        tokenizer = train_tokenizer(captions, args.vocab_size, args.max_caption_length + 1)
+    image_processor = create_image_processor(args.image_size)
+    set_seed(args.seed)
+    model = build_model(args, tokenizer)
+
+    augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter)
+    train_set = CaptionDataset(train_rows, args.image_size, augmentation, args.captions_per_image, args.seed)
+    # Retrieval is judged with five captions a picture, as is usual, or with as many as there are.
+    per_image = min(5, max(map(len, validation_rows["captions"])))
+    validation_set = CaptionDataset(validation_rows, args.image_size, None, per_image, args.seed)
+    common = {
+        "collate_fn": CaptionCollator(
+            tokenizer, args.max_caption_length, image_processor.image_mean, image_processor.image_std
+        ),
+        "num_workers": args.dataloader_num_workers,
+        "persistent_workers": args.dataloader_num_workers > 0,
+    }
+    train_loader = DataLoader(
+        train_set,
+        min(args.per_device_train_batch_size, len(train_set)),
+        sampler=EpochSampler(len(train_set), args.seed),
+        drop_last=True,
+        **common,
+    )
+    validation_loader = DataLoader(validation_set, args.per_device_eval_batch_size, **common)
+    train_loader, validation_loader = accelerator.prepare(train_loader, validation_loader)
+    if len(train_loader) == 0:
+        raise ValueError(f"expected at least one batch for each of {accelerator.num_processes} processes, got none")
+
+    steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
+    args.max_train_steps = args.max_train_steps or max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
+    optimizer = create_optimizer(model, args.learning_rate, args.weight_decay)
+    scheduler = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        # accelerate steps the scheduler once for each process.
+        num_warmup_steps=args.num_warmup_steps * accelerator.num_processes,
+        num_training_steps=args.max_train_steps * accelerator.num_processes,
+    )
+    num_parameters = model.num_parameters()
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    if own and args.report_to != "none":
+        accelerator.init_trackers("tinycap-teacher", config={k: str(v) for k, v in vars(args).items()})
+    state = {"step": 0, "epoch": 0, "batch": 0}
+    if resume_from is not None:
+        state = load_checkpoint(accelerator, resume_from)
+    logger.info(
+        "Training a teacher of %s parameters on %s pictures, %s steps.",
+        f"{num_parameters:,}",
+        f"{len(train_set):,}",
+        f"{args.max_train_steps:,}",
+    )
+    log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
+
+    def after_step() -> None:
+        left = args.max_train_steps - state["step"]
+        if args.evaluation_steps and state["step"] % args.evaluation_steps == 0 and left:
+            log.eval_row(state["step"], state["epoch"], evaluate(accelerator, model, validation_loader, tokenizer))
+        if state["step"] % (args.checkpointing_steps or steps_per_epoch) == 0 or not left:
+            save_checkpoint(accelerator, output_dir, state, keep=args.checkpoints_total_limit)
+
+    train(args, accelerator, model, optimizer, scheduler, train_loader, tokenizer, state, log, after_step)
+    metrics = evaluate(accelerator, model, validation_loader, tokenizer)
+    log.eval_row(state["step"], state["epoch"], metrics)
+    log.close()
+
+    state_dict = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(output_dir, state_dict=state_dict)
+        save_processors(output_dir, tokenizer, image_processor, processor_class="CLIPProcessor")
+        write_json(output_dir / "eval_results.json", metrics)
+    accelerator.wait_for_everyone()
+    logger.info("Saved to %s: %s", output_dir, {name: round(value, 2) for name, value in metrics.items()})
+    if own:
+        accelerator.end_training()
+    return metrics
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"train_teacher.py: error: {error}")

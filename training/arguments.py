@@ -1,0 +1,119 @@
+"""The flags that both training scripts share: data, optimisation, output; and the checks that go with them."""
+
+import argparse
+from collections.abc import Callable
+
+from transformers import SchedulerType
+
+
+FLAG = argparse.BooleanOptionalAction
+
+
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which photos, which columns, how they are varied."""
+    data = parser.add_argument_group("data")
+    data.add_argument("--dataset_name", help="Hub id, folder of parquet, or imagefolder; drawn scenes if not given")
+    data.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
+    data.add_argument("--train_split", default="train", help="split to train on")
+    data.add_argument(
+        "--validation_split",
+        help="split to validate on; 'validation' if there is one, else 5 %% of the training photos are held out",
+    )
+    data.add_argument("--image_column", help="column of the images; found by its type if not given")
+    data.add_argument("--caption_column", help="column of strings or lists of strings; found by its name if not given")
+    data.add_argument("--max_train_samples", type=int, help="use only the first so many training photos")
+    data.add_argument("--max_eval_samples", type=int, help="use only the first so many validation photos")
+    data.add_argument("--max_caption_length", type=int, default=32, help="tokens of a caption, the end token included")
+    data.add_argument("--on_bad_row", choices=("skip", "error"), default="skip", help="what to do with an unusable row")
+    data.add_argument(
+        "--crop_scale", type=float, default=0.5, help="smallest share of a photo that a crop keeps; 1: all"
+    )
+    data.add_argument("--horizontal_flip", action=FLAG, default=True, help="mirror half of the photos")
+    data.add_argument("--color_jitter", type=float, default=0.2, help="largest relative change of the colours")
+    data.add_argument("--dataloader_num_workers", type=int, default=1, help="processes that prepare batches")
+
+
+def add_optimisation_arguments(
+    parser: argparse.ArgumentParser, batch_size: int, captions_per_image: int, learning_rate: float, weight_decay: float
+) -> None:
+    """Batches, learning rate, length of the run; the arguments are the defaults that differ between the scripts."""
+    run = parser.add_argument_group("optimisation")
+    run.add_argument("--per_device_train_batch_size", type=int, default=batch_size, help="photos in a device's step")
+    run.add_argument("--captions_per_image", type=int, default=captions_per_image, help="captions of a photo in a step")
+    run.add_argument("--per_device_eval_batch_size", type=int, default=64, help="photos in a validation batch")
+    run.add_argument("--learning_rate", type=float, default=learning_rate, help="peak learning rate of AdamW")
+    run.add_argument("--weight_decay", type=float, default=weight_decay, help="decay of the weight matrices")
+    run.add_argument("--num_train_epochs", type=float, default=20.0, help="passes over the photos")
+    run.add_argument("--max_train_steps", type=int, help="optimizer steps; in place of --num_train_epochs")
+    run.add_argument("--gradient_accumulation_steps", type=int, default=1, help="batches in an optimizer step")
+    run.add_argument(
+        "--lr_scheduler_type",
+        default="cosine",
+        choices=[kind.value for kind in SchedulerType],
+        help="course of the learning rate",
+    )
+    run.add_argument("--num_warmup_steps", type=int, default=200, help="optimizer steps of rising learning rate")
+    run.add_argument(
+        "--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm; 0: never"
+    )
+    run.add_argument("--mixed_precision", choices=("no", "fp16", "bf16"), help="as accelerate is set up if not given")
+    run.add_argument("--seed", type=int, default=42, help="fixes weights, data order, augmentation and dropout")
+
+
+def add_output_arguments(parser: argparse.ArgumentParser, output_dir: str) -> None:
+    """Where the result goes, and what is written on the way."""
+    output = parser.add_argument_group("output")
+    output.add_argument("--output_dir", default=output_dir, help="where the model and its reports go")
+    output.add_argument(
+        "--overwrite_output_dir", action=FLAG, default=False, help="clear what an earlier run left there"
+    )
+    output.add_argument("--checkpointing_steps", type=int, help="steps between checkpoints; once an epoch if not given")
+    output.add_argument("--checkpoints_total_limit", type=int, default=2, help="newest checkpoints to keep")
+    output.add_argument("--resume_from_checkpoint", help="a checkpoint folder, or 'latest'")
+    output.add_argument("--logging_steps", type=int, default=10, help="steps between rows of metrics.jsonl")
+    output.add_argument("--evaluation_steps", type=int, help="steps between validations; only at the end if not given")
+    output.add_argument("--report_to", default="none", help="accelerate's trackers: none, all, tensorboard, wandb, ...")
+
+
+def parse_with_scene_defaults(
+    parser: argparse.ArgumentParser, argv: list[str] | None, scene_defaults: dict
+) -> argparse.Namespace:
+    """Parses `argv`; without `--dataset_name`, with `scene_defaults` in place of the usual ones."""
+    parser.epilog = "Without --dataset_name these defaults hold instead: " + ", ".join(
+        f"--{name} {value}" for name, value in scene_defaults.items()
+    )
+    # Only looks for the one flag: errors are left to the real parser, whose defaults are then right.
+    scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scout.add_argument("--dataset_name")
+    if scout.parse_known_args(argv)[0].dataset_name is None:
+        parser.set_defaults(**scene_defaults)
+    return parser.parse_args(argv)
+
+
+def check_common_arguments(args: argparse.Namespace, refuse: Callable[[bool, str], None]) -> None:
+    """Calls `refuse(condition, message)` for everything that is wrong with the flags above.
+
+    Args:
+        refuse: ends the program with the message where the condition holds.
+    """
+    if args.dataset_name is None:
+        for name in ("dataset_config_name", "validation_split", "image_column", "caption_column"):
+            refuse(bool(getattr(args, name)), f"--{name}: needs --dataset_name")
+        refuse(args.train_split != "train", "--train_split: needs --dataset_name")
+    refuse(
+        args.overwrite_output_dir and args.resume_from_checkpoint is not None,
+        "--overwrite_output_dir: contradicts --resume_from_checkpoint",
+    )
+    positive = (
+        *("max_train_samples", "max_eval_samples", "captions_per_image", "max_train_steps", "num_train_epochs"),
+        *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps"),
+        *("learning_rate", "checkpointing_steps", "evaluation_steps", "checkpoints_total_limit"),
+    )
+    for name in positive:
+        value = getattr(args, name)
+        refuse(value is not None and not value > 0, f"--{name}: expected a positive number, got {value}")
+    for name in ("weight_decay", "num_warmup_steps", "max_grad_norm", "dataloader_num_workers"):
+        refuse(not getattr(args, name) >= 0, f"--{name}: expected a number of at least 0, got {getattr(args, name)}")
+    refuse(not 0 <= args.color_jitter < 1, f"--color_jitter: expected a number in [0, 1), got {args.color_jitter}")
+    refuse(not 0 < args.crop_scale <= 1, f"--crop_scale: expected a number in (0, 1], got {args.crop_scale}")
+    refuse(args.max_caption_length < 2, f"--max_caption_length: expected at least 2, got {args.max_caption_length}")

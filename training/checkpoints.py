@@ -1,0 +1,108 @@
+"""Checkpoints one can trust: written aside and renamed, so that the newest one is always complete."""
+
+import json
+import os
+import random
+import re
+import shutil
+from pathlib import Path
+
+import numpy
+import torch
+from accelerate import Accelerator
+
+
+STATE_FILE = "trainer_state.json"
+
+
+def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, state: dict, keep: int | None = None) -> Path:
+    """Writes `checkpoint-<step>`: accelerate's state (safetensors weights, optimizer, scheduler, scaler) and `state`.
+
+    Args:
+        state: where the run stands; JSON, with the `step`.
+        keep: how many of the newest checkpoints to keep; `None` keeps all.
+
+    Returns:
+        The checkpoint's folder.
+    """
+    output_dir = Path(output_dir)
+    final, aside = output_dir / f"checkpoint-{state['step']}", output_dir / f".checkpoint-{state['step']}"
+    if accelerator.is_main_process:
+        for stale in output_dir.glob(".checkpoint-*"):
+            shutil.rmtree(stale)
+    accelerator.wait_for_everyone()
+    accelerator.save_state(str(aside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        (aside / STATE_FILE).write_text(json.dumps({**state, "num_processes": accelerator.num_processes}, indent=2))
+        for path in [*aside.iterdir(), aside]:
+            _flush(path)
+        if final.exists():
+            shutil.rmtree(final)
+        os.replace(aside, final)
+        _flush(output_dir)
+        for old in complete_checkpoints(output_dir)[: -keep if keep else 0]:
+            shutil.rmtree(old)
+    accelerator.wait_for_everyone()
+    return final
+
+
+def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+    """The complete checkpoints in a folder, oldest first."""
+    found = [
+        (int(match[1]), path)
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()
+    ]
+    return [path for _, path in sorted(found)]
+
+
+def resolve_resume(output_dir: str | Path, resume_from_checkpoint: str | None) -> Path | None:
+    """The checkpoint to go on from: `None`, a folder, or the newest complete one for "latest".
+
+    Raises:
+        ValueError: there is none, or the folder isn't a complete checkpoint.
+    """
+    if resume_from_checkpoint is None:
+        return None
+    if resume_from_checkpoint == "latest":
+        found = complete_checkpoints(output_dir)
+        if not found:
+            raise ValueError(f"--resume_from_checkpoint latest: expected a checkpoint in {output_dir}, got none")
+        return found[-1]
+    path = Path(resume_from_checkpoint)
+    if not (path / STATE_FILE).is_file():
+        raise ValueError(f"--resume_from_checkpoint: expected a complete checkpoint with its {STATE_FILE}, got {path}")
+    return path
+
+
+def load_checkpoint(accelerator: Accelerator, path: str | Path) -> dict:
+    """Puts everything that was prepared back to where it stood; returns the saved `state`.
+
+    Raises:
+        ValueError: the checkpoint was written by another number of processes, whose shares of an epoch differ.
+    """
+    state = json.loads((Path(path) / STATE_FILE).read_text())
+    saved = state.pop("num_processes")
+    if saved != accelerator.num_processes:
+        raise ValueError(
+            f"checkpoint {path}: expected {saved} processes, as it was written by, got {accelerator.num_processes}"
+        )
+    accelerator.load_state(str(path))
+    return state
+
+
+def seed_step(seed: int, step: int, process_index: int) -> None:
+    """Makes every random choice of a step a function of (seed, step, process), whatever came before it."""
+    value = random.Random(f"{seed}/{step}/{process_index}").getrandbits(63)
+    random.seed(value)
+    numpy.random.seed(value % 2**32)
+    torch.manual_seed(value)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

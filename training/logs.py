@@ -1,0 +1,109 @@
+"""What a run writes while it goes on: the output folder, `metrics.jsonl`, trackers and the progress bar."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from tqdm.auto import tqdm
+
+
+# What a run writes, and `overwrite_output_dir` therefore clears. Other files are somebody's: they are left alone.
+RUN_FILES = ("train_args.json", "metrics.jsonl", "skipped.jsonl", "eval_results.json", "curves.png", "samples.png")
+RUN_FOLDERS = ("checkpoint-*", ".checkpoint-*", "teacher")
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file aside and renames it, so that nobody ever reads half of it."""
+    path = Path(path)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Writes JSON as `write_text` does; what JSON doesn't know becomes its text."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
+
+
+def prepare_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) -> None:
+    """Makes the output folder, or sees to it that an earlier run's isn't mixed with this one's.
+
+    Args:
+        overwrite: clear the logs and checkpoints that an earlier run left; a saved model is written over at the end.
+        resuming: go on in the folder as it is.
+
+    Raises:
+        ValueError: the folder isn't empty and neither was asked for, or it is a file.
+    """
+    output_dir = Path(output_dir)
+    if output_dir.exists() and not output_dir.is_dir():
+        raise ValueError(f"--output_dir: expected a folder, got the file {output_dir}")
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if resuming:
+        return
+    if any(output_dir.iterdir()) and not overwrite:
+        raise ValueError(
+            f"--output_dir: expected an empty folder, got {output_dir}, which isn't; "
+            "pass --overwrite_output_dir to clear it, or --resume_from_checkpoint latest to go on"
+        )
+    for name in RUN_FILES:
+        (output_dir / name).unlink(missing_ok=True)
+    for pattern in RUN_FOLDERS:
+        for folder in output_dir.glob(pattern):
+            shutil.rmtree(folder)
+
+
+class RunLog:
+    """Rows of figures to `metrics.jsonl`, to accelerate's trackers and to the progress bar; main process only.
+
+    Args:
+        output_dir: where `metrics.jsonl` goes.
+        accelerator: knows the main process and the trackers.
+        total_steps: optimizer steps of the whole run.
+        start_step: the step a resumed run goes on from; rows after it, from the run that broke off, are dropped.
+    """
+
+    def __init__(self, output_dir: str | Path, accelerator: Accelerator, total_steps: int, start_step: int = 0):
+        self.path = Path(output_dir) / "metrics.jsonl"
+        self.accelerator = accelerator
+        self.progress = tqdm(
+            total=total_steps, initial=start_step, desc="Training", disable=not accelerator.is_main_process
+        )
+        if accelerator.is_main_process and self.path.exists():
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+            write_text(self.path, "".join(line for line in lines if _step_of(line) <= start_step))
+
+    def train_row(self, step: int, epoch: int, figures: dict[str, float]) -> None:
+        """Writes one row of losses; they also stand beside the progress bar."""
+        shown = {name: f"{value:.3g}" for name, value in figures.items() if "loss" in name or "per_second" in name}
+        self.progress.set_postfix(shown, refresh=False)
+        self._write({"step": step, "epoch": epoch, **figures})
+
+    def eval_row(self, step: int, epoch: int, figures: dict[str, float]) -> None:
+        """Writes one row of validation figures, each with `eval_` before its name."""
+        self._write({"step": step, "epoch": epoch, **{f"eval_{name}": value for name, value in figures.items()}})
+
+    def advance(self, step: int) -> None:
+        """Moves the progress bar to `step`."""
+        self.progress.update(step - self.progress.n)
+
+    def close(self) -> None:
+        self.progress.close()
+
+    def _write(self, row: dict) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        # The last line of a run that was killed while it wrote.
+        return float("inf")

@@ -1,0 +1,135 @@
+"""The README.md of a trained model: a Hub model card in which every number comes from the run itself."""
+
+import datetime
+import platform
+from argparse import Namespace
+from pathlib import Path
+
+import torch
+import transformers
+
+from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.training.logs import write_text
+
+
+# Figures of an evaluation in the order in which a reader wants them, and what they are.
+METRIC_NAMES = {
+    "cider": "CIDEr",
+    "bleu_1": "BLEU-1",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "distinct_captions": "distinct captions",
+    "caption_loss": "cross-entropy of the captions, nats a token",
+    "cosine_distance": "mean cosine distance to the teacher",
+    "constant_cosine_distance": "the same for the best constant vector",
+    "centered_cosine": "mean cosine after centring",
+    "recall_at_1": "student to teacher R@1, %",
+    "recall_at_5": "student to teacher R@5, %",
+    "object_accuracy": "objects right",
+    "color_accuracy": "colours right",
+    "count_accuracy": "counts right",
+    "relation_accuracy": "relations right",
+}
+
+CARD = """---
+library_name: transformers
+pipeline_tag: image-to-text
+tags:
+- image-captioning
+- tinycap
+- custom_code
+{dataset_tag}metrics:
+- cider
+- bleu
+- rouge
+---
+
+# {name}
+
+A TinyCap captioner: a student Vision Transformer that imitates the image embedding of a CLIP teacher, and a causal
+decoder that says what the embedding means. {num_parameters:,} parameters, {image_size}x{image_size} pixels,
+{vocab_size:,} tokens.
+
+![Held-out pictures with the model's captions](samples.png)
+
+## How to use it
+
+```python
+from transformers import pipeline
+
+captioner = pipeline("image-to-text", model="{name}", trust_remote_code=True)
+captioner("photo.jpg")
+```
+
+`model=` takes the path of this folder or its name on the Hub.
+
+## Training
+
+- Data: {data}
+- Teacher: {teacher}
+- Objective: caption cross-entropy + {distill_weight} x (1 - cosine to the teacher's embedding)
+- Steps: {steps:,} of {batch_size} pictures with {captions_per_image} captions each; peak learning rate {learning_rate}
+- Seed: {seed}; software: transformers {transformers_version}, torch {torch_version}, Python {python_version}
+- Date: {date}; time: {hours:.2f} hours on {device}
+
+Every argument is in `train_args.json`, every logged loss in `metrics.jsonl`.
+
+![Losses and learning rate](curves.png)
+
+## Evaluation
+
+{num_images:,} held-out pictures, {decoding}, all reference captions, scored by the run itself.
+
+| figure | value |
+|---|---|
+{table}
+
+## Limits
+
+The model knows the words and the kinds of pictures of its training data, and nothing else: it will describe anything
+in those terms, and it does not say when it is unsure. Captions of people guess at gender, age and intent, as the
+training captions did. Check its captions before anyone depends on them.
+"""
+
+
+def write_model_card(path: Path, args: Namespace, config: TinyCapConfig, metrics: dict, facts: dict) -> None:
+    """Fills the card of a finished `train_distill.py` run.
+
+    Args:
+        path: the README.md to write.
+        args: the run's arguments.
+        config: the trained model's configuration.
+        metrics: the last evaluation's figures.
+        facts: `num_parameters`, `steps`, `batch_size` (pictures of an optimizer step), `hours`, `device`, `teacher`,
+            `num_train_images`, `num_images`.
+    """
+    known = [(label, metrics[key]) for key, label in METRIC_NAMES.items() if key in metrics]
+    data = "scenes drawn by TinyCap's own generator"
+    if args.dataset_name is not None:
+        data = f"`{args.dataset_name}`, split `{args.train_split}`"
+    is_hub_id = args.dataset_name is not None and not Path(args.dataset_name).exists()
+    card = CARD.format(
+        name=args.hub_model_id or Path(args.output_dir).name,
+        dataset_tag=f"datasets:\n- {args.dataset_name}\n" if is_hub_id else "",
+        num_parameters=facts["num_parameters"],
+        image_size=config.vision_config.image_size,
+        vocab_size=config.text_config.vocab_size,
+        data=f"{data}, {facts['num_train_images']}",
+        teacher=facts["teacher"],
+        distill_weight=args.distill_weight,
+        steps=facts["steps"],
+        batch_size=facts["batch_size"],
+        captions_per_image=args.captions_per_image,
+        learning_rate=args.learning_rate,
+        seed=args.seed,
+        transformers_version=transformers.__version__,
+        torch_version=torch.__version__,
+        python_version=platform.python_version(),
+        date=datetime.date.today().isoformat(),
+        hours=facts["hours"],
+        device=facts["device"],
+        num_images=facts["num_images"],
+        decoding="greedy decoding" if args.num_beams == 1 else f"beam search with {args.num_beams} beams",
+        table="\n".join(f"| {label} | {value:.4g} |" for label, value in known),
+    )
+    write_text(path, card)

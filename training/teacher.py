@@ -1,0 +1,135 @@
+"""The frozen CLIP teacher: pixels as the student sees them in, the embedding the student should reach out."""
+
+import logging
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModelWithProjection
+from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+
+logger = logging.getLogger(__name__)
+
+FEATURES = ("pooled", "projected")
+
+
+class Teacher(nn.Module):
+    """A CLIP vision model that never learns and never leaves eval mode.
+
+    Args:
+        vision_model: the model.
+        feature: "pooled" for the pooled output before the visual projection (768 values for ViT-B/32), "projected" for
+            `image_embeds` after it (512).
+        teacher_mean, teacher_std: per channel, what the teacher's pixels are normalised by; CLIP's if not given.
+        image_mean, image_std: per channel, what the incoming pixels are normalised by; the teacher's if not given.
+
+    Raises:
+        ValueError: there is no such feature.
+    """
+
+    def __init__(
+        self,
+        vision_model: CLIPVisionModelWithProjection,
+        feature: str = "pooled",
+        teacher_mean: list[float] | None = None,
+        teacher_std: list[float] | None = None,
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+    ):
+        super().__init__()
+        if feature not in FEATURES:
+            raise ValueError(f"teacher_feature: expected one of {', '.join(FEATURES)}, got {feature!r}")
+        self.vision_model = vision_model.eval().requires_grad_(False)
+        self.feature = feature
+        teacher_mean, teacher_std = (
+            torch.tensor(teacher_mean or OPENAI_CLIP_MEAN),
+            torch.tensor(teacher_std or OPENAI_CLIP_STD),
+        )
+        image_mean = teacher_mean if image_mean is None else torch.tensor(image_mean)
+        image_std = teacher_std if image_std is None else torch.tensor(image_std)
+        # (pixels * image_std + image_mean - teacher_mean) / teacher_std, as one multiplication and one addition.
+        self.register_buffer("scale", (image_std / teacher_std).view(3, 1, 1), persistent=False)
+        self.register_buffer("shift", ((image_mean - teacher_mean) / teacher_std).view(3, 1, 1), persistent=False)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name_or_path: str,
+        feature: str = "pooled",
+        image_mean: list[float] | None = None,
+        image_std: list[float] | None = None,
+    ) -> "Teacher":
+        """Loads a teacher from the Hub or a folder: a whole `CLIPModel`, or its vision half.
+
+        Args:
+            name_or_path: such as "openai/clip-vit-base-patch32", or a folder of the same format.
+            feature: see the class.
+            image_mean, image_std: per channel, what the incoming pixels are normalised by.
+
+        Raises:
+            ValueError: not a CLIP vision model, weights of it are missing, or it can't be found.
+        """
+        try:
+            config = AutoConfig.from_pretrained(name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"teacher {name_or_path}: expected a CLIP model on the Hub or in a local folder: {error}"
+            ) from error
+        if config.model_type not in ("clip", "clip_vision_model"):
+            raise ValueError(
+                f"teacher {name_or_path}: expected a CLIP vision model (model_type clip or clip_vision_model), "
+                f"got model_type {config.model_type!r}"
+            )
+        vision_model, report = CLIPVisionModelWithProjection.from_pretrained(
+            name_or_path, dtype=torch.float32, output_loading_info=True
+        )
+        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
+        if feature == "pooled":
+            # The projection isn't asked: a vision model that was saved without one serves.
+            wrong = [name for name in wrong if "visual_projection" not in name]
+        if wrong:
+            raise ValueError(
+                f"teacher {name_or_path}: expected all weights of a CLIP vision model, "
+                f"{len(wrong)} are missing or of another shape: {', '.join(wrong[:5])}"
+            )
+        try:
+            processor = AutoImageProcessor.from_pretrained(name_or_path)
+            teacher_mean, teacher_std = list(processor.image_mean), list(processor.image_std)
+        except (OSError, ValueError):
+            logger.info("teacher %s has no preprocessor_config.json; CLIP's mean and deviation are taken", name_or_path)
+            teacher_mean = teacher_std = None
+        return cls(vision_model, feature, teacher_mean, teacher_std, image_mean, image_std)
+
+    @property
+    def embed_dim(self) -> int:
+        """Width of the embedding."""
+        config = self.vision_model.config
+        return config.hidden_size if self.feature == "pooled" else config.projection_dim
+
+    def check_width(self, projection_dim: int) -> None:
+        """Raises `ValueError` unless the student's `projection_dim` is the teacher's width; names both."""
+        if projection_dim != self.embed_dim:
+            raise ValueError(
+                f"projection_dim: expected {self.embed_dim}, the width of the teacher's {self.feature} feature, "
+                f"got {projection_dim}"
+            )
+
+    def train(self, mode: bool = True) -> "Teacher":
+        """Stays in eval mode, whatever the module around it does."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Embeds (B, 3, H, W) pixels, normalised by `image_mean` and `image_std`, to (B, embed_dim) of unit norm."""
+        pixel_values = pixel_values.float() * self.scale + self.shift
+        size = self.vision_model.config.image_size
+        if pixel_values.shape[-2:] != (size, size):
+            pixel_values = F.interpolate(
+                pixel_values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
+            )
+        if self.feature == "pooled":
+            embeds = self.vision_model.vision_model(pixel_values=pixel_values).pooler_output
+        else:
+            embeds = self.vision_model(pixel_values=pixel_values).image_embeds
+        return F.normalize(embeds, dim=-1)
