@@ -1,0 +1,163 @@
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tiny import tiny_model
+from torch import nn
+
+from tinycap.training.checkpoints import (
+    complete_checkpoints,
+    load_checkpoint,
+    resolve_resume,
+    save_checkpoint,
+    seed_step,
+)
+from tinycap.training.logs import RunLog, prepare_output_dir, write_json
+from tinycap.training.optimization import create_optimizer, parameter_groups
+
+
+@pytest.fixture
+def prepared():
+    accelerator = Accelerator(cpu=True)
+    model = nn.Linear(3, 2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
+    return accelerator, *accelerator.prepare(model, optimizer)
+
+
+def step_once(model, optimizer) -> None:
+    model(torch.ones(5, 3)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def test_a_checkpoint_brings_weights_and_optimizer_back_to_the_bit(prepared, tmp_path):
+    accelerator, model, optimizer = prepared
+    step_once(model, optimizer)
+    path = save_checkpoint(accelerator, tmp_path, {"step": 1, "epoch": 0, "batch": 1})
+    step_once(model, optimizer)
+    expected = model.weight.detach().clone()
+    assert load_checkpoint(accelerator, path) == {"step": 1, "epoch": 0, "batch": 1}
+    assert not torch.equal(model.weight, expected)
+    step_once(model, optimizer)
+    assert torch.equal(model.weight, expected)
+
+
+def test_only_the_newest_checkpoints_are_kept_and_10_is_newer_than_9(prepared, tmp_path):
+    accelerator = prepared[0]
+    for step in (8, 9, 10):
+        save_checkpoint(accelerator, tmp_path, {"step": step}, keep=2)
+    assert [path.name for path in complete_checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10"]
+    assert resolve_resume(tmp_path, "latest").name == "checkpoint-10"
+
+
+def test_a_checkpoint_that_was_never_finished_is_neither_taken_nor_kept(prepared, tmp_path):
+    accelerator = prepared[0]
+    save_checkpoint(accelerator, tmp_path, {"step": 1})
+    (tmp_path / ".checkpoint-2").mkdir()
+    (tmp_path / "checkpoint-3").mkdir()
+    assert resolve_resume(tmp_path, "latest").name == "checkpoint-1"
+    save_checkpoint(accelerator, tmp_path, {"step": 4})
+    assert not (tmp_path / ".checkpoint-2").exists()
+
+
+def test_a_failure_while_saving_leaves_the_newest_checkpoint_intact(prepared, tmp_path, monkeypatch):
+    accelerator = prepared[0]
+    save_checkpoint(accelerator, tmp_path, {"step": 1})
+
+    def fail(folder):
+        (tmp_path / ".checkpoint-2").mkdir(exist_ok=True)
+        (tmp_path / ".checkpoint-2" / "half").write_bytes(b"x")
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(accelerator, "save_state", fail)
+    with pytest.raises(OSError, match="no space"):
+        save_checkpoint(accelerator, tmp_path, {"step": 2}, keep=1)
+    assert resolve_resume(tmp_path, "latest").name == "checkpoint-1"
+
+
+def test_nothing_to_resume_from_is_an_error(tmp_path):
+    assert resolve_resume(tmp_path, None) is None
+    with pytest.raises(ValueError, match="expected a checkpoint in"):
+        resolve_resume(tmp_path, "latest")
+    with pytest.raises(ValueError, match="complete checkpoint"):
+        resolve_resume(tmp_path, str(tmp_path))
+
+
+def test_another_number_of_processes_is_an_error_that_names_both(prepared, tmp_path):
+    accelerator = prepared[0]
+    path = save_checkpoint(accelerator, tmp_path, {"step": 1})
+    state = json.loads((path / "trainer_state.json").read_text())
+    (path / "trainer_state.json").write_text(json.dumps({**state, "num_processes": 3}))
+    with pytest.raises(ValueError, match="expected 3 processes.*got 1"):
+        load_checkpoint(accelerator, path)
+
+
+def test_a_steps_random_choices_follow_from_seed_step_and_process():
+    def draw(*key):
+        seed_step(*key)
+        return torch.rand(3).tolist()
+
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert len({tuple(draw(*key)) for key in ((1, 2, 3), (2, 2, 3), (1, 3, 3), (1, 2, 4))}) == 4
+
+
+# --- the output folder and its log ------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_empty_is_an_error_unless_overwriting_or_resuming(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    (tmp_path / "metrics.jsonl").write_text("{}")
+    (tmp_path / "checkpoint-3").mkdir()
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        prepare_output_dir(tmp_path, overwrite=False, resuming=False)
+    prepare_output_dir(tmp_path, overwrite=False, resuming=True)
+    assert (tmp_path / "metrics.jsonl").exists()
+    prepare_output_dir(tmp_path, overwrite=True, resuming=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"], "somebody's own files stay"
+
+
+def test_an_output_folder_that_is_a_file_is_an_error(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(ValueError, match="got the file"):
+        prepare_output_dir(tmp_path / "out", overwrite=True, resuming=False)
+
+
+def test_rows_after_the_checkpoint_are_dropped_when_resuming(tmp_path):
+    rows = [{"step": step, "loss": 1.0} for step in (1, 2, 3, 4)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
+    log = RunLog(tmp_path, Accelerator(cpu=True), total_steps=9, start_step=2)
+    log.train_row(3, 0, {"loss": 0.5})
+    log.eval_row(3, 0, {"cider": 7.0})
+    log.close()
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in found] == [1, 2, 3, 3]
+    assert found[2]["loss"] == 0.5 and found[3]["eval_cider"] == 7.0
+
+
+def test_json_is_written_whole_or_not_at_all(tmp_path):
+    write_json(tmp_path / "a.json", {"x": 1})
+    with pytest.raises(ValueError):
+        recursive = {}
+        recursive["self"] = recursive
+        write_json(tmp_path / "a.json", recursive)
+    assert json.loads((tmp_path / "a.json").read_text()) == {"x": 1}
+
+
+# --- the optimizer ----------------------------------------------------------------------------------------------------
+
+
+def test_only_matrices_decay_and_each_parameter_is_in_one_group():
+    model = tiny_model()
+    decayed, others = (group["params"] for group in parameter_groups(model, 0.1))
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert sorted(names) == sorted(map(id, decayed + others))
+    assert all(parameter.dim() >= 2 for parameter in decayed)
+    kept = {names[id(parameter)] for parameter in others if parameter.dim() >= 2}
+    assert kept == {
+        "decoder.embed_tokens.weight",
+        "decoder.embed_positions.weight",
+        "vision_model.embeddings.cls_token",
+        "vision_model.embeddings.position_embeddings",
+    }
+    assert [group["weight_decay"] for group in create_optimizer(model, 1e-3, 0.1).param_groups] == [0.1, 0.0]

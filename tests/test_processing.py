@@ -1,0 +1,122 @@
+import io
+import struct
+import zlib
+
+import pytest
+from PIL import Image
+from tiny import draw_picture
+
+from tinycap.processing_tinycap import MAX_ASPECT_RATIO, load_image, to_rgb
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def declared_png(width: int, height: int) -> bytes:
+    """A PNG of a few bytes whose header declares any size."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = b"".join(
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+        for kind, data in ((b"IHDR", header), (b"IDAT", zlib.compress(b"")), (b"IEND", b""))
+    )
+    return b"\x89PNG\r\n\x1a\n" + chunks
+
+
+def test_a_plain_picture_comes_back_pixel_by_pixel():
+    picture = draw_picture(1)
+    assert load_image(encoded(picture)).tobytes() == picture.tobytes()
+    assert load_image(picture).tobytes() == picture.tobytes()
+
+
+def test_paths_bytes_and_datasets_dicts_give_the_same_picture(tmp_path):
+    picture = draw_picture(2)
+    path = tmp_path / "photo.png"
+    picture.save(path)
+    for image in (path, str(path), path.read_bytes(), {"bytes": path.read_bytes(), "path": None}, {"path": str(path)}):
+        assert load_image(image).tobytes() == picture.tobytes()
+
+
+def test_exif_rotation_is_applied():
+    picture = draw_picture(3, (40, 20))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = load_image(encoded(picture, exif=exif))
+    assert turned.size == (20, 40)
+    assert turned.tobytes() == picture.transpose(Image.Transpose.ROTATE_270).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_shown_over_white(mode):
+    clear = Image.new(mode, (7, 5), (0,) * (len(mode) - 1) + (0,))
+    assert load_image(encoded(clear)).getpixel((3, 3)) == (255, 255, 255)
+
+
+def test_a_transparent_palette_colour_is_white_too():
+    image = Image.new("P", (6, 6), 0)
+    image.putpalette([10, 200, 30, 0, 0, 255])
+    image.putpixel((1, 1), 1)
+    shown = load_image(encoded(image, transparency=0))
+    assert shown.getpixel((0, 0)) == (255, 255, 255) and shown.getpixel((1, 1)) == (0, 0, 255)
+
+
+def test_cmyk_and_grey_become_rgb():
+    assert load_image(encoded(Image.new("CMYK", (9, 7), (0, 255, 255, 0)), "JPEG")).getpixel((4, 3))[0] > 200
+    assert load_image(encoded(Image.new("L", (9, 7), 77))).getpixel((4, 3)) == (77, 77, 77)
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped_to_white():
+    image = Image.new("I;16", (9, 7), 32_768)
+    assert 120 < load_image(encoded(image)).getpixel((4, 3))[0] < 135
+
+
+def test_one_pixel_is_a_picture():
+    assert load_image(encoded(Image.new("RGB", (1, 1), "red"))).size == (1, 1)
+
+
+def test_the_middle_of_an_extreme_aspect_ratio_is_kept():
+    long = Image.new("RGB", (3_000, 10), "blue")
+    long.paste("red", (1_490, 0, 1_510, 10))
+    shown = load_image(encoded(long))
+    assert shown.size == (10 * MAX_ASPECT_RATIO, 10)
+    assert shown.getpixel((shown.width // 2, 5)) == (255, 0, 0)
+
+
+def test_an_animation_shows_its_first_frame():
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    shown = load_image(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:]))
+    assert shown.getpixel((4, 4)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"no image at all", encoded(draw_picture(4))[:60], encoded(draw_picture(4, (200, 200)), "JPEG")[:500]],
+    ids=["empty", "text", "cut header", "cut jpeg"],
+)
+def test_a_file_that_is_no_whole_image_is_an_error_naming_it(tmp_path, content):
+    path = tmp_path / "bad.jpg"
+    path.write_bytes(content)
+    with pytest.raises(ValueError) as error:
+        load_image(path)
+    assert str(path) in str(error.value)
+
+
+@pytest.mark.parametrize("size", [(30_000, 30_000), (400_000, 1_000)])
+def test_a_bomb_is_refused_by_its_header(size):
+    with pytest.raises(ValueError, match="bomb.png"):
+        load_image(declared_png(*size), name="bomb.png")
+
+
+def test_what_is_no_image_source_is_a_type_error():
+    with pytest.raises(TypeError, match="got int"):
+        load_image(7)
+    with pytest.raises(ValueError, match="got none"):
+        load_image({"bytes": None, "path": None}, name="row 3")
+
+
+def test_the_callers_picture_is_left_as_it_was():
+    picture = Image.new("RGBA", (5, 5), (1, 2, 3, 4))
+    to_rgb(picture)
+    assert picture.mode == "RGBA" and picture.getpixel((0, 0)) == (1, 2, 3, 4)
