@@ -23,7 +23,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoImageProcessor, get_scheduler
+from transformers import AutoImageProcessor, PretrainedConfig, get_scheduler
 
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
 from tinycap import train_teacher
@@ -303,12 +303,13 @@ def build_loaders(
 
 
 def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, folder: Path) -> Path:
-    """Trains the scenes' own teacher in `folder`, on other scenes than the student's, unless it is there already."""
+    """Trains the scenes' own teacher in `folder`, on the student's training scenes, unless it is there already."""
     if not (folder / "eval_results.json").exists():
         logger.info("First, a teacher is trained on drawn scenes; then the student.")
         flags = {
             "output_dir": folder,
-            "seed": args.seed + 1,
+            # The same seed, the same splits: the validation scenes stay unseen by the teacher too.
+            "seed": args.seed,
             "max_train_samples": args.max_train_samples,
             "max_eval_samples": args.max_eval_samples,
             "dataloader_num_workers": args.dataloader_num_workers,
@@ -326,13 +327,13 @@ def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, fold
 def read_config(args: argparse.Namespace) -> TinyCapConfig:
     """The configuration before data and teacher have their say; `args.given` says which widths were asked for."""
     if args.model_name_or_path is not None:
-        config = AutoConfig.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-        if config.model_type != TinyCapConfig.model_type:
+        # As a dict: which class it is for is looked at first, and no code of the checkpoint's is run.
+        values, _ = PretrainedConfig.get_config_dict(args.model_name_or_path)
+        if values.get("model_type") != TinyCapConfig.model_type:
             raise ValueError(
                 f"--model_name_or_path {args.model_name_or_path}: expected a checkpoint of model_type "
-                f"{TinyCapConfig.model_type!r}, got {config.model_type!r}"
+                f"{TinyCapConfig.model_type!r}, got {values.get('model_type')!r}"
             )
-        values = config.to_dict()
     elif args.config_name is not None:
         path = Path(args.config_name)
         path = path / "config.json" if path.is_dir() else path

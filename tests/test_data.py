@@ -1,10 +1,9 @@
-import io
 import json
 
 import datasets
 import pytest
 import torch
-from tiny import CAPTIONS, draw_picture
+from tiny import CAPTIONS, draw_picture, png_bytes
 
 from tinycap.training.data import (
     Augmentation,
@@ -24,9 +23,7 @@ from tinycap.training.data import (
 
 
 def png(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
-    buffer = io.BytesIO()
-    draw_picture(seed, size).save(buffer, "PNG")
-    return buffer.getvalue()
+    return png_bytes(draw_picture(seed, size))
 
 
 def rows_of(num: int, **bad) -> datasets.Dataset:

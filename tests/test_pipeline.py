@@ -1,8 +1,8 @@
 import base64
-import io
 
 import pytest
 from datasets import Dataset, Image
+from tiny import png_bytes
 from transformers import pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
@@ -17,12 +17,6 @@ def photo(pictures, tmp_path):
     path = tmp_path / "photo.png"
     pictures[0].save(path)
     return path
-
-
-def png_bytes(picture) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def test_one_image_gives_a_list_of_one_caption(captioner, pictures):

@@ -1,5 +1,6 @@
 """A tiny model of odd, distinct sizes, so that a swapped axis fails, and small things to feed it."""
 
+import io
 import random
 
 import torch
@@ -69,3 +70,9 @@ def draw_picture(seed: int, size: tuple[int, int] = (37, 29)) -> Image.Image:
     picture = Image.new("RGB", (5, 3))
     picture.putdata([tuple(colors.randrange(256) for _ in range(3)) for _ in range(15)])
     return picture.resize(size, Image.Resampling.NEAREST)
+
+
+def png_bytes(picture: Image.Image) -> bytes:
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return buffer.getvalue()

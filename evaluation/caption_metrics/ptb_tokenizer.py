@@ -1,0 +1,169 @@
+"""Penn-Treebank-style tokenisation of captions in Python, so that scoring them needs no Java.
+
+The published caption scores are computed on the output of Stanford's `PTBTokenizer` (CoreNLP 3.4.1, with
+`-preserveLines -lowerCase`), from which `pycocoevalcap` then drops 17 punctuation tokens. What is here was written
+from what that program answers, not from its grammar: on captions, and on brute-force lists of short strings.
+`benchmarks/tokenizer_agreement.py` measures how often the two agree and by how much the scores move.
+
+Worth knowing, because it looks wrong and is not: brackets survive as the words `-lrb-` and `-rrb-` (they are
+lower-cased before the list that would drop `-LRB-` is applied), `?!` and `!!` survive (the list holds single marks
+only), and emoji vanish.
+"""
+
+import re
+
+
+# Dropped by pycocoevalcap after tokenisation. Its list also has "-LRB-" and the like, which never occur lower-cased.
+PUNCTUATION = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
+
+# A full stop after one of these belongs to the word.
+ABBREVIATIONS = """
+    adj adm adv al ala alex apr ariz assn assoc asst atty attys aug ave bhd bldg blvd brig bros calif capt cf cie
+    cmdr co col colo comdr conn corp cos cpl ct dak dec dept det dr drs elec ens esq est etc ext feb fla fri ft ga
+    gen gov govs hon inc ind insp intl invt jan jos jr jul jun kan kans ky lieut lt ltd maj mar md messrs mfg mich
+    minn mlle mme mo mon mont mr mrs ms msgr mt mtg natl neb nev nov oct okla penn pfc ph plc ppte pptes ppty pptys
+    pres prof profs pte ptes pty ptys pvt rd rep reps rev rt sen sens sep sept seq sfc sgt spc sq sr st ste supt
+    supts sys tel tenn thu thurs treas tue tues univ va vs vt wed wis wisc wm wyo
+""".split()
+# These are words of their own when written small ("ill", "mass"), and abbreviations of states when capitalised.
+CAPITAL_ABBREVIATIONS = "ark az del ill la mass miss ore pa tex wash".split()
+# Only before a number: "no. 2", "fig. 3".
+NUMBER_ABBREVIATIONS = "art ca fig figs no nos op pp prop".split()
+# One written word, two tokens: where to cut it.
+JOINED_WORDS = {"cannot": 3, "gonna": 3, "gotta": 3, "wanna": 3, "gimme": 3, "lemme": 3}
+
+# Written differently by the tokenizer. Its names for brackets; the Latin-1 signs that it spells in ASCII.
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+SPELLED = {
+    "’": "'", "‘": "`", "‛": "'", "“": '"', "”": '"', "«": '"', "»": '"', "‹": "`", "›": "'",
+    "…": " ... ", "–": " -- ", "—": " -- ", "―": " -- ",
+    "&apos;": "'", "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
+    "€": "$", "£": "#", "¢": " cents ", "\u00ad": "",
+}  # fmt: skip
+ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&nbsp;": ""}
+
+
+def _one_of(words: list[str]) -> str:
+    """Alternatives for a regular expression, longest first."""
+    return "|".join(sorted(words, key=lambda word: (-len(word), word)))
+
+
+_LETTER = r"[^\W\d_]"
+_ALNUM = r"[^\W_]"
+_END = rf"(?!{_ALNUM})"
+# One-letter French, Irish and English prefixes: "l'eau", "12-o'clock".
+_PREFIX = rf"(?:[dolnDOLN]'(?={_ALNUM}))"
+_PART = rf"{_PREFIX}?{_ALNUM}+(?:_{_ALNUM}+)*"
+_FIRST_PART = rf"(?:\d+(?:[.,]\d+)+{_END}|{_PART})"
+_HYPHEN = "[-\u2010\u2011]"
+_SLASHED = rf"{_ALNUM}+(?:{_HYPHEN}{_ALNUM}+){{0,2}}"
+
+# Each alternative with the name of what it finds, in the order that makes the first match the longest one, which is
+# what the original takes. Case matters to some of them, so that lower-casing comes after.
+_KINDS = {
+    "entity": r"&(?:amp|lt|gt|quot|nbsp);",
+    "tag": r"</?[A-Za-z!?][\w:.-]*(?:\s[^<>]*)?/?>",
+    "url": r"https?://[^\s\"<>|()]*[^\s\"<>|().,;:!?'-]",
+    "email": r"<?[A-Za-z0-9][\w.+-]*@[A-Za-z0-9][\w-]*(?:\.[\w-]+)*>?",
+    "site": r"(?:www\.(?:[\w-]+\.)+[a-zA-Z]{2,4}|(?:[\w-]+\.)+(?:com|net|org|edu))(?!\w)"
+    r"(?:/[^\s\"<>|().!?]+[^\s\"<>|(.,;:!?)'-])?",
+    "emoticon": rf">?[:;=]'?-?[()DPOdp\]\[|\\]{_END}|:3{_END}",
+    "quotes": r"''|``",
+    # Clitics, and the words that they are cut from: do|n't, man|'s, 't|is.
+    "before_not": rf"{_LETTER}+?(?=[nN]'[tT]{_END})",
+    "clitic": rf"[nN]'[tT]{_END}|'(?i:s|m|d|re|ve|ll){_END}|'[tT](?=(?i:is|was))",
+    "elided": rf"'(?i:em|till|til|cause)|'[nN]'|'[nN]{_END}|'\d\ds?(?=\s|$)",
+    "eliding": rf"[yY]'(?={_ALNUM})|(?:[oO]l|[dDjJlL])'{_END}|[cC]'(?:est|mon){_END}|[eE]'er{_END}",
+    # An apostrophe between vowels joins: "ma'am", "ne'er".
+    "vowels": rf"{_LETTER}+(?<=[aeiouyAEIOUY])'[aeiouAEIOU]{_LETTER}*",
+    "joined": rf"(?i:{_one_of(list(JOINED_WORDS))})(?![^\W_]|['-])",
+    # Full stops that belong to the word.
+    "degree": r"[pP][hH]\.[dD]\.",
+    "before_number": rf"(?i:{_one_of(NUMBER_ABBREVIATIONS)})\.(?=\s?\d)",
+    "acronym": rf"[A-Za-z](?:\.[A-Za-z])*\.{_END}|[A-Za-z](?:\.[A-Za-z])+{_END}",
+    "dotted": rf"{_LETTER}{_ALNUM}*(?:[.!?]{_LETTER}{_ALNUM}*)+",
+    "abbreviation": rf"(?i:{_one_of(ABBREVIATIONS)})\.|(?=[A-Z])(?i:{_one_of(CAPITAL_ABBREVIATIONS)})\.",
+    # Words and numbers, alone or joined: "AT&T", "3 1/2", "1,000-foot", "and/or", "5:30".
+    "company": r"[A-Z]+(?:&[A-Z]+)+",
+    "language": rf"[cC]\+\+|[cCfF]#{_END}",
+    "mixed_number": r"\d{1,4}\s\d{1,4}/\d{1,4}(?!\d)",
+    "phone": r"\(\d{3}\)\s?\d{3}-\d{4}",
+    "joined_by_slash": rf"{_SLASHED}(?:/{_SLASHED}){{1,2}}",
+    "joined_by_hyphen": rf"{_FIRST_PART}(?:{_HYPHEN}{_PART})+",
+    "number": r"[-+]?(?:\d+(?:[.,:]\d+)+|(?:[.,:]\d+)+)|[-+]\d+",
+    "word": _PART,
+    "handle": r"[@#][A-Za-z]\w*",
+    # Punctuation, runs of it first.
+    "dots": r"\.(?:\s?\.){2,}",
+    "dashes": "[-\u2010-\u2012]+",
+    "marks": r"[?!]+|\*+|_+|#+|@+|<<|>>|\^_\^",
+    "bracket": r"[()\[\]{}]",
+    "other": r"\S",
+}
+_TOKEN = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _KINDS.items()))
+# Most of a caption is plain words, which need none of the above.
+_PLAIN = re.compile(r"[a-zA-Z]+(?=\s|$)")
+_SPELLED = re.compile("|".join(re.escape(text) for text in SPELLED))
+# Beyond the basic plane (emoji), or without width: the original has no rule for them and skips them.
+_SKIPPED = re.compile("[\U00010000-\U0010ffff\u200b-\u200f\u2028-\u202e\ufe00-\ufe0f\ufeff\ufffd]")
+
+
+def ptb_words(text: str) -> list[str]:
+    """Cuts a text into lower-cased Penn Treebank tokens, punctuation included.
+
+    Args:
+        text: one caption; line breaks count as spaces.
+
+    Returns:
+        The tokens; [] for a text without any.
+    """
+    text = _SPELLED.sub(lambda match: SPELLED[match[0]], text)
+    text = _SKIPPED.sub(" ", text)
+    words = []
+    position, end = 0, len(text)
+    while position < end:
+        if text[position].isspace():
+            position += 1
+            continue
+        match = _PLAIN.match(text, position)
+        if match and match[0].lower() not in JOINED_WORDS:
+            words.append(match[0].lower())
+        else:
+            match = _TOKEN.match(text, position)
+            words.extend(_spell(match.lastgroup, match[0].lower()))
+        position = match.end()
+    return words
+
+
+def _spell(kind: str, token: str) -> list[str]:
+    """How a lower-cased token of this kind (see `_KINDS`) is written: nearly always as it is."""
+    if kind == "joined":
+        return [token[: JOINED_WORDS[token]], token[JOINED_WORDS[token] :]]
+    if kind == "bracket":
+        return [BRACKETS[token]]
+    if kind == "entity":
+        return ENTITIES[token].split()
+    if kind in ("emoticon", "phone"):
+        token = token.replace("(", BRACKETS["("]).replace(")", BRACKETS[")"])
+    if kind in ("mixed_number", "tag", "phone"):
+        # One token with a no-break space inside, at which the scorers cut it nevertheless, as they do the original's.
+        return ["\u00a0".join(token.split())]
+    if kind == "dots":
+        return ["..."]
+    if kind == "dashes":
+        return ["-" if len(token) == 1 else "--" if len(token) < 5 else token]
+    if token == '"':
+        return ["''"]
+    return [token]
+
+
+def ptb_tokenize(text: str) -> str:
+    """What `pycocoevalcap`'s `PTBTokenizer` makes of one caption: lower-cased tokens, punctuation left out.
+
+    Args:
+        text: one caption.
+
+    Returns:
+        The tokens joined by single spaces; "" when there is none.
+    """
+    return " ".join(word for word in ptb_words(text) if word not in PUNCTUATION)

@@ -1,0 +1,132 @@
+"""Captions and embeddings for every picture of a data set."""
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import datasets
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from tinycap.processing_tinycap import load_image
+
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Captions:
+    """What `caption_dataset` found; the three lists go together, row by row, in the data set's order.
+
+    Args:
+        rows: numbers of the rows that were captioned.
+        captions: one for each.
+        image_embeds: (len(rows), D), the student's, unit norm.
+        teacher_embeds: the same of the teacher, where there is one.
+        skipped: (row, reason) of the pictures that can't be read.
+    """
+
+    rows: list[int] = field(default_factory=list)
+    captions: list[str] = field(default_factory=list)
+    image_embeds: torch.Tensor | None = None
+    teacher_embeds: torch.Tensor | None = None
+    skipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+@torch.inference_mode()
+def caption_dataset(
+    model,
+    processor,
+    dataset: datasets.Dataset | Iterable[dict],
+    *,
+    image_column: str = "image",
+    batch_size: int = 32,
+    accelerator: Accelerator | None = None,
+    teacher: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    progress: bool = False,
+    **generate_kwargs: Any,
+) -> Captions:
+    """Captions every picture once; with several processes, each takes its share and all get everything.
+
+    Args:
+        model: a TinyCap; each picture is encoded once, for its embedding and its caption.
+        processor: the `GitProcessor` of the same folder (image processor and tokenizer).
+        dataset: rows with a picture in `image_column`: decoded, encoded, or a path.
+        batch_size: pictures run through the model together.
+        accelerator: whose device and processes to use.
+        teacher: embeds the same pixels to (B, D), unit norm.
+        progress: show a bar.
+        generate_kwargs: for `generate()`, over the model's generation config.
+
+    Returns:
+        `Captions`. Pictures that can't be read are listed in `skipped`.
+
+    Raises:
+        ValueError: not one picture can be read; gives the first reason.
+    """
+    device = accelerator.device if accelerator is not None else next(model.parameters()).device
+    process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    if isinstance(dataset, datasets.Dataset) and isinstance(dataset.features[image_column], datasets.Image):
+        # Decoded here, row by row, so that a bad one is a bad row and not the end.
+        dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
+    model.eval()
+    found = Captions()
+    embeds, targets, batch = [], [], []
+
+    def run() -> None:
+        if not batch:
+            return
+        pixels = processor.image_processor([image for _, image in batch], return_tensors="pt")["pixel_values"].to(
+            device
+        )
+        encoded = model.get_encoder()(pixels, return_dict=True)
+        sequences = model.generate(encoder_outputs=encoded, **generate_kwargs)
+        texts = processor.batch_decode(sequences, skip_special_tokens=True)
+        if len(texts) != len(batch):
+            raise ValueError(f"expected one caption a picture, got num_return_sequences={len(texts) // len(batch)}")
+        found.rows.extend(row for row, _ in batch)
+        found.captions.extend(text.strip() for text in texts)
+        embeds.append(encoded.image_embeds.float().cpu())
+        if teacher is not None:
+            targets.append(teacher(pixels).float().cpu())
+        batch.clear()
+
+    rows = enumerate(dataset)
+    total = len(dataset) if hasattr(dataset, "__len__") else None
+    for index, row in tqdm(rows, total=total, desc="Captioning", disable=not progress or process != 0):
+        if index % processes != process:
+            continue
+        try:
+            batch.append((index, load_image(row[image_column], name=f"row {index}")))
+        except (ValueError, TypeError) as error:
+            found.skipped.append((index, str(error)))
+        if len(batch) == batch_size:
+            run()
+    run()
+    if processes > 1:
+        _gather(found, embeds, targets)
+    if not found.rows:
+        reason = found.skipped[0][1] if found.skipped else "the data set has no rows"
+        raise ValueError(f"expected at least one picture that can be read, got none: {reason}")
+    if found.skipped:
+        logger.warning("%d pictures can't be read and were left out", len(found.skipped))
+    order = sorted(range(len(found.rows)), key=found.rows.__getitem__)
+    found.image_embeds = torch.cat(embeds)[order]
+    if targets:
+        found.teacher_embeds = torch.cat(targets)[order]
+    found.captions = [found.captions[position] for position in order]
+    found.rows = [found.rows[position] for position in order]
+    found.skipped.sort()
+    return found
+
+
+def _gather(found: Captions, embeds: list, targets: list) -> None:
+    """Every process's share to every process."""
+    found.rows = gather_object(found.rows)
+    found.captions = gather_object(found.captions)
+    found.skipped = gather_object(found.skipped)
+    embeds[:] = gather_object(embeds)
+    targets[:] = gather_object(targets)

@@ -1,0 +1,118 @@
+"""What a person looks at: a contact sheet of pictures with their captions, and the curves of a training run."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image, ImageOps
+
+
+# Sides of a picture and of its cell, in inches at `DPI`.
+PICTURE, TEXT_HEIGHT, DPI = 2.3, 0.95, 110
+# Losses differ in size: each of these prefixes gets a panel of its own.
+PANELS = (
+    ("loss", "loss"),
+    ("cider", "validation CIDEr"),
+    ("accuracy", "validation accuracy"),
+    ("rate", "learning rate"),
+)
+
+
+def _pyplot():
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise ImportError("reports need matplotlib: pip install 'tinycap[evaluation]'") from error
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def _save(figure, path: str | Path) -> None:
+    # Aside and renamed, so that nobody opens half a picture.
+    path = Path(path)
+    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
+    figure.savefig(aside, dpi=DPI)
+    os.replace(aside, path)
+    _pyplot().close(figure)
+
+
+def contact_sheet(
+    images: Sequence[Image.Image],
+    captions: Sequence[str],
+    path: str | Path,
+    references: Sequence[str] | None = None,
+    columns: int = 4,
+    title: str | None = None,
+) -> None:
+    """Draws pictures in rows, each with the model's caption under it and a human one in grey, to a PNG.
+
+    Args:
+        images: the pictures; captions: the model's, one for each.
+        path: the PNG to write.
+        references: a human caption for each, or `None`.
+        columns: pictures in a row.
+        title: over everything.
+
+    Raises:
+        ValueError: there are more or fewer captions than pictures, or none.
+        ImportError: matplotlib isn't installed.
+    """
+    if not images or len(images) != len(captions) or (references is not None and len(references) != len(images)):
+        raise ValueError(
+            f"expected a caption for each of at least one picture, got {len(images)} pictures, {len(captions)} captions"
+            + ("" if references is None else f" and {len(references)} references")
+        )
+    import textwrap
+
+    pyplot = _pyplot()
+    rows = -(-len(images) // columns)
+    head = 0.4 if title else 0.1
+    figure = pyplot.figure(figsize=(columns * (PICTURE + 0.2) + 0.2, rows * (PICTURE + TEXT_HEIGHT) + head))
+    width, height = figure.get_size_inches()
+    if title:
+        figure.text(0.2 / width, 1 - 0.26 / height, title, fontsize=11, weight="bold")
+    for index, (image, caption) in enumerate(zip(images, captions)):
+        row, column = divmod(index, columns)
+        left, top = 0.2 + column * (PICTURE + 0.2), head + row * (PICTURE + TEXT_HEIGHT)
+        axes = figure.add_axes((left / width, 1 - (top + PICTURE) / height, PICTURE / width, PICTURE / height))
+        axes.imshow(ImageOps.fit(image.convert("RGB"), (256, 256)))
+        axes.axis("off")
+        lines = textwrap.wrap(caption or "(no caption)", 38)[:3]
+        below = {"va": "top", "fontsize": 8, "parse_math": False}
+        figure.text(left / width, 1 - (top + PICTURE + 0.06) / height, "\n".join(lines), **below)
+        if references is not None:
+            offset = PICTURE + 0.1 + 0.145 * len(lines)
+            text = "\n".join(textwrap.wrap(references[index], 44)[: 5 - len(lines)])
+            figure.text(left / width, 1 - (top + offset) / height, text, color="0.5", **{**below, "fontsize": 7})
+    _save(figure, path)
+
+
+def plot_curves(metrics: str | Path, path: str | Path) -> None:
+    """Draws every loss, the learning rate and the validation scores of a `metrics.jsonl` against the step, to a PNG.
+
+    Raises:
+        ValueError: the file has no rows.
+        ImportError: matplotlib isn't installed.
+    """
+    rows = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
+    if not rows:
+        raise ValueError(f"{metrics}: expected rows of figures, got none")
+    pyplot = _pyplot()
+    names = sorted({name for row in rows for name in row} - {"step", "epoch"})
+    panels = [(label, [name for name in names if key in name]) for key, label in PANELS]
+    panels = [(label, found) for label, found in panels if found]
+    figure, all_axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
+    for axes, (label, found) in zip(all_axes[0], panels):
+        for name in found:
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            few = len(points) < 20
+            axes.plot(*zip(*points), label=name.replace("_", " "), marker="o" if few else None, markersize=3)
+        axes.set_xlabel("step")
+        axes.set_title(label, fontsize=10)
+        axes.legend(fontsize=7)
+        axes.grid(alpha=0.3)
+    figure.tight_layout()
+    _save(figure, path)

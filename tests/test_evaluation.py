@@ -1,0 +1,238 @@
+import json
+import subprocess
+import sys
+
+import datasets
+import evaluate
+import pytest
+import torch
+from PIL import Image
+from tiny import CAPTIONS, draw_picture
+from transformers import AutoModel, AutoProcessor
+
+from tinycap.evaluation import caption_metrics
+from tinycap.evaluation.__main__ import baseline_scores, main
+from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
+from tinycap.evaluation.captioning import caption_dataset
+from tinycap.evaluation.fidelity import distillation_fidelity
+from tinycap.evaluation.metrics import score_captions
+from tinycap.evaluation.reports import contact_sheet, plot_curves
+
+
+REFERENCES = [[CAPTIONS[0], "A dog is running ."], [CAPTIONS[1], "Two people on a street ."], [CAPTIONS[2]]]
+
+
+# --- caption metrics --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, tokens",
+    [
+        ("A man's dog, running!", "a man 's dog running"),
+        ("They don't see the T-shirt.", "they do n't see the t-shirt"),
+        ('"Stop" -- he said (loudly)', "stop he said -lrb- loudly -rrb-"),
+        ("Mr. Smith has 2,000 balls...", "mr. smith has 2,000 balls"),
+        ("  ", ""),
+        ("cannot", "can not"),
+    ],
+)
+def test_tokens_are_the_penn_treebanks_without_punctuation(text, tokens):
+    assert ptb_tokenize(text) == tokens
+
+
+def test_a_human_caption_repeated_word_for_word_scores_full_marks():
+    scores = score_captions([group[0] for group in REFERENCES], REFERENCES)
+    assert [scores[f"bleu_{n}"] for n in (1, 2, 3, 4)] == pytest.approx([100] * 4, abs=1e-3)
+    assert scores["rouge_l"] == pytest.approx(100)
+    assert scores["cider"] > 400 and scores["distinct_captions"] == 3
+
+
+def test_captions_of_the_wrong_pictures_score_less():
+    predictions = [group[0] for group in REFERENCES]
+    right, wrong = (score_captions(p, REFERENCES) for p in (predictions, predictions[1:] + predictions[:1]))
+    assert all(wrong[name] < right[name] / 2 for name in ("bleu_2", "bleu_4", "rouge_l", "cider"))
+
+
+def test_all_references_count():
+    only_second = score_captions(["A dog is running .", "two", "x"], REFERENCES)
+    without = score_captions(["A dog is running .", "two", "x"], [group[:1] for group in REFERENCES])
+    assert only_second["rouge_l"] > without["rouge_l"]
+
+
+def test_bleu_1_is_the_share_of_words_that_a_reference_has():
+    scores = score_captions(["a b c d"], [["a b x y"]])
+    assert scores["bleu_1"] == pytest.approx(50, abs=1e-3)
+
+
+def test_empty_captions_are_scored_as_nothing():
+    scores = score_captions(["", "...", ""], REFERENCES)
+    assert scores["bleu_1"] < 1e-3 and scores["cider"] == 0 and scores["mean_length"] < 1
+
+
+def test_lists_that_do_not_match_are_an_error():
+    with pytest.raises(ValueError, match="2 predictions and 3 lists"):
+        score_captions(["a", "b"], REFERENCES)
+    with pytest.raises(ValueError, match=r"references\[1\]"):
+        score_captions(["a", "b"], [["a"], []])
+    with pytest.raises(ValueError, match="meteor, spice, got 'bert'"):
+        score_captions(["a"], [["a"]], extra=("bert",))
+
+
+def test_the_metric_loads_by_evaluate_offline_and_gives_the_same_scores(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    metric = evaluate.load(caption_metrics.__path__[0])
+    predictions = ["a brown dog", "two men", "a child"]
+    found = metric.compute(predictions=predictions, references=REFERENCES)
+    expected = score_captions(predictions, REFERENCES)
+    assert found == {name: expected[name] for name in found} and "cider" in found
+    for prediction, references in zip(predictions, REFERENCES):
+        metric.add(prediction=prediction, references=references)
+    assert metric.compute() == found
+
+
+# --- fidelity ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cone():
+    """600 directions in a narrow cone, as CLIP's are."""
+    torch.manual_seed(0)
+    return torch.nn.functional.normalize(torch.randn(600, 12) + 4.0, dim=-1)
+
+
+def test_a_perfect_student_is_perfect(cone):
+    found = distillation_fidelity(3 * cone, cone)
+    assert found["cosine_distance"] == pytest.approx(0, abs=1e-6)
+    assert (found["centered_cosine"], found["recall_at_1"]) == (pytest.approx(1), 100)
+
+
+def test_a_constant_student_looks_good_by_distance_only(cone):
+    constant = torch.nn.functional.normalize(cone.mean(dim=0), dim=-1).expand_as(cone)
+    found = distillation_fidelity(constant, cone)
+    assert found["cosine_distance"] == pytest.approx(found["constant_cosine_distance"], rel=1e-5)
+    assert found["cosine_distance"] < 0.06
+    assert abs(found["centered_cosine"]) < 1e-3 and found["recall_at_1"] < 1 and found["recall_at_5"] < 2
+
+
+def test_a_student_of_the_wrong_pictures_finds_nothing(cone):
+    assert distillation_fidelity(cone.roll(1, 0), cone)["recall_at_1"] < 1
+
+
+def test_recall_over_many_pictures_is_the_same_in_chunks(cone, monkeypatch):
+    student = cone + 0.1 * torch.randn_like(cone)
+    whole = distillation_fidelity(student, cone)
+    monkeypatch.setattr("tinycap.evaluation.fidelity.CHUNK", 7)
+    assert distillation_fidelity(student, cone) == whole and 5 < whole["recall_at_1"] < 100
+
+
+def test_embeddings_of_other_shapes_are_an_error(cone):
+    with pytest.raises(ValueError, match=r"\(600, 12\).*\(600, 11\)"):
+        distillation_fidelity(cone, cone[:, :11])
+
+
+# --- captioning a data set --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def tinycap(repository):
+    return (
+        AutoModel.from_pretrained(repository, trust_remote_code=True),
+        AutoProcessor.from_pretrained(repository, trust_remote_code=True),
+    )
+
+
+def rows_of(tmp_path, num: int = 7, bad: tuple[int, ...] = ()) -> datasets.Dataset:
+    paths = []
+    for index in range(num):
+        paths.append(str(tmp_path / f"{index}.png"))
+        draw_picture(index).save(paths[-1])
+        if index in bad:
+            (tmp_path / f"{index}.png").write_bytes(b"no picture")
+    rows = {"image": paths, "captions": [[CAPTIONS[i % 4], f"number {i}"] for i in range(num)]}
+    return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_captions_come_in_the_data_sets_order_whatever_the_batch(tinycap, tmp_path, batch_size):
+    from transformers import pipeline
+
+    model, processor = tinycap
+    rows = rows_of(tmp_path)
+    found = caption_dataset(model, processor, rows, batch_size=batch_size, num_beams=2)
+    captioner = pipeline("image-to-text", model=model.name_or_path, trust_remote_code=True)
+    expected = [captioner(row["image"], num_beams=2)[0]["generated_text"] for row in rows]
+    assert found.captions == expected and found.rows == list(range(7))
+    assert found.image_embeds.shape == (7, 14) and found.teacher_embeds is None
+
+
+def test_pictures_that_cannot_be_read_are_listed_and_the_others_captioned(tinycap, tmp_path):
+    found = caption_dataset(*tinycap, rows_of(tmp_path, bad=(1, 5)), batch_size=3)
+    assert found.rows == [0, 2, 3, 4, 6] and [row for row, _ in found.skipped] == [1, 5]
+    assert all("row" in reason for _, reason in found.skipped)
+    with pytest.raises(ValueError, match="at least one picture"):
+        caption_dataset(*tinycap, rows_of(tmp_path, 2, bad=(0, 1)))
+
+
+def test_a_teacher_sees_the_same_pixels(tinycap, tmp_path):
+    model, processor = tinycap
+    found = caption_dataset(model, processor, rows_of(tmp_path), teacher=model.get_image_features)
+    torch.testing.assert_close(found.image_embeds, found.teacher_embeds)
+
+
+# --- reports and the command ------------------------------------------------------------------------------------------
+
+
+def test_a_contact_sheet_shows_every_picture(tmp_path):
+    pictures = [Image.new("RGB", (30, 20), color) for color in ("#e01010", "#10e010", "#1010e0", "#e0e010", "#e010e0")]
+    captions = ["one", "", "costs $5 & 10$", "a very long caption " * 9, "日本"]
+    contact_sheet(pictures, captions, tmp_path / "sheet.png", references=captions, columns=2, title="Five")
+    colors = {color for _, color in Image.open(tmp_path / "sheet.png").convert("RGB").getcolors(10**6)}
+    assert {picture.getpixel((0, 0)) for picture in pictures} <= colors
+    with pytest.raises(ValueError, match="5 pictures, 1 captions"):
+        contact_sheet(pictures, ["one"], tmp_path / "sheet.png")
+
+
+def test_curves_are_drawn_from_the_log(tmp_path):
+    rows = [{"step": step, "loss": 3.0 / step, "learning_rate": 0.1, "epoch": 0} for step in range(1, 30)]
+    rows.append({"step": 30, "epoch": 1, "eval_cider": 9.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width > 800, "three panels"
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="expected rows"):
+        plot_curves(tmp_path / "empty.jsonl", tmp_path / "curves.png")
+
+
+def test_baselines_put_a_score_into_proportion():
+    captions = [group[0] for group in REFERENCES]
+    found = baseline_scores(captions, REFERENCES, seed=0)
+    assert found["shuffled"]["cider"] < 50
+    assert found["constant"]["distinct_captions"] == 1
+    assert set(found) == {"constant", "shuffled", "human"}
+
+
+def test_the_command_scores_a_checkpoint_and_leaves_its_reports(repository, tmp_path, monkeypatch):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows_of(tmp_path, 6, bad=(4,)).to_parquet(data / "validation.parquet")
+    flags = ["--model_name_or_path", str(repository), "--dataset_name", str(data), "--baselines", "--num_beams", "2"]
+    results = main([*flags, "--output_dir", str(tmp_path / "out")])
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == json.loads(json.dumps(results))
+    assert results["num_images"] == 5 and results["num_skipped"] == 1 and "cider" in results["baselines"]["human"]
+    lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [line["image_id"] for line in lines] == [0, 1, 2, 3, 5, 4] and lines[-1]["caption"] is None
+    assert Image.open(tmp_path / "out" / "samples.png").width > 300
+    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+        main([*flags, "--output_dir", str(tmp_path / "out")])
+
+
+def test_importing_the_model_does_not_import_the_metrics():
+    code = (
+        "import sys, tinycap.modeling_tinycap, tinycap.pipeline_tinycap; "
+        "print([m for m in ('pycocoevalcap', 'matplotlib', 'evaluate', 'datasets.load') if m in sys.modules])"
+    )
+    from pathlib import Path
+
+    root = Path(caption_metrics.__path__[0]).parents[1]
+    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert found.stdout.strip().endswith("[]")

@@ -1,0 +1,308 @@
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import CAPTIONS, TEXT, VISION, draw_picture, png_bytes, tiny_model
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, pipeline
+
+from tinycap import train_distill
+from tinycap.training.loop import NonFiniteLossError
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> str:
+    """A folder of parquet: 24 training and 6 validation pictures with two captions each; one row is bad."""
+    folder = tmp_path_factory.mktemp("photos")
+    for split, first, num in (("train", 0, 24), ("validation", 24, 6)):
+        rows = {"image": [], "captions": [], "image_id": []}
+        for index in range(first, first + num):
+            content = b"broken" if index == 5 else png_bytes(draw_picture(index))
+            rows["image"].append({"bytes": content, "path": None})
+            rows["captions"].append([CAPTIONS[index % 4], f"picture number {index % 3} ."])
+            rows["image_id"].append(f"photo-{index}")
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "captions": datasets.List(datasets.Value("string")),
+                "image_id": datasets.Value("string"),
+            }
+        )
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        image_size=32, patch_size=8, hidden_size=18, intermediate_size=22, num_hidden_layers=1, num_attention_heads=3
+    )
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def config_name(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    text = {name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    vision = {name: value for name, value in VISION.items() if name != "projection_dim"}
+    path.write_text(json.dumps({"vision_config": vision, "text_config": {**text, "max_position_embeddings": 19}}))
+    return str(path)
+
+
+@pytest.fixture
+def flags(photos, teacher, config_name, tmp_path) -> list[str]:
+    """A run of six steps, three an epoch, with dropout, augmentation and a checkpoint every second step."""
+    return [
+        *("--dataset_name", photos, "--teacher_name_or_path", teacher, "--config_name", config_name),
+        *("--max_caption_length", "12", "--vocab_size", "300", "--per_device_train_batch_size", "7"),
+        *("--captions_per_image", "2", "--max_train_steps", "6", "--checkpointing_steps", "2", "--logging_steps", "1"),
+        *("--num_warmup_steps", "2", "--dropout", "0.1", "--patch_dropout", "0.3", "--dataloader_num_workers", "0"),
+        *("--num_beams", "2", "--output_dir", str(tmp_path / "out")),
+    ]
+
+
+def rows_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_leaves_a_complete_repository_and_its_reports(flags, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    metrics = train_distill.main([*flags, "--evaluation_steps", "4", "--report_to", "tensorboard"])
+    monkeypatch.chdir(tmp_path)
+    captioner = pipeline("image-to-text", model=str(out), trust_remote_code=True)
+    assert captioner(draw_picture(3))[0]["generated_text"] is not None
+    assert captioner.model.config.text_config.vocab_size == len(captioner.tokenizer)
+    assert captioner.model.config.vision_config.projection_dim == 18
+    assert captioner.model.generation_config.num_beams == 2
+
+    assert json.loads((out / "eval_results.json").read_text()) == metrics
+    for name in ("cider", "bleu_4", "caption_loss", "cosine_distance", "constant_cosine_distance", "recall_at_1"):
+        assert name in metrics
+    assert json.loads((out / "train_args.json").read_text())["patch_dropout"] == 0.3
+    steps = [row for row in rows_of(out) if "loss" in row]
+    assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
+    for row in steps:
+        assert {"caption_loss", "distill_loss", "learning_rate", "images_per_second", "grad_norm"} <= set(row)
+        assert row["loss"] == pytest.approx(row["caption_loss"] + row["distill_loss"], rel=1e-5)
+    assert [row["step"] for row in rows_of(out) if "eval_cider" in row] == [4, 6]
+    assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
+    assert "photo-5" in (out / "skipped.jsonl").read_text()
+    assert Image.open(out / "curves.png").width > 100 and Image.open(out / "samples.png").width > 100
+    card = (out / "README.md").read_text()
+    assert f"| CIDEr | {metrics['cider']:.4g} |" in card and "23 pictures" in card
+    assert list(out.glob("**/events.out.tfevents*")), "the tracker heard of it"
+
+
+class KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("dead_in_step", [4, 6])
+def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monkeypatch, dead_in_step):
+    train_distill.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    check_finite = train_distill.check_finite
+
+    def dies(losses, step, image_ids):
+        check_finite(losses, step, image_ids)
+        if step == dead_in_step:
+            raise KilledError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_distill, "check_finite", dies)
+        with pytest.raises(KilledError):
+            train_distill.main(flags)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+    train_distill.main([*flags, "--resume_from_checkpoint", "latest"])
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    losses = [[(row["step"], row["loss"]) for row in rows_of(tmp_path / n) if "loss" in row] for n in ("whole", "out")]
+    assert losses[0] == losses[1]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(flags, tmp_path):
+    with pytest.raises(NonFiniteLossError, match=r"step \d.*photo-"):
+        train_distill.main([*flags, "--learning_rate", "1e30", "--max_grad_norm", "0", "--checkpointing_steps", "1"])
+    checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert checkpoints and (checkpoints[-1] / "trainer_state.json").exists()
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_accumulated_batches_make_one_step(flags, tmp_path):
+    train_distill.main([*flags, "--gradient_accumulation_steps", "2", "--max_train_steps", "3"])
+    assert [row["step"] for row in rows_of(tmp_path / "out") if "loss" in row] == [1, 2, 3]
+
+
+def test_training_goes_on_from_a_checkpoint_with_its_own_tokenizer_and_config(flags, tmp_path, repository):
+    without = [flag for pair in zip(flags[::2], flags[1::2]) for flag in pair if pair[0] != "--config_name"]
+    without = [flag for pair in zip(without[::2], without[1::2]) for flag in pair if "teacher" not in pair[0]]
+    start = load_file(repository / "model.safetensors")
+    train_distill.main(
+        [*without, "--model_name_or_path", str(repository), "--distill_weight", "0", "--learning_rate", "1e-9"]
+    )
+    trained = load_file(tmp_path / "out" / "model.safetensors")
+    assert start.keys() == trained.keys()
+    assert all(torch.allclose(start[name], trained[name], atol=1e-5) for name in start)
+    tokenizers = [(folder / "tokenizer.json").read_text() for folder in (repository, tmp_path / "out")]
+    assert tokenizers[0] == tokenizers[1]
+    assert "cosine_distance" not in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def test_a_stream_trains_as_well(flags, tmp_path):
+    train_distill.main([*flags, "--streaming", "--max_train_steps", "4"])
+    assert [row["step"] for row in rows_of(tmp_path / "out") if "loss" in row] == [1, 2, 3, 4]
+    assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
+    # accelerate keeps one precision a process.
+    code = "import sys; from tinycap import train_distill; train_distill.main(sys.argv[1:])"
+    root = Path(train_distill.__file__).parent
+    command = [sys.executable, "-c", code, *flags, "--mixed_precision", "bf16", "--max_train_steps", "2"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True)
+    assert load_file(tmp_path / "out" / "model.safetensors")["decoder.embed_tokens.weight"].dtype == torch.float32
+
+
+def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
+    root = Path(train_distill.__file__).parent
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += ["train_distill.py", *flags, "--per_device_train_batch_size", "3", "--max_train_steps", "3"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    out = tmp_path / "out"
+    assert [row["step"] for row in rows_of(out) if "loss" in row] == [1, 2, 3]
+    assert (out / "model.safetensors").exists() and (out / "checkpoint-3" / "random_states_1.pkl").exists()
+    assert len((out / "skipped.jsonl").read_text().splitlines()) == 1
+
+
+# --- what must not run ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (["--no_such_flag"], ["--no_such_flag"]),
+        (["--learning_rate", "0"], ["--learning_rate", "positive"]),
+        (["--learning", "1"], ["--learning"]),
+        (["--crop_scale", "1.5"], ["--crop_scale", "1.5"]),
+        (["--dropout", "1"], ["--dropout"]),
+        (["--streaming"], ["--streaming", "--dataset_name"]),
+        (["--dataset_name", "x"], ["--teacher_name_or_path", "--distill_weight"]),
+        (["--distill_weight", "0", "--teacher_name_or_path", "y"], ["--teacher_name_or_path", "--distill_weight 0"]),
+        (["--config_name", "c", "--model_name_or_path", "m"], ["--config_name", "--model_name_or_path"]),
+        (["--tokenizer_name", "c", "--model_name_or_path", "m"], ["--tokenizer_name", "--model_name_or_path"]),
+        (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], ["--overwrite_output_dir", "--resume"]),
+        (["--hub_model_id", "me/it"], ["--hub_model_id", "--push_to_hub"]),
+        (["--caption_column", "text"], ["--caption_column", "--dataset_name"]),
+        (["--teacher_feature", "cls"], ["--teacher_feature", "pooled"]),
+    ],
+)
+def test_an_unknown_or_contradictory_flag_is_an_error_that_names_it(extra, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train_distill.parse_args(extra)
+    assert stopped.value.code == 2
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
+
+
+def test_every_flag_is_read_somewhere():
+    root = Path(train_distill.__file__).parent
+    code = "\n".join(
+        path.read_text() for path in [root / "train_distill.py", *sorted((root / "training").glob("*.py"))]
+    )
+    for name in vars(train_distill.parse_args([])):
+        assert f"args.{name}" in code, name
+
+
+def test_help_says_what_every_flag_does_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        train_distill.parse_args(["--help"])
+    shown = capsys.readouterr().out
+    assert "--captions_per_image" in shown and "(default: 1.0)" in shown
+    parser = train_distill.build_parser()
+    assert all(action.help for action in parser._actions)
+
+
+def run_and_expect(flags: list[str], error: str, out: Path) -> None:
+    with pytest.raises(ValueError, match=error):
+        train_distill.main(flags)
+    assert not list(out.glob("checkpoint-*")), "before the first step"
+
+
+def test_an_output_folder_that_is_not_empty_is_an_error(flags, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("mine")
+    run_and_expect(flags, "--overwrite_output_dir", tmp_path / "out")
+    train_distill.main([*flags, "--overwrite_output_dir", "--max_train_steps", "1"])
+    assert (tmp_path / "out" / "thesis.txt").read_text() == "mine"
+
+
+def test_a_teacher_of_another_width_is_an_error_before_the_first_step(flags, tmp_path, config_name):
+    values = json.loads(Path(config_name).read_text())
+    values["vision_config"]["projection_dim"] = 13
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    run_and_expect([*flags, "--config_name", str(tmp_path / "c.json")], "expected 18.*got 13", tmp_path / "out")
+
+
+def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_before_the_first_step(flags, tmp_path, config_name):
+    values = json.loads(Path(config_name).read_text())
+    values["text_config"]["vocab_size"] = 270
+    (tmp_path / "c.json").write_text(json.dumps(values))
+    run_and_expect(
+        [*flags, "--config_name", str(tmp_path / "c.json")], "vocab_size of 270 tokens, got", tmp_path / "out"
+    )
+
+
+def test_captions_longer_than_the_position_table_are_an_error_before_the_first_step(flags, tmp_path):
+    run_and_expect([*flags, "--max_caption_length", "20"], "max_position_embeddings 19, got 20", tmp_path / "out")
+
+
+def test_a_checkpoint_of_another_architecture_is_an_error_that_names_both(flags, tmp_path, teacher):
+    without = [flag for pair in zip(flags[::2], flags[1::2]) for flag in pair if pair[0] != "--config_name"]
+    run_and_expect(
+        [*without, "--model_name_or_path", teacher], "model_type 'tinycap', got 'clip_vision_model'", tmp_path / "out"
+    )
+
+
+def test_weights_that_do_not_fit_their_config_are_an_error(flags, tmp_path):
+    model = tiny_model()
+    model.save_pretrained(tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["text_config"]["num_hidden_layers"] = 4
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config))
+    args = train_distill.parse_args(["--model_name_or_path", str(tmp_path / "model")])
+    with pytest.raises(ValueError, match="decoder.layers.3"):
+        train_distill.build_model(args, train_distill.read_config(args))
+
+
+def test_a_first_bad_row_stops_the_run_when_asked(flags, tmp_path):
+    run_and_expect([*flags, "--on_bad_row", "error"], "photo-5", tmp_path / "out")
+
+
+# --- the embedded default ---------------------------------------------------------------------------------------------
+
+
+def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(tmp_path):
+    metrics = train_distill.main(
+        [
+            *("--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "9"),
+            *("--num_train_epochs", "1", "--per_device_train_batch_size", "20", "--num_warmup_steps", "1"),
+            *("--dataloader_num_workers", "0"),
+        ]
+    )
+    assert {"object_accuracy", "color_accuracy", "count_accuracy", "cider", "recall_at_1"} <= set(metrics)
+    assert (tmp_path / "out" / "teacher" / "eval_results.json").exists()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["vision_config"]["image_size"] == 64
+    assert config["vision_config"]["projection_dim"] == 128, "the width of the teacher's pooled feature"

@@ -1,0 +1,105 @@
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from transformers import AutoProcessor, CLIPModel, CLIPVisionModelWithProjection
+
+from tinycap import train_teacher
+from tinycap.training.teacher import Teacher
+
+
+TINY = [
+    *("--max_train_samples", "30", "--max_eval_samples", "8", "--image_size", "32", "--patch_size", "8"),
+    *("--hidden_size", "18", "--num_hidden_layers", "1", "--num_attention_heads", "3", "--projection_dim", "14"),
+    *("--text_hidden_size", "16", "--text_num_hidden_layers", "1", "--text_num_attention_heads", "2"),
+    *("--per_device_train_batch_size", "10", "--max_train_steps", "6", "--checkpointing_steps", "2"),
+    *("--num_warmup_steps", "1", "--logging_steps", "1", "--dataloader_num_workers", "0"),
+]
+
+
+def test_a_trained_teacher_loads_as_clip_and_as_its_vision_half(tmp_path):
+    metrics = train_teacher.main([*TINY, "--output_dir", str(tmp_path / "out")])
+    assert metrics["num_images"] == 8 and 0 <= metrics["image_to_text_recall_at_1"] <= 100
+    assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == metrics
+    _, report = CLIPModel.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not any(report.values()), report
+    _, report = CLIPVisionModelWithProjection.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not report["missing_keys"] and not report["mismatched_keys"]
+    assert Teacher.from_pretrained(str(tmp_path / "out"), "projected")(torch.randn(2, 3, 32, 32)).shape == (2, 14)
+    assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer("").input_ids
+
+
+def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(tmp_path, monkeypatch):
+    train_teacher.main([*TINY, "--output_dir", str(tmp_path / "whole")])
+    flags = [*TINY, "--output_dir", str(tmp_path / "out")]
+    with monkeypatch.context() as patch:
+
+        def dies(losses, step, image_ids):
+            if step == 6:
+                raise KeyboardInterrupt
+
+        patch.setattr(train_teacher, "check_finite", dies)
+        with pytest.raises(KeyboardInterrupt):
+            train_teacher.main(flags)
+    train_teacher.main([*flags, "--resume_from_checkpoint", "latest"])
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_text_tower_pools_the_end_token_and_ignores_padding(tmp_path, tokenizer):
+    args = train_teacher.parse_args([*TINY, "--max_caption_length", "12"])
+    torch.manual_seed(0)
+    model = train_teacher.build_model(args, tokenizer).eval()
+    labels = torch.tensor([[5, 9, 7, tokenizer.eos_token_id, -100, -100], [5, 9, 7, 8, 6, tokenizer.eos_token_id]])
+    with torch.no_grad():
+        padded = model.get_text_features(**train_teacher.text_inputs(labels, tokenizer)).pooler_output
+        alone = model.get_text_features(**train_teacher.text_inputs(labels[:1, :4], tokenizer)).pooler_output
+    torch.testing.assert_close(padded[:1], alone)
+    assert not torch.allclose(padded[0], padded[1], atol=1e-3)
+
+
+def test_one_caption_an_image_gives_clips_own_loss():
+    torch.manual_seed(0)
+    images, texts = (F.normalize(torch.randn(6, 5), dim=-1) for _ in range(2))
+    logits = 7.0 * images @ texts.t()
+    expected = (F.cross_entropy(logits, torch.arange(6)) + F.cross_entropy(logits.t(), torch.arange(6))) / 2
+    torch.testing.assert_close(train_teacher.contrastive_loss(images, texts, torch.tensor(7.0)), expected)
+
+
+def test_all_captions_of_an_image_are_its_positives():
+    images = torch.eye(4)
+    right = images.repeat_interleave(3, dim=0)
+    scale = torch.tensor(30.0)
+    assert train_teacher.contrastive_loss(images, right, scale) < train_teacher.contrastive_loss(
+        images, right.roll(1, 0), scale
+    )
+    # An image is asked for all three alike: the loss is the entropy of that choice, and nothing more.
+    expected = (torch.log(torch.tensor(3.0)) + 0) / 2
+    torch.testing.assert_close(train_teacher.contrastive_loss(images, right, scale), expected, atol=1e-4, rtol=0)
+
+
+def test_recall_counts_the_right_one_among_the_nearest():
+    images = torch.eye(4)
+    texts = torch.eye(4).repeat_interleave(2, dim=0)
+    assert set(train_teacher.retrieval_recall(images, texts).values()) == {100.0}
+    swapped = texts[[2, 3, 0, 1, 4, 5, 6, 7]]
+    found = train_teacher.retrieval_recall(images, swapped, ks=(1,))
+    assert found == {"image_to_text_recall_at_1": 50.0, "text_to_image_recall_at_1": 50.0}
+
+
+@pytest.mark.parametrize(
+    "extra, words",
+    [
+        (["--hidden_size", "20"], ["--hidden_size", "3 heads", "20"]),
+        (["--patch_size", "7"], ["--image_size", "--patch_size 7"]),
+        (["--attention_dropout", "1.5"], ["--attention_dropout", "1.5"]),
+        (["--projection_dim", "0"], ["--projection_dim"]),
+    ],
+)
+def test_sizes_that_do_not_fit_are_errors_that_name_them(extra, words, capsys):
+    with pytest.raises(SystemExit):
+        train_teacher.parse_args([*TINY, *extra])
+    message = capsys.readouterr().err
+    assert all(word in message for word in words), message
