@@ -73,7 +73,7 @@ SCENE_DEFAULTS = {
     "max_caption_length": 40,
     "per_device_train_batch_size": 128,
     "learning_rate": 2e-3,
-    "num_train_epochs": 10.0,
+    "num_train_epochs": 4.0,
     "num_warmup_steps": 50,
     "crop_scale": 1.0,
     "horizontal_flip": False,
