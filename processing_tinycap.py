@@ -60,7 +60,9 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
         raise ValueError(f"no such image file: {name}") from None
     except Exception as error:
         # Pillow's decoders raise a dozen unrelated types on broken files (struct.error, SyntaxError, EOFError, ...).
-        raise ValueError(f"cannot read image {name}: {type(error).__name__}: {error}") from error
+        # "cannot identify image file <BytesIO object at ...>" says nothing but an address.
+        reason = "not an image file" if type(error).__name__ == "UnidentifiedImageError" else str(error)
+        raise ValueError(f"cannot read image {name}: {reason or type(error).__name__}") from error
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":

@@ -1,8 +1,10 @@
 """Scenes: pictures drawn from a known truth, with true captions, for training without files and scoring without doubt.
 
 A scene is one or two groups of like things (a kind, a colour, a size, one to three of them), in a place or in a
-relation to each other, on a background. Reading order: a scene, its picture, its captions, data sets of scenes, and
-how a caption is held against the truth.
+relation to each other, on a background. Things stand in the cells of a three by three grid: with patches of a third of
+the side, a Vision Transformer sees each thing in one token, and minutes of a CPU are enough to learn it.
+
+Reading order: a scene, its picture, its captions, data sets of scenes, and how a caption is held against the truth.
 """
 
 import io
@@ -44,14 +46,16 @@ BACKGROUNDS = {
     "snow": ("in the snow", (236, 240, 244), ("white",)),
     "night": ("at night", (45, 50, 80), ("black", "blue", "purple")),
 }
-SIZES = {"small": 0.1, "large": 0.155}
+# Radii, in sides of the picture.
+SIZES = {"small": 0.095, "large": 0.148}
 COUNTS = {1: "a", 2: "two", 3: "three"}
+# What a caption says of a place, and the cells (column, row) that belong to it.
 PLACES = {
-    "middle": ("in the middle", (0.5, 0.5)),
-    "left": ("on the left", (0.22, 0.5)),
-    "right": ("on the right", (0.78, 0.5)),
-    "top": ("at the top", (0.5, 0.22)),
-    "bottom": ("at the bottom", (0.5, 0.78)),
+    "middle": ("in the middle", ((1, 1), (0, 1), (2, 1))),
+    "left": ("on the left", ((0, 0), (0, 1), (0, 2))),
+    "right": ("on the right", ((2, 0), (2, 1), (2, 2))),
+    "top": ("at the top", ((0, 0), (1, 0), (2, 0))),
+    "bottom": ("at the bottom", ((0, 2), (1, 2), (2, 2))),
 }
 # The first group stands so to the second; its place, the second's place, and the relation seen from the second.
 RELATIONS = {
@@ -133,14 +137,12 @@ def draw_scene(scene: Scene, image_size: int) -> Image.Image:
     picture = Image.new("RGB", (side, side), tuple(min(255, round(value * shade)) for value in (red, green, blue)))
     draw = ImageDraw.Draw(picture)
     for group in scene.groups:
-        center_x, center_y = PLACES[group.place][1]
-        # Groups beside each other are columns, groups above each other are rows; a third of the side for each thing.
-        column = group.place in ("left", "right") or (group.place == "middle" and rng.random() < 0.5)
-        for index in range(group.count):
-            along = 0.5 + (index - (group.count - 1) / 2) * 0.325
-            across = rng.uniform(-0.04, 0.04)
-            x, y = (center_x + across, along) if column else (along, center_y + across)
-            radius = SIZES[group.size] * rng.uniform(0.95, 1.03)
+        cells = PLACES[group.place][1]
+        # The middle is filled from the centre, an edge anywhere along it.
+        cells = cells[: group.count] if group.place == "middle" else rng.sample(cells, group.count)
+        for column, row in cells:
+            x, y = ((cell + 0.5) / 3 + rng.uniform(-0.012, 0.012) for cell in (column, row))
+            radius = SIZES[group.size] * rng.uniform(0.95, 1.02)
             color = tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in COLORS[group.color])
             _draw_thing(draw, group.kind, color, x * side, y * side, radius * side)
     return picture.resize((image_size, image_size), Image.Resampling.BOX)
