@@ -23,7 +23,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPModel, get_scheduler
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection, get_scheduler
 
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
 from tinycap.training.arguments import (
@@ -44,6 +44,7 @@ from tinycap.training.data import (
     load_splits,
     resolve_columns,
 )
+from tinycap.training.locked_text import LockedTextModel
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
 from tinycap.training.loop import check_finite, epoch_batches, set_up_logging
 from tinycap.training.optimization import create_optimizer
@@ -58,7 +59,7 @@ logger = get_logger(__name__)
 MAX_LOGIT_SCALE = math.log(100.0)
 
 SCENE_DEFAULTS = {
-    "max_train_samples": 6000,
+    "max_train_samples": 12000,
     "max_eval_samples": 500,
     "image_size": 96,
     "patch_size": 32,
@@ -72,8 +73,8 @@ SCENE_DEFAULTS = {
     "vocab_size": 512,
     "max_caption_length": 40,
     "per_device_train_batch_size": 128,
-    "learning_rate": 2e-3,
-    "num_train_epochs": 10.0,
+    "learning_rate": 1e-3,
+    "num_train_epochs": 7.0,
     "num_warmup_steps": 50,
     "crop_scale": 1.0,
     "horizontal_flip": False,
@@ -102,6 +103,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     model.add_argument("--text_num_attention_heads", type=int, default=4, help="heads of the text tower")
     model.add_argument("--projection_dim", type=int, default=512, help="width of the joint image-text space")
     model.add_argument("--attention_dropout", type=float, default=0.0, help="dropout of the attention weights")
+    model.add_argument(
+        "--text_model_name_or_path",
+        help="a sentence encoder to learn against, which stays as it is; a text tower is trained if not given",
+    )
     model.add_argument("--tokenizer_name", help="a pretrained tokenizer; one is trained on the captions if not given")
     model.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer trained on the captions")
     add_data_arguments(parser)
@@ -124,6 +129,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for prefix in ("", "text_"):
         width, heads = getattr(args, f"{prefix}hidden_size"), getattr(args, f"{prefix}num_attention_heads")
         refuse(width % heads != 0, f"--{prefix}hidden_size: expected a multiple of {heads} heads, got {width}")
+    if args.text_model_name_or_path is not None:
+        for name in ("text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads", "tokenizer_name"):
+            refuse(
+                getattr(args, name) != parser.get_default(name),
+                f"--{name}: contradicts --text_model_name_or_path, which brings its own",
+            )
     refuse(
         not 0 <= args.attention_dropout < 1,
         f"--attention_dropout: expected a number in [0, 1), got {args.attention_dropout}",
@@ -134,13 +145,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # --- model ------------------------------------------------------------------------------------------------------------
 
 
-def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel:
-    """A `CLIPModel` with fresh weights."""
-    if tokenizer.eos_token_id == 2:
-        raise ValueError(
-            "tokenizer: expected an end token of another id than 2, which CLIPTextModel takes for the mark of its "
-            "earliest checkpoints and then pools the wrong token"
-        )
+def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextModel:
+    """A `CLIPModel` with fresh weights, or its image tower beside a sentence encoder that isn't trained."""
     vision = {
         "image_size": args.image_size,
         "patch_size": args.patch_size,
@@ -151,6 +157,14 @@ def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel:
         "attention_dropout": args.attention_dropout,
         "projection_dim": args.projection_dim,
     }
+    if args.text_model_name_or_path is not None:
+        vision_model = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
+        return LockedTextModel.from_text_model(vision_model, args.text_model_name_or_path)
+    if tokenizer.eos_token_id == 2:
+        raise ValueError(
+            "tokenizer: expected an end token of another id than 2, which CLIPTextModel takes for the mark of its "
+            "earliest checkpoints and then pools the wrong token"
+        )
     text = {
         "vocab_size": len(tokenizer),
         "hidden_size": args.text_hidden_size,
@@ -352,8 +366,9 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     if skipped.count:
         logger.warning("%d rows left out; they are listed in %s", skipped.count, output_dir / "skipped.jsonl")
 
-    if args.tokenizer_name is not None:
-        tokenizer = load_tokenizer(args.tokenizer_name)
+    pretrained = args.text_model_name_or_path or args.tokenizer_name
+    if pretrained is not None:
+        tokenizer = load_tokenizer(pretrained)
     else:
         captions = (caption for captions in train_rows["captions"] for caption in captions)
         tokenizer = train_tokenizer(captions, args.vocab_size, args.max_caption_length + 1)

@@ -59,6 +59,12 @@ def test_a_tokenizer_without_pad_and_start_token_uses_its_end_token_as_gpt2_does
     assert encode_captions(tokenizer, ["a dog"], 9) == [[0, 1, 2]]
 
 
+def test_a_tokenizer_that_marks_sentences_as_bert_does_frames_captions_with_its_own_marks(tmp_path):
+    tokenizer = load_tokenizer(save_tokenizer(tmp_path, cls_token="a", sep_token="<end>", pad_token="<unk>"))
+    assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("a", "<end>", "<unk>")
+    assert encode_captions(tokenizer, ["dog dog"], 9) == [[1, 1, 2]]
+
+
 def test_a_tokenizer_without_end_token_is_an_error_that_names_it(tmp_path):
     with pytest.raises(ValueError, match="eos_token"):
         load_tokenizer(save_tokenizer(tmp_path))

@@ -4,10 +4,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from transformers import AutoProcessor, CLIPModel, CLIPVisionModelWithProjection
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import (
+    AutoProcessor,
+    BertConfig,
+    BertModel,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
+    PreTrainedTokenizerFast,
+)
 
 from tinycap import train_teacher
+from tinycap.training.locked_text import TEXT_HEAD_FILE
 from tinycap.training.teacher import Teacher
+from tinycap.training.tokenizer import load_tokenizer
 
 
 TINY = [
@@ -46,6 +58,67 @@ def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(tmp_path, mo
     train_teacher.main([*flags, "--resume_from_checkpoint", "latest"])
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+@pytest.fixture
+def sentence_encoder(tmp_path) -> str:
+    """A folder with a tiny BERT and its tokenizer, in the format of sentence-transformers' models."""
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "the", "two", "red", "blue", "ball", "box", "and", "on", "in"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(tmp_path / "encoder")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    config = BertConfig(vocab_size=len(words), max_position_embeddings=48, **sizes)
+    BertModel(config, add_pooling_layer=False).save_pretrained(tmp_path / "encoder")
+    return str(tmp_path / "encoder")
+
+
+LOCKED = [word for flag in zip(TINY[::2], TINY[1::2]) if not flag[0].startswith("--text_") for word in flag]
+
+
+def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, tmp_path):
+    out = tmp_path / "out"
+    train_teacher.main([*LOCKED, "--text_model_name_or_path", sentence_encoder, "--output_dir", str(out)])
+    _, report = CLIPVisionModelWithProjection.from_pretrained(out, output_loading_info=True)
+    assert not any(report.values()), report
+    assert Teacher.from_pretrained(str(out), "projected")(torch.randn(2, 3, 32, 32)).shape == (2, 14)
+    assert load_file(out / TEXT_HEAD_FILE)["text_projection.weight"].shape == (14, 12)
+    # What was trained and what wasn't, from the last checkpoint, which holds all of it.
+    trained, given = (
+        load_file(out / "checkpoint-6" / "model.safetensors"),
+        load_file(f"{sentence_encoder}/model.safetensors"),
+    )
+    assert given and all(torch.equal(trained[f"text_model.{name}"], value) for name, value in given.items())
+
+
+def test_a_locked_text_tower_means_its_real_tokens_and_stays_in_eval_mode(sentence_encoder):
+    args = train_teacher.parse_args([*LOCKED, "--text_model_name_or_path", sentence_encoder])
+    tokenizer = load_tokenizer(sentence_encoder)
+    model = train_teacher.build_model(args, tokenizer).train()
+    assert model.vision_model.training and not model.text_model.training
+    labels = torch.tensor([[4, 7, 9, tokenizer.eos_token_id, -100, -100], [5, 8, 10, 11, 6, tokenizer.eos_token_id]])
+    inputs = train_teacher.text_inputs(labels, tokenizer)
+    assert inputs["input_ids"][0].tolist() == [2, 4, 7, 9, 3, 0, 0], "[CLS] in front, [SEP] behind, then padding"
+    pixel_values = torch.randn(2, 3, 32, 32)
+    padded = model(pixel_values, **inputs)
+    alone = model(pixel_values[:1], **train_teacher.text_inputs(labels[:1, :4], tokenizer))
+    torch.testing.assert_close(padded.text_embeds[:1], alone.text_embeds)
+    padded.text_embeds.sum().backward()
+    assert model.text_projection.weight.grad is not None
+    assert all(parameter.grad is None for parameter in model.text_model.parameters())
+
+
+def test_a_text_model_that_is_no_sentence_encoder_is_an_error_that_names_it(tmp_path):
+    args = train_teacher.parse_args([*LOCKED, "--text_model_name_or_path", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="none: expected a sentence encoder"):
+        train_teacher.build_model(args, None)
+    sizes = {"image_size": 32, "patch_size": 8, "hidden_size": 18, "num_hidden_layers": 1, "num_attention_heads": 3}
+    CLIPVisionModel(CLIPVisionConfig(intermediate_size=20, **sizes)).save_pretrained(tmp_path / "vision")
+    args = train_teacher.parse_args([*LOCKED, "--text_model_name_or_path", str(tmp_path / "vision")])
+    with pytest.raises(ValueError, match="expected a whole text encoder, got CLIPVisionModel"):
+        train_teacher.build_model(args, None)
 
 
 def test_the_text_tower_pools_the_end_token_and_ignores_padding(tmp_path, tokenizer):
@@ -96,6 +169,7 @@ def test_recall_counts_the_right_one_among_the_nearest():
         (["--patch_size", "7"], ["--image_size", "--patch_size 7"]),
         (["--attention_dropout", "1.5"], ["--attention_dropout", "1.5"]),
         (["--projection_dim", "0"], ["--projection_dim"]),
+        (["--text_model_name_or_path", "m"], ["--text_hidden_size", "--text_model_name_or_path"]),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors_that_name_them(extra, words, capsys):

@@ -64,6 +64,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
 def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """Loads a pretrained tokenizer and makes sure that captions can be framed with it.
 
+    BERT's, which knows no start and end token by these names, begins with `[CLS]` and ends with `[SEP]`.
     A tokenizer without a pad token (GPT-2's) pads with its end token: labels are masked by length, not by token id, so
     the end token is still learnt, and the vocabulary keeps its size. One without a start token starts with its end
     token, as GPT-2 was trained to.
@@ -72,6 +73,9 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
         ValueError: there is no end token.
     """
     tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    for token, substitute in (("bos_token", tokenizer.cls_token), ("eos_token", tokenizer.sep_token)):
+        if getattr(tokenizer, token) is None and substitute is not None:
+            setattr(tokenizer, token, substitute)
     if tokenizer.eos_token_id is None:
         raise ValueError(
             f"tokenizer {name_or_path}: expected an end token (eos_token), where generation stops, got none"

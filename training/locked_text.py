@@ -1,0 +1,87 @@
+"""An image tower that learns the space of a frozen sentence encoder: LiT turned round."""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import nn
+from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
+from transformers.models.clip.modeling_clip import CLIPOutput
+
+
+# The head on the sentence encoder, beside the image tower: what a text needs to be compared with images.
+TEXT_HEAD_FILE = "text_projection.safetensors"
+
+
+class LockedTextModel(nn.Module):
+    """An image tower to train and a text tower that stays as it is, in the shape of a `CLIPModel`.
+
+    LiT (Zhai et al., 2022, https://arxiv.org/abs/2111.07991) locks the image tower and trains the text tower. Here it
+    is the other way round: a few thousand photos teach little language, and a sentence encoder already knows it.
+    A text's embedding is the mean of its tokens' last hidden states (Reimers & Gurevych, 2019,
+    https://arxiv.org/abs/1908.10084), through a learned projection.
+
+    Args:
+        vision_model: the image tower; its `projection_dim` is the width of the joint space.
+        text_model: an encoder whose output has a `last_hidden_state`, such as all-MiniLM-L6-v2.
+    """
+
+    def __init__(self, vision_model: CLIPVisionModelWithProjection, text_model: PreTrainedModel):
+        super().__init__()
+        self.vision_model = vision_model
+        self.text_model = text_model.eval().requires_grad_(False)
+        width = vision_model.config.projection_dim
+        self.text_projection = nn.Linear(text_model.config.hidden_size, width, bias=False)
+        # CLIP's starting temperature (Radford et al., 2021, section 2.5).
+        self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+
+    @classmethod
+    def from_text_model(cls, vision_model: CLIPVisionModelWithProjection, name_or_path: str) -> "LockedTextModel":
+        """Loads the text tower from the Hub or a folder.
+
+        Raises:
+            ValueError: it can't be found, is no text encoder, or weights of it are missing.
+        """
+        try:
+            text_model, report = AutoModel.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"text model {name_or_path}: expected a sentence encoder on the Hub or in a local folder: {error}"
+            ) from error
+        # Sentences are pooled from the tokens: a pooler of the encoder's own isn't asked.
+        missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
+        if missing or text_model.main_input_name != "input_ids" or text_model.config.is_encoder_decoder:
+            raise ValueError(
+                f"text model {name_or_path}: expected a whole text encoder, got {type(text_model).__name__}"
+                + (f" with {len(missing)} weights missing: {', '.join(missing[:5])}" if missing else "")
+            )
+        return cls(vision_model, text_model)
+
+    def num_parameters(self) -> int:
+        """Parameters that are trained."""
+        return sum(parameter.numel() for parameter in self.parameters() if parameter.requires_grad)
+
+    def train(self, mode: bool = True) -> "LockedTextModel":
+        super().train(mode)
+        self.text_model.eval()
+        return self
+
+    def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> CLIPOutput:
+        """Embeds images (B, 3, H, W) and texts (N, T) to (B, projection_dim) and (N, projection_dim), unit norm."""
+        image_embeds = self.vision_model(pixel_values=pixel_values).image_embeds
+        with torch.no_grad():
+            hidden_states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+            mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
+            sentences = F.normalize((hidden_states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+        text_embeds = self.text_projection(sentences)
+        return CLIPOutput(image_embeds=F.normalize(image_embeds, dim=-1), text_embeds=F.normalize(text_embeds, dim=-1))
+
+    def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
+        """Writes the image tower as a `CLIPVisionModelWithProjection`, and what was learned for texts beside it."""
+        prefix = "vision_model."
+        vision = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
+        self.vision_model.save_pretrained(output_dir, state_dict=vision)
+        head = {name: state_dict[name].contiguous() for name in ("text_projection.weight", "logit_scale")}
+        save_file(head, Path(output_dir) / TEXT_HEAD_FILE)
