@@ -9,6 +9,7 @@ Reading order: arguments, data, model, one evaluation, the loop, what is left be
 """
 
 import argparse
+import copy
 import json
 import math
 import sys
@@ -88,12 +89,12 @@ SCENE_CONFIG = {
     "text_config": {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 48},
 }
 SCENE_DEFAULTS = {
-    "max_train_samples": 6000,
+    "max_train_samples": 12000,
     "max_eval_samples": 500,
     "per_device_train_batch_size": 64,
     "captions_per_image": 2,
-    "num_train_epochs": 20.0,
-    "learning_rate": 2e-3,
+    "num_train_epochs": 7.0,
+    "learning_rate": 1e-3,
     "num_warmup_steps": 50,
     "vocab_size": 512,
     "dropout": 0.0,
@@ -354,13 +355,9 @@ def read_config(args: argparse.Namespace) -> TinyCapConfig:
     args.given = {
         "vocab_size": text.get("vocab_size") if fixed else None,
         "projection_dim": vision.get("projection_dim") if fixed else None,
+        "image_size": vision.get("image_size"),
     }
     if args.image_size is not None:
-        if args.model_name_or_path is not None and vision["image_size"] != args.image_size:
-            raise ValueError(
-                f"--image_size: expected {vision['image_size']}, the size of {args.model_name_or_path}, "
-                f"got {args.image_size}"
-            )
         vision["image_size"] = args.image_size
     if args.memory is not None:
         if args.model_name_or_path is not None and values["memory"] != args.memory:
@@ -402,13 +399,32 @@ def fit_config(args: argparse.Namespace, config: TinyCapConfig, tokenizer, teach
         teacher.check_width(config.vision_config.projection_dim)
 
 
+def change_image_size(model: TinyCapForConditionalGeneration, image_size: int) -> None:
+    """Fits a trained model to square pictures of `image_size` pixels, by resampling its position table.
+
+    Small pictures are cheap to learn most things from; a few epochs at the final size do the rest (Dosovitskiy et al.,
+    2021, section 3.2).
+    """
+    embeddings = model.vision_model.embeddings
+    if embeddings.config.image_size == image_size:
+        return
+    side = image_size // embeddings.config.patch_size
+    embeddings.position_embeddings = torch.nn.Parameter(embeddings.positions(side, side).detach().clone())
+    embeddings.num_patches = side**2
+    # Each part of a model keeps its own copy of its configuration.
+    for config in (embeddings.config, model.vision_model.config, model.config.vision_config):
+        config.image_size = image_size
+
+
 def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForConditionalGeneration:
     """A new model with fresh weights, or the one to continue from."""
     if args.model_name_or_path is None:
         model = TinyCapForConditionalGeneration(config)
     else:
+        saved = copy.deepcopy(config)
+        saved.vision_config.image_size = args.given["image_size"]
         model, report = TinyCapForConditionalGeneration.from_pretrained(
-            args.model_name_or_path, config=config, dtype=torch.float32, output_loading_info=True
+            args.model_name_or_path, config=saved, dtype=torch.float32, output_loading_info=True
         )
         problems = {
             kind: sorted(map(str, report[kind])) for kind in ("missing_keys", "mismatched_keys") if report[kind]
@@ -417,6 +433,7 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
             raise ValueError(
                 f"--model_name_or_path {args.model_name_or_path}: weights don't fit its config: {problems}"
             )
+        change_image_size(model, config.vision_config.image_size)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model
@@ -624,7 +641,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     image_size = config.vision_config.image_size
     if args.model_name_or_path is not None:
         tokenizer = load_tokenizer(args.model_name_or_path)
-        image_processor = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        saved = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        image_processor = create_image_processor(image_size, saved.image_mean, saved.image_std)
     else:
         tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)
         image_processor = create_image_processor(image_size)

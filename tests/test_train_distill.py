@@ -7,13 +7,15 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import CAPTIONS, TEXT, VISION, draw_picture, png_bytes, tiny_model
+from tiny import CAPTIONS, TEXT, VISION, draw_picture, png_bytes, tiny_model, tiny_repository_model
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, pipeline
 
-from tinycap import train_distill
+from tinycap import train_distill, train_teacher
 from tinycap.training.loop import NonFiniteLossError
+from tinycap.training.repository import create_image_processor, save_repository
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +157,32 @@ def test_training_goes_on_from_a_checkpoint_with_its_own_tokenizer_and_config(fl
     tokenizers = [(folder / "tokenizer.json").read_text() for folder in (repository, tmp_path / "out")]
     assert tokenizers[0] == tokenizers[1]
     assert "cosine_distance" not in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(flags, tmp_path, tokenizer):
+    repository = tmp_path / "repository"
+    save_repository(repository, tiny_repository_model(tokenizer), tokenizer, create_image_processor(24, [0.4] * 3))
+    drop = ("--config_name", "--vocab_size", "--teacher_name_or_path")
+    without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
+    train_distill.main(
+        [
+            *(*without, "--model_name_or_path", str(repository), "--distill_weight", "0"),
+            *("--image_size", "40", "--learning_rate", "1e-12", "--weight_decay", "0"),
+        ]
+    )
+    small, large = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
+    name = "vision_model.embeddings.position_embeddings"
+    assert small[name].shape == (1, 1 + 9, 12) and large[name].shape == (1, 1 + 25, 12)
+    torch.testing.assert_close(large[name][:, 0], small[name][:, 0])
+    # Corners stay corners: the table is stretched, not refilled.
+    corners = [(0, 0), (2, 4), (6, 20), (8, 24)]
+    for before, after in corners:
+        assert F.cosine_similarity(small[name][0, 1 + before], large[name][0, 1 + after], dim=0) > 0.9
+    assert all(torch.allclose(small[key], large[key], atol=1e-5) for key in small if key != name)
+    captioner = pipeline("image-to-text", model=str(tmp_path / "out"), trust_remote_code=True)
+    assert captioner.model.config.vision_config.image_size == 40 and captioner(draw_picture(3))
+    assert captioner.image_processor.crop_size["height"] == 40
+    assert list(captioner.image_processor.image_mean) == [0.4] * 3, "the checkpoint's own"
 
 
 def test_a_stream_trains_as_well(flags, tmp_path):
@@ -303,6 +331,6 @@ def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(
     )
     assert {"object_accuracy", "color_accuracy", "count_accuracy", "cider", "recall_at_1"} <= set(metrics)
     assert (tmp_path / "out" / "teacher" / "eval_results.json").exists()
-    config = json.loads((tmp_path / "out" / "config.json").read_text())
-    assert config["vision_config"]["image_size"] == 64
-    assert config["vision_config"]["projection_dim"] == 128, "the width of the teacher's pooled feature"
+    vision = json.loads((tmp_path / "out" / "config.json").read_text())["vision_config"]
+    assert vision["image_size"] == train_distill.SCENE_CONFIG["vision_config"]["image_size"]
+    assert vision["projection_dim"] == train_teacher.SCENE_DEFAULTS["hidden_size"], "the teacher's pooled feature"

@@ -22,7 +22,7 @@ def check_finite(losses: dict[str, torch.Tensor], step: int, image_ids: list[str
     if all(torch.isfinite(loss) for loss in losses.values()):
         return
     raise NonFiniteLossError(
-        f"step {step}: expected finite losses, got { ({name: float(loss) for name, loss in losses.items()}) } on the "
+        f"step {step}: expected finite losses, got { ({name: loss.item() for name, loss in losses.items()}) } on the "
         f"photos with the ids {', '.join(image_ids)}; the last checkpoint is intact, and a lower --learning_rate or a "
         "look at these photos is what usually helps"
     )

@@ -1,6 +1,7 @@
 """What a finished run leaves behind: a folder that is a complete model repository, loadable from anywhere."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from transformers import CLIPImageProcessor, GenerationConfig, PreTrainedTokenizerFast
@@ -13,13 +14,15 @@ from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 PROCESSOR_CLASS = "GitProcessor"
 
 
-def create_image_processor(image_size: int) -> CLIPImageProcessor:
-    """CLIP's preprocessing at `image_size`: shorter side resized, middle square kept, CLIP's mean and deviation."""
+def create_image_processor(
+    image_size: int, image_mean: Sequence[float] = OPENAI_CLIP_MEAN, image_std: Sequence[float] = OPENAI_CLIP_STD
+) -> CLIPImageProcessor:
+    """CLIP's preprocessing at `image_size`: shorter side resized, middle square kept, pixels normalised by channel."""
     return CLIPImageProcessor(
         size={"shortest_edge": image_size},
         crop_size={"height": image_size, "width": image_size},
-        image_mean=list(OPENAI_CLIP_MEAN),
-        image_std=list(OPENAI_CLIP_STD),
+        image_mean=list(image_mean),
+        image_std=list(image_std),
     )
 
 

@@ -101,5 +101,7 @@ def encode_captions(tokenizer: PreTrainedTokenizerFast, captions: list[str], max
     Returns:
         N lists of 1 to `max_length` ids, without the start token: the model shifts them right.
     """
-    encoded = tokenizer(captions, add_special_tokens=False, split_special_tokens=True, return_attention_mask=False)
+    # Not verbose: captions longer than the model can take are cut here, where transformers would warn of them.
+    options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
+    encoded = tokenizer(captions, add_special_tokens=False, **options)
     return [ids[: max_length - 1] + [tokenizer.eos_token_id] for ids in encoded["input_ids"]]
