@@ -234,6 +234,8 @@ class TinyCapConfig(PretrainedConfig):
                 ids[name] = getattr(self.text_config, name)
             else:
                 setattr(self.text_config, name, value)
+        # transformers 4 ties the head when the text config says so.
+        self.text_config.tie_word_embeddings = tie_word_embeddings
         ids["decoder_start_token_id"] = (
             ids["bos_token_id"] if decoder_start_token_id is None else decoder_start_token_id
         )

@@ -22,7 +22,7 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
@@ -30,8 +30,10 @@ from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisi
 
 
 if TYPE_CHECKING:
-    # `save_pretrained` copies the files it finds in relative imports: this one brings the pipeline along.
+    # `save_pretrained` copies the files it finds in relative imports: this brings the pipeline along. transformers 4
+    # looks no further than this file, so that what the pipeline imports stands here too.
     from .pipeline_tinycap import ImageToTextPipeline  # noqa: F401
+    from .processing_tinycap import load_image  # noqa: F401
 
 
 logger = logging.get_logger(__name__)
@@ -58,13 +60,13 @@ class TinyCapVisionOutput(ModelOutput):
 
 
 @dataclass
-class TinyCapOutput(ModelOutput):
+class TinyCapOutput(Seq2SeqLMOutput):
     """Output of `TinyCapForConditionalGeneration`: `Seq2SeqLMOutput` and the named parts of the loss.
 
     Args:
         loss: scalar, `caption_loss + distill_weight * distill_loss`, of the parts that could be computed.
         logits: (captions, T, vocab_size); `None` with `skip_logits=True`.
-        past_key_values: `EncoderDecoderCache` of what was computed.
+        cache (`past_key_values` before transformers 5.24): the `EncoderDecoderCache`, with `use_cache`.
         decoder_hidden_states, decoder_attentions, cross_attentions: per layer, when asked for.
         encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: see `TinyCapVisionOutput`.
         image_embeds: (B, projection_dim), unit norm.
@@ -72,15 +74,6 @@ class TinyCapOutput(ModelOutput):
         distill_loss: scalar, mean of 1 - cos(image_embeds, teacher_embeds).
     """
 
-    loss: torch.FloatTensor | None = None
-    logits: torch.FloatTensor | None = None
-    past_key_values: EncoderDecoderCache | None = None
-    decoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    decoder_attentions: tuple[torch.FloatTensor, ...] | None = None
-    cross_attentions: tuple[torch.FloatTensor, ...] | None = None
-    encoder_last_hidden_state: torch.FloatTensor | None = None
-    encoder_hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    encoder_attentions: tuple[torch.FloatTensor, ...] | None = None
     image_embeds: torch.FloatTensor | None = None
     caption_loss: torch.FloatTensor | None = None
     distill_loss: torch.FloatTensor | None = None
@@ -148,15 +141,15 @@ class TinyCapAttention(nn.Module):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         output_attentions: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         query = self.split_heads(self.q_proj(hidden_states))
         key = self.split_heads(self.k_proj(hidden_states))
         value = self.split_heads(self.v_proj(hidden_states))
-        if past_key_values is not None:
-            key, value = past_key_values.self_attention_cache.update(key, value, self.layer_idx)
+        if cache is not None:
+            key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
         return self.attend(query, key, value, attention_mask, output_attentions, **kwargs)
 
 
@@ -169,23 +162,23 @@ class TinyCapCrossAttention(TinyCapAttention):
     """
 
     def memory_states(
-        self, memory: torch.Tensor | None, memory_length: int, past_key_values: EncoderDecoderCache | None
+        self, memory: torch.Tensor | None, memory_length: int, cache: EncoderDecoderCache | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Keys and values (B, heads, M, head_dim); with M = 1 and a cache, the constant stands in the keys' place."""
         if memory is None:
-            cached = past_key_values.cross_attention_cache.layers[self.layer_idx]
+            cached = cache.cross_attention_cache.layers[self.layer_idx]
             # A static cache is as long as its owner made it.
             return cached.keys[:, :, :memory_length], cached.values[:, :, :memory_length]
         values = self.v_proj(memory)
-        if memory_length == 1 and (past_key_values is not None or not torch.is_grad_enabled()):
+        if memory_length == 1 and (cache is not None or not torch.is_grad_enabled()):
             # Any key of the right shape serves the general path too, since its weight is 1.
             keys = self.out_proj(values)
         else:
             keys = self.k_proj(memory)
         keys, values = self.split_heads(keys), self.split_heads(values)
-        if past_key_values is not None:
-            past_key_values.cross_attention_cache.update(keys, values, self.layer_idx)
-            past_key_values.is_updated[self.layer_idx] = True
+        if cache is not None:
+            cache.cross_attention_cache.update(keys, values, self.layer_idx)
+            cache.is_updated[self.layer_idx] = True
         return keys, values
 
     def forward(
@@ -193,11 +186,11 @@ class TinyCapCrossAttention(TinyCapAttention):
         hidden_states: torch.Tensor,
         memory: torch.Tensor | None,
         memory_length: int,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         output_attentions: bool = False,
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        keys, values = self.memory_states(memory, memory_length, past_key_values)
+        keys, values = self.memory_states(memory, memory_length, cache)
         if memory_length == 1 and not self.training and not torch.is_grad_enabled():
             constant = keys.transpose(1, 2).flatten(2)
             weights = None
@@ -307,6 +300,11 @@ class TinyCapPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Otherwise transformers guesses it from how the source is spelled, by rules that change with its versions.
+        return True
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):
@@ -418,16 +416,16 @@ class TinyCapDecoderLayer(GradientCheckpointingLayer):
         memory: torch.Tensor | None,
         memory_length: int,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         output_attentions: bool = False,
         **kwargs,
     ):
         attended, self_weights = self.self_attn(
-            self.layer_norm1(hidden_states), attention_mask, past_key_values, output_attentions, **kwargs
+            self.layer_norm1(hidden_states), attention_mask, cache, output_attentions, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attended)
         attended, cross_weights = self.cross_attn(
-            self.layer_norm2(hidden_states), memory, memory_length, past_key_values, output_attentions, **kwargs
+            self.layer_norm2(hidden_states), memory, memory_length, cache, output_attentions, **kwargs
         )
         hidden_states = hidden_states + self.dropout(attended)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm3(hidden_states)))
@@ -463,14 +461,25 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
 
     def position_ids(self, attention_mask: torch.Tensor | None, past_length, length: int, device) -> torch.Tensor:
         """(1 or B, length): counted from each row's first real token, so that left padding changes nothing."""
-        if attention_mask is None or attention_mask.dim() != 2:
+        if attention_mask is None:
             return (past_length + torch.arange(length, device=device)).unsqueeze(0)
+        if attention_mask.dim() == 4:
+            seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+            return (seen[:, 0].sum(dim=-1) - 1).clamp(min=0)
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
 
     def causal_mask(
-        self, attention_mask: torch.Tensor | None, past_length: int, hidden_states: torch.Tensor, eager: bool
+        self,
+        attention_mask: torch.Tensor | None,
+        past_length: int,
+        static_length: int,
+        hidden_states: torch.Tensor,
+        eager: bool,
     ) -> torch.Tensor | None:
-        """The mask for the attention function: `None` where it needs none, else (B or 1, 1, L, past_length + L)."""
+        """The mask for the attention function: `None` where it needs none, else (B or 1, 1, L, keys).
+
+        There are past_length + L keys, or `static_length` of them, empty ones last, when that isn't 0.
+        """
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         length, device, dtype = hidden_states.shape[1], hidden_states.device, hidden_states.dtype
@@ -478,11 +487,12 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
             attention_mask = None
         if not eager and "flash" in self.config._attn_implementation:
             return attention_mask
-        if attention_mask is None and (length == 1 or (past_length == 0 and not eager)):
+        if attention_mask is None and not static_length and (length == 1 or (past_length == 0 and not eager)):
             return None
-        keys = torch.arange(past_length + length, device=device)
-        allowed = (keys <= keys[past_length:, None])[None, None]
+        keys = torch.arange(static_length or past_length + length, device=device)
+        allowed = (keys <= past_length + torch.arange(length, device=device)[:, None])[None, None]
         if attention_mask is not None:
+            attention_mask = F.pad(attention_mask, (0, len(keys) - attention_mask.shape[1]))
             allowed = allowed & attention_mask[:, None, None, :].bool()
         return torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
@@ -491,20 +501,19 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         input_ids: torch.LongTensor | None = None,
         encoder_hidden_states: torch.FloatTensor | None = None,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         inputs_embeds: torch.FloatTensor | None = None,
-        use_cache: bool | None = None,
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         **kwargs,
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> BaseModelOutputWithCrossAttentions:
         """Runs the decoder over the tokens that aren't in the cache yet.
 
         Args:
             input_ids: (B, L), or `inputs_embeds` (B, L, hidden_size), exactly one of them.
             encoder_hidden_states: (B, M, width): the memory, neither scaled nor projected.
             attention_mask: (B, cached + L), 0 on padding, or a 4-dimensional mask for the attention function.
-            past_key_values: the cache; updated in place.
+            cache: the cache; updated in place.
 
         Raises:
             ValueError: both or neither input; no memory; a cache of another kind; more tokens than positions.
@@ -513,14 +522,15 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
             raise ValueError("expected exactly one of decoder_input_ids and decoder_inputs_embeds")
         if encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states: expected the memory to describe, got None")
-        if use_cache and past_key_values is None:
-            past_key_values = EncoderDecoderCache(DynamicCache(), DynamicCache())
-        if past_key_values is not None and not isinstance(past_key_values, EncoderDecoderCache):
-            raise ValueError(f"past_key_values: expected an EncoderDecoderCache, got {type(past_key_values).__name__}")
+        if cache is not None and not isinstance(cache, EncoderDecoderCache):
+            raise ValueError(f"cache: expected an EncoderDecoderCache, got {type(cache).__name__}")
 
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length = hidden_states.shape[1]
-        past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
+        past_length = 0 if cache is None else cache.get_seq_length()
+        # Only the layers of a static cache have this; those of a dynamic one may not exist yet.
+        layers = [] if cache is None else cache.self_attention_cache.layers
+        static_length = getattr(layers[0], "max_cache_len", 0) if layers else 0
         position_ids = self.position_ids(attention_mask, past_length, length, hidden_states.device)
         # A padded batch may be longer than the table: what counts is the last position it reads.
         last = past_length + length if position_ids.shape[0] == 1 else int(position_ids.max()) + 1
@@ -532,8 +542,8 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
 
         eager = output_attentions or self.config._attn_implementation == "eager"
-        mask = self.causal_mask(attention_mask, past_length, hidden_states, eager)
-        cached = past_key_values is not None and past_key_values.is_updated.get(len(self.layers) - 1)
+        mask = self.causal_mask(attention_mask, past_length, static_length, hidden_states, eager)
+        cached = cache is not None and cache.is_updated.get(len(self.layers) - 1)
         memory = None if cached else self.project_memory(encoder_hidden_states)
         memory_length = encoder_hidden_states.shape[1]
 
@@ -544,16 +554,15 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
                 memory,
                 memory_length,
                 attention_mask=mask,
-                past_key_values=past_key_values,
+                cache=cache,
                 output_attentions=output_attentions,
                 **kwargs,
             )
             all_hidden_states.append(hidden_states)
             all_self_attentions.append(self_weights)
             all_cross_attentions.append(cross_weights)
-        return BaseModelOutputWithPastAndCrossAttentions(
+        return BaseModelOutputWithCrossAttentions(
             last_hidden_state=self.final_layer_norm(hidden_states),
-            past_key_values=past_key_values if use_cache else None,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_self_attentions) if output_attentions else None,
             cross_attentions=tuple(all_cross_attentions) if output_attentions else None,
@@ -689,7 +698,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         decoder_input_ids: torch.LongTensor | None = None,
         decoder_attention_mask: torch.Tensor | None = None,
         encoder_outputs: ModelOutput | tuple | None = None,
-        past_key_values: EncoderDecoderCache | None = None,
+        cache: EncoderDecoderCache | None = None,
         decoder_inputs_embeds: torch.FloatTensor | None = None,
         labels: torch.LongTensor | None = None,
         teacher_embeds: torch.FloatTensor | None = None,
@@ -700,6 +709,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
+        past_key_values: EncoderDecoderCache | None = None,
         **kwargs,
     ) -> TinyCapOutput | tuple:
         """Scores captions of images, and the images' embeddings against a teacher's.
@@ -710,14 +720,15 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
                 when absent, and the start token alone without labels.
             decoder_attention_mask: (N, cached + L), 0 on padding.
             encoder_outputs: output of the student, or bare embeddings (see `get_memory`).
-            past_key_values: `EncoderDecoderCache` of the tokens before; updated in place.
+            cache: `EncoderDecoderCache` of the tokens before; updated in place.
             decoder_inputs_embeds: (N, L, hidden_size), in place of `decoder_input_ids`.
             labels: (N, T), the caption's tokens and the end token, no start token; -100 is ignored.
             teacher_embeds: (B, projection_dim), what the student should embed the images to.
-            use_cache: return `past_key_values`; by default as the config says, and not with labels.
+            use_cache: return the cache; by default as the config says, and not with labels.
             interpolate_pos_encoding: accept images of another size.
             logits_to_keep: compute only that many last positions' logits; 0 means all.
             skip_logits: with labels, compute the loss without keeping logits: padding never reaches the head.
+            past_key_values: what `generate` calls `cache` before transformers 5.24.
 
         Returns:
             `TinyCapOutput`, or its values as a tuple with `return_dict=False`.
@@ -728,11 +739,22 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         output_attentions, output_hidden_states, return_dict = self._flags(
             output_attentions, output_hidden_states, return_dict
         )
+        cache = past_key_values if cache is None else cache
         for name in ("input_ids", "attention_mask"):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name}: the text goes into the decoder; expected it as decoder_{name}")
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and labels is None
+        if self.decoder.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            # The backward pass runs every layer again, which would write its keys a second time.
+            if cache is not None and cache.get_seq_length() > 0:
+                raise ValueError(
+                    "cache: expected none or an empty one in training with gradient checkpointing, "
+                    f"got {int(cache.get_seq_length())} tokens"
+                )
+            cache, use_cache = None, False
+        if use_cache and cache is None:
+            cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
         if encoder_outputs is None:
             encoder_outputs = self.vision_model(
                 pixel_values,
@@ -759,9 +781,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             input_ids=decoder_input_ids,
             encoder_hidden_states=memory,
             attention_mask=decoder_attention_mask,
-            past_key_values=past_key_values,
+            cache=cache,
             inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
             output_attentions=output_attentions,
             output_hidden_states=output_hidden_states,
             **kwargs,
@@ -785,9 +806,10 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         loss = sum(weights[name] * value for name, value in losses.items()) if losses else None
 
         output = TinyCapOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=decoder_outputs.past_key_values,
+            loss,
+            logits,
+            # By position: transformers 5.24 renamed this field, and `generate` looks for its own version's name.
+            cache if use_cache else None,
             decoder_hidden_states=decoder_outputs.hidden_states,
             decoder_attentions=decoder_outputs.attentions,
             cross_attentions=decoder_outputs.cross_attentions,

@@ -1,11 +1,16 @@
 """What the tests share: a tiny model, a tokenizer, pictures, and a repository made of them."""
 
+import atexit
 import os
+import shutil
+import tempfile
 
 
 # Before any Hugging Face library is imported: a test that reaches for the network fails at once.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Remote code is copied here under its folder's name, which two test runs at a time share.
+os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")
 
 import pytest
 import torch
@@ -15,6 +20,9 @@ from tiny import CAPTIONS, draw_picture, tiny_model, tiny_repository_model
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.tokenizer import train_tokenizer
+
+
+atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
 
 
 @pytest.fixture

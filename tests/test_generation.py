@@ -1,11 +1,15 @@
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import static_cache, tiny_model
 from transformers import GenerationConfig, TextStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
 
 LONG = {"max_new_tokens": 8, "min_new_tokens": 8}
+PADDED = {
+    "input_ids": torch.tensor([[0, 0, 5], [6, 7, 8]]),
+    "attention_mask": torch.tensor([[0, 0, 1], [1, 1, 1]]),
+}
 
 
 def test_greedy_decoding_takes_the_likeliest_token_at_every_step(model, pixel_values):
@@ -61,9 +65,14 @@ def test_encoder_outputs_serve_several_generations(model, pixel_values):
     assert torch.equal(model.generate(encoder_outputs=encoded, num_beams=3, **LONG), first)
 
 
-def test_a_static_cache_gives_the_same_captions(model, pixel_values):
-    expected = model.generate(pixel_values, **LONG)
-    assert torch.equal(model.generate(pixel_values, cache_implementation="static", **LONG), expected)
+@static_cache
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("prompt", [{}, PADDED], ids=["no prompt", "padded prompt"])
+def test_a_static_cache_gives_the_same_captions(model, pixel_values, implementation, prompt):
+    model.set_attn_implementation(implementation)
+    expected = model.generate(pixel_values[:2], **prompt, **LONG)
+    static = model.generate(pixel_values[:2], cache_implementation="static", **prompt, **LONG)
+    assert torch.equal(static, expected)
 
 
 def test_a_streamer_hears_every_token(model, pixel_values):

@@ -3,9 +3,9 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import tiny_config, tiny_model
+from tiny import cache_of, static_cache, tiny_config, tiny_model
 from torch import nn
-from transformers.cache_utils import DynamicCache
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionModel, shift_tokens_right
@@ -137,6 +137,13 @@ def test_a_later_token_never_changes_an_earlier_logit(model, pixel_values, token
     assert not torch.allclose(after[:, 4:], before[:, 4:], atol=1e-3)
 
 
+def test_the_attention_of_all_parts_can_be_changed_after_loading(model):
+    for implementation in ("eager", "sdpa"):
+        model.set_attn_implementation(implementation)
+        parts = (model, model.vision_model, model.decoder, model.decoder.layers[0].self_attn)
+        assert [part.config._attn_implementation for part in parts] == [implementation] * 4
+
+
 @pytest.mark.parametrize("memory", ["embedding", "patches"])
 def test_eager_attention_equals_sdpa(memory, pixel_values, tokens):
     model = tiny_model(memory=memory)
@@ -156,10 +163,41 @@ def test_cached_decoding_equals_uncached(memory, implementation, pixel_values, t
     with torch.no_grad():
         encoded = model.vision_model(pixel_values)
         for piece in (tokens[:, :1], tokens[:, 1:2], tokens[:, 2:5], tokens[:, 5:]):
-            output = model(encoder_outputs=encoded, decoder_input_ids=piece, past_key_values=cache, use_cache=True)
-            cache = output.past_key_values
+            output = model(encoder_outputs=encoded, decoder_input_ids=piece, cache=cache, use_cache=True)
+            cache = cache_of(output)
             pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=0)
+
+
+@static_cache
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_empty_slots_of_a_static_cache_are_not_looked_at(model, pixel_values, tokens, implementation):
+    model.set_attn_implementation(implementation)
+    mask = torch.ones_like(tokens)
+    mask[1, :2] = 0
+    for given in (None, mask):
+        cache = EncoderDecoderCache(StaticCache(config=model.config.text_config, max_cache_len=12), DynamicCache())
+        pieces = [
+            logits_of(
+                model,
+                pixel_values,
+                tokens[:, start:end],
+                decoder_attention_mask=None if given is None else given[:, :end],
+                cache=cache,
+            )
+            for start, end in ((0, 3), (3, 4), (4, 7))
+        ]
+        whole = logits_of(model, pixel_values, tokens, decoder_attention_mask=given)
+        torch.testing.assert_close(torch.cat(pieces, dim=1)[mask == 1], whole[mask == 1], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_is_taken_under_the_name_of_either_transformers(model, pixel_values, tokens, name):
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    whole = logits_of(model, pixel_values, tokens)
+    logits_of(model, pixel_values, tokens[:, :4], **{name: cache})
+    assert cache.get_seq_length() == 4
+    torch.testing.assert_close(logits_of(model, pixel_values, tokens[:, 4:], **{name: cache}), whole[:, 4:])
 
 
 @pytest.mark.parametrize("memory", ["embedding", "patches"])
@@ -194,7 +232,7 @@ def test_padding_stays_without_effect_in_cached_steps(model, pixel_values, token
             encoder_outputs=encoded,
             decoder_input_ids=tokens[:, 5:],
             decoder_attention_mask=mask,
-            past_key_values=first.past_key_values,
+            cache=cache_of(first),
         )
     alone = logits_of(model, pixel_values[1:2], tokens[1:2, 3:])
     torch.testing.assert_close(second.logits[1:2], alone[:, 2:], atol=1e-5, rtol=0)
@@ -232,7 +270,7 @@ def test_a_cache_filled_with_gradients_serves_a_step_without_them(model, pixel_v
     encoded = model.vision_model(pixel_values)
     first = model(encoder_outputs=encoded, decoder_input_ids=tokens[:, :3], use_cache=True)
     with torch.no_grad():
-        second = model(encoder_outputs=encoded, decoder_input_ids=tokens[:, 3:], past_key_values=first.past_key_values)
+        second = model(encoder_outputs=encoded, decoder_input_ids=tokens[:, 3:], cache=cache_of(first))
     torch.testing.assert_close(second.logits, whole[:, 3:], atol=1e-5, rtol=0)
 
 
@@ -398,6 +436,17 @@ def test_gradient_checkpointing_changes_no_gradient(pixel_values, labels):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_gradient_checkpointing_keeps_no_cache_that_its_second_pass_would_fill_again(model, pixel_values, tokens):
+    model.gradient_checkpointing_enable()
+    cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+    output = model.train()(pixel_values, decoder_input_ids=tokens, cache=cache, use_cache=True)
+    output.logits.sum().backward()
+    assert cache_of(output) is None and cache.get_seq_length() == 0
+    logits_of(model, pixel_values, tokens[:, :4], cache=cache)
+    with pytest.raises(ValueError, match="expected none or an empty one .*got 4 tokens"):
+        model(pixel_values, decoder_input_ids=tokens[:, 4:], cache=cache)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_gives_nearly_the_same_logits(model, pixel_values, tokens, dtype):
     expected = logits_of(model, pixel_values, tokens)
@@ -424,7 +473,7 @@ def test_text_under_the_encoders_name_is_an_error_that_gives_the_right_one(model
 
 def test_a_cache_of_another_kind_is_an_error(model, pixel_values, tokens):
     with pytest.raises(ValueError, match="EncoderDecoderCache, got DynamicCache"):
-        logits_of(model, pixel_values, tokens, past_key_values=DynamicCache())
+        logits_of(model, pixel_values, tokens, cache=DynamicCache())
 
 
 def test_bare_embeddings_of_another_width_are_an_error(model, tokens):

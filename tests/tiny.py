@@ -3,7 +3,9 @@
 import io
 import random
 
+import pytest
 import torch
+import transformers
 from PIL import Image
 
 from tinycap.configuration_tinycap import TinyCapConfig
@@ -16,6 +18,11 @@ CAPTIONS = [
     "a small child in a red coat jumps into a puddle",
     "A woman with a hat is reading a book on a bench .",
 ]
+
+# Layers of transformers 4 have to be told each time where in a static cache to write.
+static_cache = pytest.mark.skipif(
+    transformers.__version__ < "5", reason="static caches are served from transformers 5 on"
+)
 
 VISION = {
     "image_size": 24,
@@ -62,6 +69,12 @@ def tiny_repository_model(tokenizer) -> TinyCapForConditionalGeneration:
     """The tiny model with a tokenizer's vocabulary and special tokens."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return tiny_model(text_config={"vocab_size": len(tokenizer), **ids})
+
+
+def cache_of(output):
+    """The cache an output holds, or None: transformers 5.24 renamed the field `past_key_values`."""
+    names = output.keys() & {"cache", "past_key_values"}
+    return output[names.pop()] if names else None
 
 
 def draw_picture(seed: int, size: tuple[int, int] = (37, 29)) -> Image.Image:
