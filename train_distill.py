@@ -67,13 +67,14 @@ from tinycap.training.model_card import write_model_card
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.scenes import scene_splits, score_scene_captions
+from tinycap.training.scst import SelfCriticalObjective
 from tinycap.training.teacher import FEATURES, Teacher
 from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
 
 
 logger = get_logger(__name__)
 
-LOSSES = ("loss", "caption_loss", "distill_loss")
+OBJECTIVES = ("cross_entropy", "scst")
 
 # With no dataset: a small student whose patches are the cells of a scene, for ten minutes of two CPU cores.
 SCENE_CONFIG = {
@@ -144,6 +145,13 @@ def build_parser() -> argparse.ArgumentParser:
     teacher.add_argument(
         "--distill_weight", type=float, default=1.0, help="weight of the distillation loss; 0: no teacher"
     )
+    teacher.add_argument(
+        "--objective",
+        choices=OBJECTIVES,
+        default="cross_entropy",
+        help="what captions are trained by; scst: the CIDEr of sampled ones, for a model that captions already",
+    )
+    teacher.add_argument("--scst_samples", type=int, default=5, help="captions sampled for a photo with scst")
     teacher.add_argument("--label_smoothing", type=float, default=0.0, help="label smoothing of the caption loss")
 
     add_data_arguments(parser)
@@ -184,6 +192,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.model_name_or_path is not None and args.tokenizer_name is not None,
         "--tokenizer_name: contradicts --model_name_or_path, which brings its own tokenizer",
     )
+    refuse(
+        args.objective == "scst" and args.model_name_or_path is None,
+        "--objective scst: needs --model_name_or_path, a model whose captions are worth comparing",
+    )
+    refuse(
+        args.objective == "scst" and args.streaming, "--streaming: not with --objective scst, which counts all words"
+    )
+    refuse(
+        args.objective == "scst" and args.label_smoothing > 0,
+        "--label_smoothing: contradicts --objective scst, whose loss has no labels to smooth",
+    )
+    refuse(args.scst_samples < 2, f"--scst_samples: expected at least 2, got {args.scst_samples}")
     refuse(args.streaming and args.max_train_steps is None, "--streaming: needs --max_train_steps, the end of the run")
     refuse(args.hub_model_id is not None and not args.push_to_hub, "--hub_model_id: needs --push_to_hub")
     refuse(args.num_beams < 1, f"--num_beams: expected a positive number, got {args.num_beams}")
@@ -491,6 +511,18 @@ def evaluate(
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
+def joint_losses(model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
+    """The model's own objective, by name: `loss`, `caption_loss` and, with a teacher, `distill_loss`."""
+    output = model(
+        pixel_values=batch["pixel_values"],
+        labels=batch["labels"],
+        teacher_embeds=teacher_embeds,
+        skip_logits=True,
+        use_cache=False,
+    )
+    return {name: output[name] for name in ("loss", "caption_loss", "distill_loss") if output.get(name) is not None}
+
+
 def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
@@ -499,6 +531,7 @@ def train(
     scheduler,
     loader: DataLoader,
     teacher: Teacher | None,
+    objective,
     state: dict,
     log: RunLog,
     after_step,
@@ -506,6 +539,7 @@ def train(
     """Runs optimizer steps until `args.max_train_steps`.
 
     Args:
+        objective: gives the named losses of a batch, `loss` being the total; see `joint_losses`.
         state: where the run stands: `step`, `epoch`, and `batch`, the batches of the epoch that are done.
         after_step: called after every optimizer step, for validation and checkpoints.
     """
@@ -519,16 +553,9 @@ def train(
             seed_step(args.seed, state["step"] * args.gradient_accumulation_steps + seen, accelerator.process_index)
             with accelerator.accumulate(model):
                 teacher_embeds = None if teacher is None else teacher(batch["pixel_values"])
-                output = model(
-                    pixel_values=batch["pixel_values"],
-                    labels=batch["labels"],
-                    teacher_embeds=teacher_embeds,
-                    skip_logits=True,
-                    use_cache=False,
-                )
-                losses = {name: output[name] for name in LOSSES if output.get(name) is not None}
+                losses = objective(model, accelerator.unwrap_model(model), batch, teacher_embeds)
                 check_finite(losses, state["step"] + 1, batch["image_ids"])
-                accelerator.backward(output.loss)
+                accelerator.backward(losses["loss"])
                 grad_norm = None
                 if accelerator.sync_gradients and args.max_grad_norm > 0:
                     grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
@@ -718,7 +745,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if state["step"] % checkpointing_steps == 0 or state["step"] == args.max_train_steps:
             save_checkpoint(accelerator, output_dir, state, keep=args.checkpoints_total_limit)
 
-    train(args, accelerator, model, optimizer, scheduler, train_loader, teacher, state, log, after_step)
+    objective = joint_losses
+    if args.objective == "scst":
+        logger.info("Counting the words of the training captions, for their CIDEr.")
+        objective = SelfCriticalObjective(tokenizer, data.train["captions"], args.scst_samples, args.max_caption_length)
+    train(args, accelerator, model, optimizer, scheduler, train_loader, teacher, objective, state, log, after_step)
     evaluation = evaluate(accelerator, model, validation_loader, *scored)
     log.eval_row(state["step"], state["epoch"], evaluation.metrics)
     log.close()

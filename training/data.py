@@ -381,8 +381,8 @@ def make_sample(
         rng: the sample's own source of randomness.
 
     Returns:
-        dict of `pixels` (image_size, image_size, 3) uint8 tensor, `gain` and `shift` (3 floats), `captions`,
-        `image_id`.
+        dict of `pixels` (image_size, image_size, 3) uint8 tensor, `gain` and `shift` (3 floats), `captions` (those
+        drawn), `references` (all), `image_id`.
     """
     captions = list(row["captions"])
     if captions_per_image is not None:
@@ -395,7 +395,14 @@ def make_sample(
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     gain, shift = augmentation.color_gain_and_shift(rng)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image_size, image_size, 3)
-    return {"pixels": pixels, "gain": gain, "shift": shift, "captions": captions, "image_id": row["image_id"]}
+    return {
+        "pixels": pixels,
+        "gain": gain,
+        "shift": shift,
+        "captions": captions,
+        "references": row["captions"],
+        "image_id": row["image_id"],
+    }
 
 
 def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
@@ -535,7 +542,8 @@ class CaptionCollator:
 
     Returns (from a call on B samples with K captions each):
         dict of `pixel_values` (B, 3, H, W) float32; `labels` (B * K, T) int64, the captions of a photo side by side,
-        each ended by the end token and filled up with -100; `image_ids`, B strings.
+        each ended by the end token and filled up with -100; `references`, B lists of all captions of a photo;
+        `image_ids`, B strings.
     """
 
     def __init__(self, tokenizer, max_caption_length: int, image_mean: list[float], image_std: list[float]):
@@ -558,4 +566,9 @@ class CaptionCollator:
         labels = torch.full((len(encoded), max(map(len, encoded))), -100)
         for row, ids in enumerate(encoded):
             labels[row, : len(ids)] = torch.tensor(ids)
-        return {"pixel_values": pixel_values, "labels": labels, "image_ids": [s["image_id"] for s in samples]}
+        return {
+            "pixel_values": pixel_values,
+            "labels": labels,
+            "references": [sample["references"] for sample in samples],
+            "image_ids": [sample["image_id"] for sample in samples],
+        }

@@ -1,0 +1,94 @@
+import torch
+import torch.nn.functional as F
+from pycocoevalcap.cider.cider import Cider
+from tiny import CAPTIONS, tiny_repository_model
+
+from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
+from tinycap.training.scst import (
+    END_WORD,
+    CiderReward,
+    SelfCriticalObjective,
+    labels_of,
+    self_critical_advantage,
+    self_critical_loss,
+)
+
+
+REFERENCES = [[caption, f"again , {caption}"] for caption in CAPTIONS]
+GUESSES = ["a dog runs on grass", "two men", "a child jumps", "A woman with a hat is reading a book on a bench ."]
+
+
+def test_the_reward_is_pycocoevalcaps_cider_with_the_end_as_a_word():
+    rewards = CiderReward(REFERENCES)(GUESSES, REFERENCES, [True] * 4)
+    truths = {i: [f"{ptb_tokenize(text)} {END_WORD}" for text in group] for i, group in enumerate(REFERENCES)}
+    candidates = {i: [f"{ptb_tokenize(text)} {END_WORD}"] for i, text in enumerate(GUESSES)}
+    _, expected = Cider().compute_score(truths, candidates)
+    torch.testing.assert_close(rewards, torch.tensor(expected, dtype=torch.float32))
+    assert rewards.argmax() == 3
+
+
+def test_the_reward_of_a_caption_does_not_depend_on_what_is_scored_with_it():
+    reward = CiderReward(REFERENCES)
+    together = reward(GUESSES, REFERENCES, [True] * 4)
+    for index in range(4):
+        alone = reward([GUESSES[index]], [REFERENCES[index]], [True])
+        torch.testing.assert_close(alone[0], together[index])
+
+
+def test_a_caption_that_breaks_off_earns_less():
+    whole, broken = CiderReward(REFERENCES)([CAPTIONS[0]] * 2, [REFERENCES[0]] * 2, [True, False])
+    assert broken < whole
+
+
+def test_a_sample_is_held_against_the_photos_other_samples():
+    rewards = torch.tensor([[1.0, 2.0, 6.0], [4.0, 4.0, 4.0]])
+    expected = torch.tensor([[1 - 4.0, 2 - 3.5, 6 - 1.5], [0.0, 0.0, 0.0]])
+    torch.testing.assert_close(self_critical_advantage(rewards), expected)
+
+
+def test_labels_end_with_the_first_end_token():
+    sequences = torch.tensor([[1, 5, 6, 2, 2, 2], [1, 5, 2, 7, 2, 0], [1, 5, 6, 7, 8, 9]])
+    expected = [[5, 6, 2, -100, -100], [5, 2, -100, -100, -100], [5, 6, 7, 8, 9]]
+    assert labels_of(sequences, eos_token_id=2).tolist() == expected
+
+
+def test_the_loss_makes_better_samples_likelier_and_worse_ones_less_likely():
+    logits = torch.zeros(2, 3, 5, requires_grad=True)
+    labels = torch.tensor([[1, 2, -100], [3, 4, 4]])
+    self_critical_loss(logits, labels, torch.tensor([2.0, -1.0])).backward()
+    assert logits.grad[0, 0, 1] < 0 and logits.grad[0, 1, 2] < 0, "descent raises them"
+    assert logits.grad[1, 0, 3] > 0 and logits.grad[1, 2, 4] > 0
+    assert not logits.grad[0, 2].any(), "padding has no say"
+
+
+def test_training_on_its_own_reward_raises_it(tokenizer):
+    """The one thing that the objective is for, on a model small enough to see it in seconds."""
+    model = tiny_repository_model(tokenizer)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(0.3)
+    model.config.distill_weight = 0.0
+    human = [["dog"], ["bench"]]
+    objective = SelfCriticalObjective(tokenizer, [*REFERENCES, *human], num_samples=24, max_new_tokens=3)
+    pixel_values = torch.stack([torch.full((3, 24, 24), value) for value in (-1.0, 1.0)])
+    batch = {"pixel_values": pixel_values, "references": human}
+    # Something it can stumble over: the likeliest words, learnt a little beforehand.
+    labels = torch.tensor([tokenizer(f"{word}").input_ids[1:3] for word in ("dog", "bench")])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(25):
+        F.cross_entropy(
+            model(pixel_values, labels=labels.flip(0)).logits.flatten(0, 1), labels.flip(0).flatten()
+        ).backward()
+        F.cross_entropy(model(pixel_values, labels=labels).logits.flatten(0, 1), labels.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.manual_seed(0)
+    rewards = []
+    for _ in range(60):
+        losses = objective(model.train(), model, batch, None)
+        assert set(losses) == {"loss", "scst_loss", "reward"}
+        losses["loss"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        rewards.append(losses["reward"].item())
+    assert sum(rewards[-10:]) > 1.5 * sum(rewards[:10]), rewards

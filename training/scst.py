@@ -1,0 +1,149 @@
+"""Self-critical sequence training: the captions' own CIDEr as a reward (Rennie et al., 2017,
+https://arxiv.org/abs/1612.00563).
+
+A few captions are sampled for each photo; each becomes likelier or less likely by how much its CIDEr exceeds what the
+photo's other samples score (Luo, 2020, https://arxiv.org/abs/2003.09971: a better baseline than the original's greedy
+caption, and one that costs no decoding).
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+from pycocoevalcap.cider.cider_scorer import CiderScorer
+
+from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
+
+
+# Scored as a word like any other: without it, a caption that breaks off in the middle would cost nothing.
+END_WORD = "<end>"
+
+
+class CiderReward:
+    """CIDEr of single captions, by `pycocoevalcap`'s scorer with the document frequencies of a training set.
+
+    Args:
+        references: the human captions of each training photo.
+    """
+
+    def __init__(self, references: Iterable[Sequence[str]]):
+        corpus = CiderScorer()
+        for captions in references:
+            corpus += (None, [self._words(caption) for caption in captions])
+        corpus.compute_doc_freq()
+        document_frequency, log_num_photos = corpus.document_frequency, math.log(len(corpus.crefs))
+
+        class TrainingSetScorer(CiderScorer):
+            # The scorer would count the photos that it scores; the frequencies are the training set's.
+            ref_len = property(lambda self: log_num_photos, lambda self, value: None)
+
+            def compute_doc_freq(self):
+                self.document_frequency = document_frequency
+
+        self._scorer_class = TrainingSetScorer
+
+    @staticmethod
+    def _words(caption: str) -> str:
+        return f"{ptb_tokenize(caption)} {END_WORD}"
+
+    def __call__(self, captions: Sequence[str], references: Sequence[Sequence[str]], ended: Sequence[bool]):
+        """Scores N captions against the human captions of their photos.
+
+        Args:
+            ended: whether each caption came to its end token.
+
+        Returns:
+            (N,) float32 tensor, from 0 to 10.
+        """
+        scorer = self._scorer_class()
+        for caption, human, whole in zip(captions, references, ended):
+            words = self._words(caption)
+            scorer += (words if whole else words.removesuffix(END_WORD), [self._words(text) for text in human])
+        scorer.compute_doc_freq()
+        return torch.tensor(scorer.compute_cider(), dtype=torch.float32)
+
+
+def labels_of(sequences: torch.Tensor, eos_token_id: int) -> torch.Tensor:
+    """Generated `sequences` (N, 1 + T), start token in front, to labels (N, T): -100 behind the first end token."""
+    labels = sequences[:, 1:].clone()
+    is_end = labels == eos_token_id
+    labels[is_end.cumsum(dim=1) - is_end.long() > 0] = -100
+    return labels
+
+
+def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
+    """(B, S) rewards of S samples a photo, less the mean of the photo's other samples."""
+    num_samples = rewards.shape[1]
+    return (rewards - rewards.mean(dim=1, keepdim=True)) * num_samples / (num_samples - 1)
+
+
+def self_critical_loss(logits: torch.Tensor, labels: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """Mean over the tokens of advantage x negative log-likelihood (REINFORCE; Williams, 1992).
+
+    Args:
+        logits: (N, T, vocab_size); labels: (N, T), -100 is ignored; advantage: (N,).
+    """
+    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
+    return (losses * advantage[:, None]).sum() / (labels != -100).sum()
+
+
+class SelfCriticalObjective:
+    """The losses of one step of self-critical training.
+
+    Args:
+        tokenizer: decodes the samples.
+        references: the human captions of each training photo.
+        num_samples: captions sampled for a photo, at least 2.
+        max_new_tokens: longest sample.
+    """
+
+    def __init__(self, tokenizer, references: Iterable[Sequence[str]], num_samples: int, max_new_tokens: int):
+        self.tokenizer = tokenizer
+        self.reward = CiderReward(references)
+        self.num_samples = num_samples
+        self.max_new_tokens = max_new_tokens
+
+    @torch.no_grad()
+    def sample(self, model, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B * num_samples, 1 + T) sequences of `model`, drawn from its own distribution without dropout."""
+        was_training = model.training
+        model.eval()
+        sequences = model.generate(
+            pixel_values,
+            do_sample=True,
+            num_beams=1,
+            top_k=0,
+            num_return_sequences=self.num_samples,
+            max_new_tokens=self.max_new_tokens,
+        )
+        model.train(was_training)
+        return sequences
+
+    def __call__(self, model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
+        """Samples captions of the batch's photos, scores them, and asks for more of the better ones.
+
+        Args:
+            model: what gradients flow through; `unwrapped`: the same without what accelerate put around it.
+            batch: of a `CaptionCollator`.
+            teacher_embeds: (B, projection_dim); the distillation goes on beside it.
+
+        Returns:
+            `loss`, `scst_loss`, `distill_loss` where there is a teacher, and `reward`, the mean CIDEr of the samples.
+        """
+        sequences = self.sample(unwrapped, batch["pixel_values"])
+        labels = labels_of(sequences, self.tokenizer.eos_token_id)
+        captions = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
+        references = [human for human in batch["references"] for _ in range(self.num_samples)]
+        ended = (labels == self.tokenizer.eos_token_id).any(dim=1).tolist()
+        rewards = self.reward(captions, references, ended).to(labels.device)
+        advantage = self_critical_advantage(rewards.view(-1, self.num_samples)).flatten()
+        output = model(
+            pixel_values=batch["pixel_values"], labels=labels, teacher_embeds=teacher_embeds, use_cache=False
+        )
+        losses = {"scst_loss": self_critical_loss(output.logits, labels, advantage)}
+        loss = losses["scst_loss"]
+        if output.distill_loss is not None:
+            losses["distill_loss"] = output.distill_loss
+            loss = loss + unwrapped.config.distill_weight * output.distill_loss
+        return {"loss": loss, **losses, "reward": rewards.mean()}
