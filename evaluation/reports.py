@@ -101,7 +101,7 @@ def plot_curves(metrics: str | Path, path: str | Path) -> None:
     if not rows:
         raise ValueError(f"{metrics}: expected rows of figures, got none")
     pyplot = _pyplot()
-    names = sorted({name for row in rows for name in row} - {"step", "epoch"})
+    names = sorted({name for row in rows for name in row} - {"step", "epoch", "elapsed_seconds"})
     panels = [(label, [name for name in names if key in name]) for key, label in PANELS]
     panels = [(label, found) for label, found in panels if found]
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)

@@ -94,6 +94,7 @@ def test_a_run_leaves_a_complete_repository_and_its_reports(flags, tmp_path, mon
     assert [row["step"] for row in steps] == [1, 2, 3, 4, 5, 6]
     for row in steps:
         assert {"caption_loss", "distill_loss", "learning_rate", "images_per_second", "grad_norm"} <= set(row)
+        assert row["elapsed_seconds"] > 0
         assert row["loss"] == pytest.approx(row["caption_loss"] + row["distill_loss"], rel=1e-5)
     assert [row["step"] for row in rows_of(out) if "eval_cider" in row] == [4, 6]
     assert sorted(path.name for path in out.glob("checkpoint-*")) == ["checkpoint-4", "checkpoint-6"]
@@ -127,6 +128,8 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monk
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    times = [row["elapsed_seconds"] for row in rows_of(tmp_path / "out")]
+    assert times == sorted(times), "the clock goes on where it stopped"
     losses = [[(row["step"], row["loss"]) for row in rows_of(tmp_path / n) if "loss" in row] for n in ("whole", "out")]
     assert losses[0] == losses[1]
 
@@ -157,6 +160,21 @@ def test_training_goes_on_from_a_checkpoint_with_its_own_tokenizer_and_config(fl
     tokenizers = [(folder / "tokenizer.json").read_text() for folder in (repository, tmp_path / "out")]
     assert tokenizers[0] == tokenizers[1]
     assert "cosine_distance" not in json.loads((tmp_path / "out" / "eval_results.json").read_text())
+
+
+def test_a_captioner_goes_on_by_the_cider_of_its_own_samples(flags, tmp_path, repository):
+    drop = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--max_train_steps")
+    without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
+    train_distill.main(
+        [
+            *(*without, "--model_name_or_path", str(repository), "--distill_weight", "0", "--max_train_steps", "2"),
+            *("--objective", "scst", "--scst_samples", "3"),
+        ]
+    )
+    steps = [row for row in rows_of(tmp_path / "out") if "loss" in row]
+    assert len(steps) == 2 and all({"scst_loss", "reward"} <= set(row) for row in steps)
+    before, after = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(flags, tmp_path, tokenizer):
@@ -230,6 +248,8 @@ def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
         (["--distill_weight", "0", "--teacher_name_or_path", "y"], ["--teacher_name_or_path", "--distill_weight 0"]),
         (["--config_name", "c", "--model_name_or_path", "m"], ["--config_name", "--model_name_or_path"]),
         (["--tokenizer_name", "c", "--model_name_or_path", "m"], ["--tokenizer_name", "--model_name_or_path"]),
+        (["--objective", "scst"], ["--objective scst", "--model_name_or_path"]),
+        (["--scst_samples", "1"], ["--scst_samples", "at least 2"]),
         (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], ["--overwrite_output_dir", "--resume"]),
         (["--hub_model_id", "me/it"], ["--hub_model_id", "--push_to_hub"]),
         (["--caption_column", "text"], ["--caption_column", "--dataset_name"]),

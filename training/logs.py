@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -64,6 +65,8 @@ class RunLog:
         accelerator: knows the main process and the trackers.
         total_steps: optimizer steps of the whole run.
         start_step: the step a resumed run goes on from; rows after it, from the run that broke off, are dropped.
+
+    Every row carries `elapsed_seconds`, the time spent in the run's loop up to it.
     """
 
     def __init__(self, output_dir: str | Path, accelerator: Accelerator, total_steps: int, start_step: int = 0):
@@ -72,9 +75,14 @@ class RunLog:
         self.progress = tqdm(
             total=total_steps, initial=start_step, desc="Training", disable=not accelerator.is_main_process
         )
+        self.started = time.perf_counter()
         if accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            write_text(self.path, "".join(line for line in lines if _step_of(line) <= start_step))
+            lines = [line for line in lines if _step_of(line) <= start_step]
+            write_text(self.path, "".join(lines))
+            if lines:
+                # The clock goes on where the run broke off.
+                self.started -= json.loads(lines[-1]).get("elapsed_seconds", 0.0)
 
     def train_row(self, step: int, epoch: int, figures: dict[str, float]) -> None:
         """Writes one row of losses; they also stand beside the progress bar."""
@@ -96,6 +104,7 @@ class RunLog:
     def _write(self, row: dict) -> None:
         if not self.accelerator.is_main_process:
             return
+        row["elapsed_seconds"] = round(time.perf_counter() - self.started, 1)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
