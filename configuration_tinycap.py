@@ -267,6 +267,13 @@ class TinyCapConfig(PretrainedConfig):
         kwargs["is_encoder_decoder"] = True
         super().__init__(tie_word_embeddings=tie_word_embeddings, **ids, **kwargs)
 
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        # The folder of a student alone begins a captioner: its weights load, and the decoder is new.
+        if config_dict.get("model_type") == TinyCapVisionConfig.model_type:
+            config_dict = {"vision_config": config_dict}
+        return super().from_dict(config_dict, **kwargs)
+
     @staticmethod
     def _as_config(value, config_class):
         # Compared by what it offers, not by isinstance: two copies of this file may be loaded as remote code.

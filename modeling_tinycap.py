@@ -11,6 +11,7 @@ What is unusual here:
 
 import copy
 import math
+import warnings
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -69,7 +70,7 @@ class TinyCapOutput(Seq2SeqLMOutput):
         cache (`past_key_values` before transformers 5.24): the `EncoderDecoderCache`, with `use_cache`.
         decoder_hidden_states, decoder_attentions, cross_attentions: per layer, when asked for.
         encoder_last_hidden_state, encoder_hidden_states, encoder_attentions: see `TinyCapVisionOutput`.
-        image_embeds: (B, projection_dim), unit norm.
+        image_embeds: (B, projection_dim), unit norm; where there is a loss.
         caption_loss: scalar, mean cross-entropy (nats) over the labels that aren't -100.
         distill_loss: scalar, mean of 1 - cos(image_embeds, teacher_embeds).
     """
@@ -739,7 +740,11 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         output_attentions, output_hidden_states, return_dict = self._flags(
             output_attentions, output_hidden_states, return_dict
         )
-        cache = past_key_values if cache is None else cache
+        if past_key_values is not None:
+            cache = past_key_values
+            if "cache" in TinyCapOutput.__dataclass_fields__:
+                # Only where `generate` doesn't use this name itself.
+                warnings.warn("`past_key_values` is deprecated, expected `cache`", FutureWarning, stacklevel=2)
         for name in ("input_ids", "attention_mask"):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name}: the text goes into the decoder; expected it as decoder_{name}")
@@ -816,7 +821,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
-            image_embeds=image_embeds,
+            # Without a loss there are the fields of `Seq2SeqLMOutput` alone, for callers who go by their number.
+            image_embeds=image_embeds if losses else None,
             **losses,
         )
         return output if return_dict else output.to_tuple()
@@ -848,19 +854,18 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         prompt = kwargs.pop("decoder_input_ids", prompt)
         mask = kwargs.pop("decoder_attention_mask", mask)
         if prompt is not None:
-            kwargs["decoder_input_ids"], mask = self._start_prompts(prompt, mask)
+            # The mask always goes along: with a cache, its length is how GenerationMixin tells new tokens from old.
+            kwargs["decoder_input_ids"], kwargs["decoder_attention_mask"] = self._start_prompts(prompt, mask)
             if kwargs["decoder_input_ids"].shape[1] >= self.config.text_config.max_position_embeddings:
                 raise ValueError(
                     f"prompt: expected fewer than {self.config.text_config.max_position_embeddings} tokens, "
                     f"got {kwargs['decoder_input_ids'].shape[1]}"
                 )
-            if mask is not None:
-                kwargs["decoder_attention_mask"] = mask
         return super().generate(inputs, *args, **kwargs)
 
     def _start_prompts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Puts the start token right before the first real token of each row that doesn't begin with it."""
         start, length = self.config.decoder_start_token_id, input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
@@ -873,7 +878,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         input_ids, mask = input_ids.masked_fill(slot, start), mask.masked_fill(slot, 1)
         if not bool(mask[:, 0].any()):
             input_ids, mask = input_ids[:, 1:], mask[:, 1:]
-        return input_ids, None if bool(mask.all()) else mask
+        return input_ids, mask
 
     def _prepare_generated_length(self, generation_config, **kwargs):
         generation_config = super()._prepare_generated_length(generation_config, **kwargs)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import static_cache, tiny_model
+from tiny import CACHE, static_cache, tiny_model
 from transformers import GenerationConfig, TextStreamer
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -101,6 +101,28 @@ def test_attentions_of_generation_are_those_of_each_step(model, pixel_values):
 def test_captions_end_where_the_position_table_does(model, pixel_values):
     sequences = model.generate(pixel_values, max_new_tokens=500, eos_token_id=None)
     assert sequences.shape[1] == model.config.text_config.max_position_embeddings
+
+
+def test_generation_goes_on_from_a_cache_it_returned(model, pixel_values):
+    lengths = {"max_new_tokens": 4, "eos_token_id": None}
+    first = model.generate(pixel_values, return_dict_in_generate=True, **lengths)
+    seen = []
+    model.decoder.register_forward_pre_hook(
+        lambda module, args, kwargs: seen.append(kwargs["input_ids"].shape[1]), with_kwargs=True
+    )
+    rest = model.generate(pixel_values, decoder_input_ids=first.sequences, **{CACHE: first[CACHE]}, **lengths)
+    assert seen == [1, 1, 1, 1]
+    assert torch.equal(rest, model.generate(pixel_values, max_new_tokens=8, eos_token_id=None))
+
+
+def test_drafts_by_another_model_change_no_caption(model, pixel_values):
+    assistant = tiny_model()
+    with torch.no_grad():
+        assistant.decoder.layers[0].mlp.fc2.weight.neg_()
+    for image in pixel_values.split(1):
+        expected = model.generate(image, max_new_tokens=8, eos_token_id=None)
+        drafted = model.generate(image, assistant_model=assistant, max_new_tokens=8, eos_token_id=None)
+        assert torch.equal(drafted, expected)
 
 
 # --- prompts ----------------------------------------------------------------------------------------------------------

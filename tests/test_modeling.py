@@ -1,12 +1,13 @@
 import copy
+import dataclasses
 
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import cache_of, static_cache, tiny_config, tiny_model
+from tiny import CACHE, static_cache, tiny_config, tiny_model
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.modeling_outputs import BaseModelOutput
+from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionModel, shift_tokens_right
 
@@ -164,7 +165,7 @@ def test_cached_decoding_equals_uncached(memory, implementation, pixel_values, t
         encoded = model.vision_model(pixel_values)
         for piece in (tokens[:, :1], tokens[:, 1:2], tokens[:, 2:5], tokens[:, 5:]):
             output = model(encoder_outputs=encoded, decoder_input_ids=piece, cache=cache, use_cache=True)
-            cache = cache_of(output)
+            cache = output[CACHE]
             pieces.append(output.logits)
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, atol=1e-5, rtol=0)
 
@@ -192,12 +193,14 @@ def test_empty_slots_of_a_static_cache_are_not_looked_at(model, pixel_values, to
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_the_cache_is_taken_under_the_name_of_either_transformers(model, pixel_values, tokens, name):
+def test_the_cache_is_taken_under_the_name_of_either_transformers(model, pixel_values, tokens, name, recwarn):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     whole = logits_of(model, pixel_values, tokens)
     logits_of(model, pixel_values, tokens[:, :4], **{name: cache})
     assert cache.get_seq_length() == 4
     torch.testing.assert_close(logits_of(model, pixel_values, tokens[:, 4:], **{name: cache}), whole[:, 4:])
+    # A name is deprecated only where `generate` uses another.
+    assert any("deprecated" in str(one.message) for one in recwarn) == (CACHE == "cache" != name)
 
 
 @pytest.mark.parametrize("memory", ["embedding", "patches"])
@@ -232,7 +235,7 @@ def test_padding_stays_without_effect_in_cached_steps(model, pixel_values, token
             encoder_outputs=encoded,
             decoder_input_ids=tokens[:, 5:],
             decoder_attention_mask=mask,
-            cache=cache_of(first),
+            cache=first[CACHE],
         )
     alone = logits_of(model, pixel_values[1:2], tokens[1:2, 3:])
     torch.testing.assert_close(second.logits[1:2], alone[:, 2:], atol=1e-5, rtol=0)
@@ -270,7 +273,7 @@ def test_a_cache_filled_with_gradients_serves_a_step_without_them(model, pixel_v
     encoded = model.vision_model(pixel_values)
     first = model(encoder_outputs=encoded, decoder_input_ids=tokens[:, :3], use_cache=True)
     with torch.no_grad():
-        second = model(encoder_outputs=encoded, decoder_input_ids=tokens[:, 3:], cache=cache_of(first))
+        second = model(encoder_outputs=encoded, decoder_input_ids=tokens[:, 3:], cache=first[CACHE])
     torch.testing.assert_close(second.logits, whole[:, 3:], atol=1e-5, rtol=0)
 
 
@@ -407,6 +410,12 @@ def test_teacher_embeddings_of_another_width_are_an_error_that_names_both(model,
 # --- interfaces of transformers ---------------------------------------------------------------------------------------
 
 
+def test_without_a_loss_the_output_has_the_fields_of_transformers_own_class(model, pixel_values, labels):
+    fields = {field.name for field in dataclasses.fields(Seq2SeqLMOutput)}
+    assert set(model(pixel_values, output_attentions=True, output_hidden_states=True)) <= fields
+    assert set(model(pixel_values, labels=labels)) - fields == {"image_embeds", "caption_loss"}
+
+
 def test_attentions_and_hidden_states_come_layer_by_layer(model, pixel_values, tokens):
     output = model(
         pixel_values=pixel_values, decoder_input_ids=tokens, output_attentions=True, output_hidden_states=True
@@ -441,7 +450,7 @@ def test_gradient_checkpointing_keeps_no_cache_that_its_second_pass_would_fill_a
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     output = model.train()(pixel_values, decoder_input_ids=tokens, cache=cache, use_cache=True)
     output.logits.sum().backward()
-    assert cache_of(output) is None and cache.get_seq_length() == 0
+    assert output.get(CACHE) is None and cache.get_seq_length() == 0
     logits_of(model, pixel_values, tokens[:, :4], cache=cache)
     with pytest.raises(ValueError, match="expected none or an empty one .*got 4 tokens"):
         model(pixel_values, decoder_input_ids=tokens[:, 4:], cache=cache)
@@ -499,6 +508,13 @@ def test_the_student_alone_loads_from_the_whole_models_folder(model, pixel_value
     student, report = TinyCapVisionModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
     torch.testing.assert_close(student(pixel_values).image_embeds, model.get_image_features(pixel_values))
+
+
+def test_a_captioner_begins_from_the_folder_of_a_student_alone(model, pixel_values, tmp_path):
+    model.vision_model.save_pretrained(tmp_path)
+    captioner, report = TinyCapForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
+    assert {name.split(".")[0] for name in report["missing_keys"]} <= {"decoder", "lm_head"}
+    torch.testing.assert_close(captioner.get_image_features(pixel_values), model.get_image_features(pixel_values))
 
 
 def test_initial_weights_are_small_and_layer_norms_neutral():

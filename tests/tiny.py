@@ -7,6 +7,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from transformers.modeling_outputs import Seq2SeqLMOutput
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -18,6 +19,9 @@ CAPTIONS = [
     "a small child in a red coat jumps into a puddle",
     "A woman with a hat is reading a book on a bench .",
 ]
+
+# What `generate` and outputs call the cache: transformers 5.24 renamed it.
+CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
 # Layers of transformers 4 have to be told each time where in a static cache to write.
 static_cache = pytest.mark.skipif(
@@ -69,12 +73,6 @@ def tiny_repository_model(tokenizer) -> TinyCapForConditionalGeneration:
     """The tiny model with a tokenizer's vocabulary and special tokens."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     return tiny_model(text_config={"vocab_size": len(tokenizer), **ids})
-
-
-def cache_of(output):
-    """The cache an output holds, or None: transformers 5.24 renamed the field `past_key_values`."""
-    names = output.keys() & {"cache", "past_key_values"}
-    return output[names.pop()] if names else None
 
 
 def draw_picture(seed: int, size: tuple[int, int] = (37, 29)) -> Image.Image:
