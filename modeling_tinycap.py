@@ -216,6 +216,26 @@ class TinyCapMLP(nn.Module):
 # --- student ViT ----------------------------------------------------------------------------------------------------
 
 
+def position_table(side: int, width: int) -> torch.Tensor:
+    """What learned positions begin as: sines and cosines of both coordinates, for `[CLS]` and side x side patches.
+
+    A patch is hundreds of pixels that mostly agree, so that its embedding is some fifty times as large as the usual
+    initial positions (normal, 0.02) and moves as much faster under Adam: those would stay unheard for a long training.
+    Waves of two dimensions as in MAE (He et al., 2022, https://arxiv.org/abs/2111.06377), their frequencies from half
+    a period across the picture to half a period a patch.
+
+    Returns:
+        (1 + side * side, width), entries from -1 to 1, row 0 (`[CLS]`) zero.
+    """
+    quarter = -(-width // 4)
+    frequencies = 0.5 * math.pi * side ** torch.linspace(0, 1, quarter)
+    angles = (torch.arange(side)[:, None] + 0.5) / side * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    # Alternating, so that a width that is no multiple of 4 cuts both coordinates alike.
+    both = torch.stack([waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], dim=-1)
+    return torch.cat([torch.zeros(1, width), both.flatten(2).flatten(0, 1)[:, :width]])
+
+
 class TinyCapVisionEmbeddings(nn.Module):
     """Pixels (B, C, H, W) -> tokens (B, 1 + patches, hidden_size), `[CLS]` first."""
 
@@ -321,7 +341,10 @@ class TinyCapPreTrainedModel(PreTrainedModel):
             nn.init.zeros_(module.bias)
         elif isinstance(module, TinyCapVisionEmbeddings):
             nn.init.trunc_normal_(module.cls_token, std=std)
-            nn.init.trunc_normal_(module.position_embeddings, std=std)
+            # transformers 5 keeps what was loaded from `nn.init`, but not from a copy.
+            if not getattr(module.position_embeddings, "_is_hf_initialized", False):
+                table = position_table(math.isqrt(module.num_patches), module.config.hidden_size)
+                module.position_embeddings.copy_(table.unsqueeze(0))
 
     def _flags(self, output_attentions, output_hidden_states, return_dict) -> tuple[bool, bool, bool]:
         """The three output flags, from the call or else from the config."""

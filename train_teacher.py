@@ -26,6 +26,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection, get_scheduler
 
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
+from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import (
     add_data_arguments,
     add_optimisation_arguments,
@@ -159,6 +160,7 @@ def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextMo
     }
     if args.text_model_name_or_path is not None:
         vision_model = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
+        start_positions(vision_model)
         return LockedTextModel.from_text_model(vision_model, args.text_model_name_or_path)
     if tokenizer.eos_token_id == 2:
         raise ValueError(
@@ -179,7 +181,17 @@ def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextMo
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
     }
-    return CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=args.projection_dim))
+    model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=args.projection_dim))
+    start_positions(model)
+    return model
+
+
+@torch.no_grad()
+def start_positions(model: CLIPModel | CLIPVisionModelWithProjection) -> None:
+    """Lets the image tower's learned positions begin as the student's do; see `position_table`."""
+    config = getattr(model.config, "vision_config", model.config)
+    table = position_table(config.image_size // config.patch_size, config.hidden_size)
+    model.vision_model.embeddings.position_embedding.weight.copy_(table)
 
 
 def text_inputs(labels: torch.Tensor, tokenizer) -> dict[str, torch.Tensor]:
