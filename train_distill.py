@@ -21,7 +21,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, PretrainedConfig, get_scheduler
@@ -62,7 +62,7 @@ from tinycap.training.data import (
     resolve_columns,
 )
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
-from tinycap.training.loop import check_finite, epoch_batches, set_up_logging
+from tinycap.training.loop import check_finite, epoch_batches, set_up_logging, use_all_cores
 from tinycap.training.model_card import write_model_card
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
@@ -94,7 +94,7 @@ SCENE_DEFAULTS = {
     "max_eval_samples": 500,
     "per_device_train_batch_size": 64,
     "captions_per_image": 2,
-    "num_train_epochs": 7.0,
+    "num_train_epochs": 14.0,
     "learning_rate": 1e-3,
     "num_warmup_steps": 50,
     "vocab_size": 512,
@@ -657,8 +657,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
+        # A decoder that looks at patches leaves the projection to the teacher: without one nothing trains it.
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.distill_weight == 0)],
     )
     set_up_logging(accelerator)
+    use_all_cores(accelerator)
     output_dir = Path(args.output_dir)
     resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
     with accelerator.main_process_first():

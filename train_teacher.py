@@ -47,7 +47,7 @@ from tinycap.training.data import (
 )
 from tinycap.training.locked_text import LockedTextModel
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
-from tinycap.training.loop import check_finite, epoch_batches, set_up_logging
+from tinycap.training.loop import check_finite, epoch_batches, set_up_logging, use_all_cores
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.scenes import scene_splits
@@ -349,6 +349,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
             project_dir=args.output_dir,
         )
         set_up_logging(accelerator)
+        use_all_cores(accelerator)
     output_dir = Path(args.output_dir)
     resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
     if accelerator.is_main_process:

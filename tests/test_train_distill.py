@@ -232,6 +232,26 @@ def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
     assert len((out / "skipped.jsonl").read_text().splitlines()) == 1
 
 
+def test_two_processes_train_a_patch_memory_without_a_teacher(flags, tmp_path):
+    drop = ("--teacher_name_or_path",)
+    without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "train_distill.py",
+    ]
+    command += [*without, "--per_device_train_batch_size", "3", "--distill_weight", "0", "--memory", "patches"]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    root = Path(train_distill.__file__).parent
+    process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr[-3000:]
+    assert len([row for row in rows_of(tmp_path / "out") if "loss" in row]) == 6
+
+
 # --- what must not run ------------------------------------------------------------------------------------------------
 
 
