@@ -29,6 +29,7 @@ from transformers import AutoImageProcessor, PretrainedConfig, get_scheduler
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
 from tinycap import train_teacher
 from tinycap.configuration_tinycap import MEMORIES, TinyCapConfig
+from tinycap.evaluation.cider_reward import CiderReward
 from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
@@ -754,7 +755,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     objective = joint_losses
     if args.objective == "scst":
         logger.info("Counting the words of the training captions, for their CIDEr.")
-        objective = SelfCriticalObjective(tokenizer, data.train["captions"], args.scst_samples, args.max_caption_length)
+        reward = CiderReward(data.train["captions"])
+        objective = SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
     train(args, accelerator, model, optimizer, scheduler, train_loader, teacher, objective, state, log, after_step)
     evaluation = evaluate(accelerator, model, validation_loader, *scored)
     log.eval_row(state["step"], state["epoch"], evaluation.metrics)

@@ -3,7 +3,7 @@ import shutil
 
 import pytest
 
-from tinycap.training import release
+from tinycap.evaluation import release
 
 
 SCORES = {"cider": 21.456, "bleu_1": 50.0, "bleu_4": 12.0, "rouge_l": 40.0, "distinct_captions": 321}

@@ -1,17 +1,10 @@
 import torch
-import torch.nn.functional as F
 from pycocoevalcap.cider.cider import Cider
 from tiny import CAPTIONS, tiny_repository_model
 
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
-from tinycap.training.scst import (
-    END_WORD,
-    CiderReward,
-    SelfCriticalObjective,
-    labels_of,
-    self_critical_advantage,
-    self_critical_loss,
-)
+from tinycap.evaluation.cider_reward import END_WORD, CiderReward
+from tinycap.training.scst import SelfCriticalObjective, labels_of, self_critical_advantage, self_critical_loss
 
 
 REFERENCES = [[caption, f"again , {caption}"] for caption in CAPTIONS]
@@ -61,27 +54,20 @@ def test_the_loss_makes_better_samples_likelier_and_worse_ones_less_likely():
     assert not logits.grad[0, 2].any(), "padding has no say"
 
 
-def test_training_on_its_own_reward_raises_it(tokenizer):
+def test_training_on_a_reward_raises_it(tokenizer):
     """The one thing that the objective is for, on a model small enough to see it in seconds."""
     model = tiny_repository_model(tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(0.3)
-    model.config.distill_weight = 0.0
-    human = [["dog"], ["bench"]]
-    objective = SelfCriticalObjective(tokenizer, [*REFERENCES, *human], num_samples=24, max_new_tokens=3)
-    pixel_values = torch.stack([torch.full((3, 24, 24), value) for value in (-1.0, 1.0)])
-    batch = {"pixel_values": pixel_values, "references": human}
-    # Something it can stumble over: the likeliest words, learnt a little beforehand.
-    labels = torch.tensor([tokenizer(f"{word}").input_ids[1:3] for word in ("dog", "bench")])
-    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
-    for _ in range(25):
-        F.cross_entropy(
-            model(pixel_values, labels=labels.flip(0)).logits.flatten(0, 1), labels.flip(0).flatten()
-        ).backward()
-        F.cross_entropy(model(pixel_values, labels=labels).logits.flatten(0, 1), labels.flatten()).backward()
-        optimizer.step()
-        optimizer.zero_grad()
+
+    def reward(captions, references, ended):
+        assert len(captions) == len(references) == len(ended) == 2 * 12
+        return torch.tensor([float("a" in caption) for caption in captions])
+
+    objective = SelfCriticalObjective(tokenizer, reward, num_samples=12, max_new_tokens=4)
+    batch = {"pixel_values": torch.randn(2, 3, 24, 24), "references": [["one"], ["two"]]}
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     torch.manual_seed(0)
     rewards = []
     for _ in range(60):
@@ -91,4 +77,4 @@ def test_training_on_its_own_reward_raises_it(tokenizer):
         optimizer.step()
         optimizer.zero_grad()
         rewards.append(losses["reward"].item())
-    assert sum(rewards[-10:]) > 1.5 * sum(rewards[:10]), rewards
+    assert sum(rewards[:5]) < 4 and sum(rewards[-5:]) > 4.5, rewards

@@ -1,6 +1,6 @@
 """Puts a trained model at the repository's root, and its figures into `model_card.md`.
 
-    python -m tinycap.training.release --model_name_or_path outputs/flickr8k --evaluation outputs/evaluation \\
+    python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --evaluation outputs/evaluation \\
         --teacher outputs/teacher --agreement outputs/tokenizer_agreement --earlier_stages outputs/flickr8k-112px
 
 The card is `docs/model_card_template.md`, filled: no figure in it is written by hand.
@@ -37,7 +37,7 @@ SCORES = ("cider", "bleu_1", "bleu_4", "rouge_l", "distinct_captions")
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        prog="python -m tinycap.training.release", description=__doc__.split("\n\n")[0], allow_abbrev=False
+        prog="python -m tinycap.evaluation.release", description=__doc__.split("\n\n")[0], allow_abbrev=False
     )
     parser.add_argument("--model_name_or_path", required=True, help="output folder of train_distill.py")
     parser.add_argument(
@@ -132,4 +132,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"python -m tinycap.training.release: error: {error}")
+        sys.exit(f"python -m tinycap.evaluation.release: error: {error}")
