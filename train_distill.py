@@ -553,11 +553,9 @@ def train(
             # Dropout and patch dropout follow from the step, so that a resumed run makes the same choices.
             seed_step(args.seed, state["step"] * args.gradient_accumulation_steps + seen, accelerator.process_index)
             with accelerator.accumulate(model):
-                teacher_embeds = None
-                if teacher is not None:
-                    with accelerator.autocast():
-                        teacher_embeds = teacher(batch["pixel_values"])
-                losses = objective(model, accelerator.unwrap_model(model), batch, teacher_embeds)
+                with accelerator.autocast():
+                    teacher_embeds = None if teacher is None else teacher(batch["pixel_values"])
+                    losses = objective(model, accelerator.unwrap_model(model), batch, teacher_embeds)
                 check_finite(losses, state["step"] + 1, batch["image_ids"])
                 accelerator.backward(losses["loss"])
                 grad_norm = None
