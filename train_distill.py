@@ -70,6 +70,7 @@ from tinycap.training.repository import create_generation_config, create_image_p
 from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
 from tinycap.training.teacher import FEATURES, Teacher
+from tinycap.training.teacher_cache import build_teacher_cache
 from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -144,6 +145,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="the target: the pooled output before the visual projection, or image_embeds after it",
     )
     teacher.add_argument(
+        "--teacher_cache_dir",
+        help="folder for the teacher's embeddings, computed once for all runs; asked in every step if not given",
+    )
+    teacher.add_argument(
+        "--teacher_views", type=int, default=8, help="differently cropped views of a photo in the cache"
+    )
+    teacher.add_argument(
         "--distill_weight", type=float, default=1.0, help="weight of the distillation loss; 0: no teacher"
     )
     teacher.add_argument(
@@ -185,6 +193,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.distill_weight == 0 and args.teacher_name_or_path is not None,
         "--teacher_name_or_path: contradicts --distill_weight 0, with which no teacher is asked",
     )
+    refuse(
+        args.distill_weight == 0 and args.teacher_cache_dir is not None,
+        "--teacher_cache_dir: contradicts --distill_weight 0, with which no teacher is asked",
+    )
+    refuse(args.streaming and args.teacher_cache_dir is not None, "--teacher_cache_dir: not with --streaming")
+    refuse(
+        args.teacher_cache_dir is None and args.teacher_views != parser.get_default("teacher_views"),
+        "--teacher_views: needs --teacher_cache_dir",
+    )
+    refuse(args.teacher_views < 1, f"--teacher_views: expected a positive number, got {args.teacher_views}")
     refuse(
         args.model_name_or_path is not None and args.config_name is not None,
         "--config_name: contradicts --model_name_or_path, which brings its own configuration",
@@ -278,9 +296,18 @@ def iterate_captions(data: Data, num_streamed: int = 100_000):
 
 
 def build_loaders(
-    args: argparse.Namespace, accelerator: Accelerator, data: Data, collator, image_size: int, skipped: SkippedRows
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    data: Data,
+    collator,
+    image_size: int,
+    skipped: SkippedRows,
+    teacher: Teacher | None,
 ) -> tuple[DataLoader, DataLoader]:
-    """One loader of training batches, which starts anew each epoch, and one of validation batches in order."""
+    """One loader of training batches, which starts anew each epoch, and one of validation batches in order.
+
+    With `--teacher_cache_dir` the training batches bring the teacher's embeddings along.
+    """
     augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter)
     common = {
         "collate_fn": collator,
@@ -307,6 +334,17 @@ def build_loaders(
         train_loader = DataLoader(stream, args.per_device_train_batch_size, drop_last=True, **common)
     else:
         dataset = CaptionDataset(data.train, image_size, augmentation, args.captions_per_image, args.seed)
+        if args.teacher_cache_dir is not None:
+            dataset.teacher_cache = build_teacher_cache(
+                accelerator,
+                teacher,
+                dataset,
+                collator,
+                args.teacher_cache_dir,
+                args.teacher_views,
+                args.per_device_eval_batch_size,
+                args.dataloader_num_workers,
+            )
         train_loader = accelerator.prepare(
             DataLoader(
                 dataset,
@@ -554,7 +592,9 @@ def train(
             seed_step(args.seed, state["step"] * args.gradient_accumulation_steps + seen, accelerator.process_index)
             with accelerator.accumulate(model):
                 with accelerator.autocast():
-                    teacher_embeds = None if teacher is None else teacher(batch["pixel_values"])
+                    teacher_embeds = batch.get("teacher_embeds")
+                    if teacher_embeds is None and teacher is not None:
+                        teacher_embeds = teacher(batch["pixel_values"])
                     losses = objective(model, accelerator.unwrap_model(model), batch, teacher_embeds)
                 check_finite(losses, state["step"] + 1, batch["image_ids"])
                 accelerator.backward(losses["loss"])
@@ -703,7 +743,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     collator = CaptionCollator(
         tokenizer, args.max_caption_length, image_processor.image_mean, image_processor.image_std
     )
-    train_loader, validation_loader = build_loaders(args, accelerator, data, collator, image_size, skipped)
+    train_loader, validation_loader = build_loaders(args, accelerator, data, collator, image_size, skipped, teacher)
     steps_per_epoch = None
     if not args.streaming:
         steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)

@@ -177,6 +177,17 @@ def test_a_captioner_goes_on_by_the_cider_of_its_own_samples(flags, tmp_path, re
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+def test_a_cached_teacher_gives_the_losses_of_one_that_is_asked(flags, tmp_path):
+    online = train_distill.main(flags)
+    # Two epochs of three steps: as many views as epochs, so that both runs see the same crops.
+    cached_flags = [*flags, "--output_dir", str(tmp_path / "cached"), "--teacher_cache_dir", str(tmp_path / "cache")]
+    cached = train_distill.main([*cached_flags, "--teacher_views", "2"])
+    for first, second in zip(rows_of(tmp_path / "out"), rows_of(tmp_path / "cached")):
+        for name in {"loss", "caption_loss", "distill_loss"} & set(first):
+            assert first[name] == pytest.approx(second[name], abs=1e-5)
+    assert cached["caption_loss"] == pytest.approx(online["caption_loss"], abs=1e-4)
+
+
 def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(flags, tmp_path, tokenizer):
     repository = tmp_path / "repository"
     save_repository(repository, tiny_repository_model(tokenizer), tokenizer, create_image_processor(24, [0.4] * 3))
@@ -223,6 +234,7 @@ def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
     root = Path(train_distill.__file__).parent
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += ["train_distill.py", *flags, "--per_device_train_batch_size", "3", "--max_train_steps", "3"]
+    command += ["--teacher_cache_dir", str(tmp_path / "cache"), "--teacher_views", "2"]
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
     process = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
     assert process.returncode == 0, process.stderr[-3000:]
@@ -270,6 +282,8 @@ def test_two_processes_train_a_patch_memory_without_a_teacher(flags, tmp_path):
         (["--tokenizer_name", "c", "--model_name_or_path", "m"], ["--tokenizer_name", "--model_name_or_path"]),
         (["--objective", "scst"], ["--objective scst", "--model_name_or_path"]),
         (["--scst_samples", "1"], ["--scst_samples", "at least 2"]),
+        (["--teacher_cache_dir", "c", "--streaming"], ["--teacher_cache_dir", "--streaming"]),
+        (["--teacher_views", "3"], ["--teacher_views", "--teacher_cache_dir"]),
         (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], ["--overwrite_output_dir", "--resume"]),
         (["--hub_model_id", "me/it"], ["--hub_model_id", "--push_to_hub"]),
         (["--caption_column", "text"], ["--caption_column", "--dataset_name"]),

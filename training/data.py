@@ -369,7 +369,12 @@ SIDE_WORDS = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 
 def make_sample(
-    row: dict, image_size: int, augmentation: Augmentation, captions_per_image: int | None, rng: random.Random
+    row: dict,
+    image_size: int,
+    augmentation: Augmentation,
+    captions_per_image: int | None,
+    picture_rng: random.Random,
+    caption_rng: random.Random,
 ) -> dict:
     """One decoded row to what the collator takes.
 
@@ -378,7 +383,8 @@ def make_sample(
         image_size: side of the square picture, pixels.
         augmentation: how to vary it.
         captions_per_image: captions to draw, without repeats while there are enough; None for all.
-        rng: the sample's own source of randomness.
+        picture_rng: what crop, mirroring and colours follow from, and nothing else.
+        caption_rng: what the choice of captions follows from.
 
     Returns:
         dict of `pixels` (image_size, image_size, 3) uint8 tensor, `gain` and `shift` (3 floats), `captions` (those
@@ -386,14 +392,16 @@ def make_sample(
     """
     captions = list(row["captions"])
     if captions_per_image is not None:
-        rng.shuffle(captions)
+        caption_rng.shuffle(captions)
         captions = [captions[i % len(captions)] for i in range(captions_per_image)]
     image = picture_of(row)
-    box = augmentation.crop_box(row["width"], row["height"], rng)
+    box = augmentation.crop_box(row["width"], row["height"], picture_rng)
     image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    if augmentation.horizontal_flip and rng.random() < 0.5 and not any(map(SIDE_WORDS.search, captions)):
+    # All captions, not those drawn: a picture must not depend on what is said of it this time.
+    mirrored = picture_rng.random() < 0.5 and not any(map(SIDE_WORDS.search, row["captions"]))
+    if augmentation.horizontal_flip and mirrored:
         image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    gain, shift = augmentation.color_gain_and_shift(rng)
+    gain, shift = augmentation.color_gain_and_shift(picture_rng)
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image_size, image_size, 3)
     return {
         "pixels": pixels,
@@ -410,6 +418,11 @@ def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
+def sample_rngs(seed: int, view: int, epoch: int, index: int) -> tuple[random.Random, random.Random]:
+    """What a row's picture follows from in a view, and what its captions follow from in an epoch."""
+    return random.Random(f"picture/{seed}/{view}/{index}"), sample_rng(seed, epoch, index)
+
+
 class CaptionDataset(Dataset):
     """Decoded photos, varied afresh in every epoch.
 
@@ -421,7 +434,8 @@ class CaptionDataset(Dataset):
         seed: with the epoch and the row number, fixes every draw.
 
     A key is `(epoch, row)`, as `EpochSampler` gives it, so that workers need not be told the epoch; a plain row number
-    means epoch 0.
+    means epoch 0. With a `teacher_cache` (see `teacher_cache.py`), epochs take turns with its views, and a sample
+    carries the teacher's embedding of its view.
     """
 
     def __init__(
@@ -437,14 +451,19 @@ class CaptionDataset(Dataset):
         self.augmentation = augmentation or Augmentation()
         self.captions_per_image = captions_per_image
         self.seed = seed
+        self.teacher_cache = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, index = key if isinstance(key, tuple) else (0, key)
-        rng = sample_rng(self.seed, epoch, index)
-        return make_sample(self.rows[index], self.image_size, self.augmentation, self.captions_per_image, rng)
+        view = epoch if self.teacher_cache is None else epoch % self.teacher_cache.num_views
+        rngs = sample_rngs(self.seed, view, epoch, index)
+        sample = make_sample(self.rows[index], self.image_size, self.augmentation, self.captions_per_image, *rngs)
+        if self.teacher_cache is not None:
+            sample["teacher_embeds"] = self.teacher_cache(view, index)
+        return sample
 
 
 class EpochSampler(Sampler):
@@ -525,8 +544,8 @@ class StreamingCaptionDataset(IterableDataset):
                 if index >= self.MIN_ROWS_TO_JUDGE:
                     self.skipped.check(self.split, index + 1)
                 continue
-            rng = sample_rng(self.seed, self.epoch, index)
-            yield make_sample(decoded, self.image_size, self.augmentation, self.captions_per_image, rng)
+            rngs = sample_rngs(self.seed, self.epoch, self.epoch, index)
+            yield make_sample(decoded, self.image_size, self.augmentation, self.captions_per_image, *rngs)
 
 
 # --- one batch --------------------------------------------------------------------------------------------------------
@@ -543,7 +562,7 @@ class CaptionCollator:
     Returns (from a call on B samples with K captions each):
         dict of `pixel_values` (B, 3, H, W) float32; `labels` (B * K, T) int64, the captions of a photo side by side,
         each ended by the end token and filled up with -100; `references`, B lists of all captions of a photo;
-        `image_ids`, B strings.
+        `image_ids`, B strings; `teacher_embeds` (B, embed_dim) where the samples carry them.
     """
 
     def __init__(self, tokenizer, max_caption_length: int, image_mean: list[float], image_std: list[float]):
@@ -566,9 +585,12 @@ class CaptionCollator:
         labels = torch.full((len(encoded), max(map(len, encoded))), -100)
         for row, ids in enumerate(encoded):
             labels[row, : len(ids)] = torch.tensor(ids)
-        return {
+        batch = {
             "pixel_values": pixel_values,
             "labels": labels,
             "references": [sample["references"] for sample in samples],
             "image_ids": [sample["image_id"] for sample in samples],
         }
+        if "teacher_embeds" in samples[0]:
+            batch["teacher_embeds"] = torch.stack([sample["teacher_embeds"] for sample in samples])
+        return batch

@@ -104,7 +104,7 @@ class RunLog:
     def _write(self, row: dict) -> None:
         if not self.accelerator.is_main_process:
             return
-        row["elapsed_seconds"] = round(time.perf_counter() - self.started, 1)
+        row["elapsed_seconds"] = round(time.perf_counter() - self.started, 3)
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])

@@ -1,0 +1,119 @@
+import random
+
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import Dataset
+from tiny import CAPTIONS, draw_picture
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from tinycap.training import teacher_cache
+from tinycap.training.data import DECODED_FEATURES, Augmentation, CaptionCollator, CaptionDataset
+from tinycap.training.teacher import Teacher
+from tinycap.training.teacher_cache import build_teacher_cache
+
+
+def make_teacher(seed: int = 0) -> Teacher:
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 18, "intermediate_size": 22, "num_hidden_layers": 1, "num_attention_heads": 3}
+    return Teacher(CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=16, patch_size=8, **sizes)))
+
+
+def make_dataset(num_rows: int = 11, seed: int = 5, crop_scale: float = 0.4) -> CaptionDataset:
+    rows = []
+    for index in range(num_rows):
+        picture = draw_picture(index)
+        row = {"pixels": picture.tobytes(), "height": 29, "width": 37, "captions": CAPTIONS, "image_id": str(index)}
+        rows.append({**row, "reason": ""})
+    decoded = Dataset.from_list(rows, features=DECODED_FEATURES).remove_columns("reason")
+    return CaptionDataset(decoded, 24, Augmentation(crop_scale, True, 0.2), 2, seed)
+
+
+@pytest.fixture
+def collator(tokenizer) -> CaptionCollator:
+    return CaptionCollator(tokenizer, 12, [0.4, 0.5, 0.6], [0.2, 0.3, 0.4])
+
+
+@pytest.fixture
+def build(collator, tmp_path, monkeypatch):
+    """Builds in small files, and counts the photos that the teacher was shown."""
+    monkeypatch.setattr(teacher_cache, "SHARD_SIZE", 4)
+    seen = []
+
+    def run(teacher=None, dataset=None, num_views=3):
+        teacher = teacher or make_teacher()
+        teacher.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+        return build_teacher_cache(
+            Accelerator(cpu=True),
+            teacher,
+            dataset or make_dataset(),
+            collator,
+            tmp_path / "cache",
+            num_views,
+            batch_size=3,
+        )
+
+    run.seen = seen
+    return run
+
+
+def test_the_cache_holds_what_the_teacher_says_of_just_the_students_crop(build, collator):
+    teacher, dataset = make_teacher(), make_dataset()
+    dataset.teacher_cache = build(teacher, dataset)
+    keys = [(epoch, random.Random(epoch).randrange(11)) for epoch in range(9)]
+    batch = collator([dataset[key] for key in keys])
+    torch.testing.assert_close(batch["teacher_embeds"], teacher(batch["pixel_values"]), atol=1e-6, rtol=0)
+
+
+def test_epochs_take_turns_with_the_views_and_draw_other_captions(build):
+    dataset = make_dataset()
+    dataset.teacher_cache = build(dataset=dataset)
+    first, second, again = (dataset[epoch, 6] for epoch in (0, 1, 3))
+    assert torch.equal(first["pixels"], again["pixels"]) and not torch.equal(first["pixels"], second["pixels"])
+    assert torch.equal(first["teacher_embeds"], again["teacher_embeds"])
+    drawn = {tuple(dataset[epoch, 6]["captions"]) for epoch in range(0, 30, 3)}
+    assert len(drawn) > 1, "the same view with other captions"
+
+
+def test_a_finished_cache_is_not_computed_again(build):
+    build()
+    assert sum(build.seen) == 3 * 11
+    build()
+    assert sum(build.seen) == 3 * 11
+    build(num_views=4)
+    assert sum(build.seen) == 4 * 11, "one more view is added to those there"
+
+
+def test_an_interrupted_build_goes_on_where_it_stopped(build, tmp_path):
+    whole = build()
+    folder = next((tmp_path / "cache").iterdir())
+    lost = sorted(folder.glob("view-001-*"))[1]
+    # Killed while it wrote this file.
+    lost.rename(folder / f".{lost.name}.0")
+    resumed = build()
+    assert sum(build.seen) == 3 * 11 + 4
+    assert all(torch.equal(whole(view, row), resumed(view, row)) for view in range(3) for row in range(11))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"teacher": lambda: make_teacher(1)},
+        {"dataset": lambda: make_dataset(seed=6)},
+        {"dataset": lambda: make_dataset(crop_scale=0.5)},
+        {"dataset": lambda: make_dataset(num_rows=10)},
+    ],
+)
+def test_what_shapes_an_embedding_is_part_of_the_key(build, other, tmp_path):
+    build()
+    build(**{name: make() for name, make in other.items()})
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+    assert sum(build.seen) > 3 * 11
+
+
+def test_a_damaged_file_is_an_error_that_names_it(build, tmp_path):
+    build()
+    path = sorted((tmp_path / "cache").glob("*/view-002-*"))[0]
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(ValueError, match="view-002-000000"):
+        build()

@@ -1,0 +1,146 @@
+"""The teacher's embeddings, computed ahead: several views of each photo, each of just the crop the student will see.
+
+What MobileCLIP calls a reinforced data set (Vasu et al., 2024, https://arxiv.org/abs/2311.17049), with the consistency
+that Beyer et al. found to matter (2022, https://arxiv.org/abs/2106.05237). A view is a number: with the run's seed it
+reproduces the photo's crop, mirroring and colours, so that only embeddings are stored. The folder's name is a key of
+everything that shapes them; another teacher, data set or augmentation looks for another folder.
+"""
+
+import hashlib
+import json
+import logging
+import math
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from tinycap.training.data import CaptionCollator, CaptionDataset
+from tinycap.training.teacher import Teacher
+
+
+logger = logging.getLogger(__name__)
+
+# Rows of a file: what an interruption may cost, and what processes share out among themselves.
+SHARD_SIZE = 1024
+# Part of the key: raise it when a view's picture or the way it is stored changes.
+CACHE_VERSION = 1
+
+
+def teacher_recipe(teacher: Teacher, dataset: CaptionDataset, collator: CaptionCollator) -> dict:
+    """Everything that an embedding of the cache depends on, as JSON."""
+    weights = hashlib.sha256()
+    for name, value in sorted(teacher.vision_model.state_dict().items()):
+        weights.update(name.encode())
+        weights.update(value.cpu().contiguous().numpy().tobytes())
+    return {
+        "version": CACHE_VERSION,
+        "shard_size": SHARD_SIZE,
+        "teacher": weights.hexdigest(),
+        "feature": teacher.feature,
+        "scale": teacher.scale.flatten().tolist(),
+        "shift": teacher.shift.flatten().tolist(),
+        "image_mean": collator.image_mean.tolist(),
+        "image_std": collator.image_std.tolist(),
+        "image_size": dataset.image_size,
+        "augmentation": vars(dataset.augmentation),
+        "seed": dataset.seed,
+        "num_rows": len(dataset),
+        "dataset": dataset.rows._fingerprint,
+    }
+
+
+class TeacherCache:
+    """Embeddings by view and row, memory-mapped: 3 kB for a view of a photo at width 768.
+
+    Args:
+        shards: for each view, its files' tensors (rows, embed_dim) in order.
+    """
+
+    def __init__(self, shards: list[list[torch.Tensor]]):
+        self.shards = shards
+
+    @property
+    def num_views(self) -> int:
+        return len(self.shards)
+
+    def __call__(self, view: int, row: int) -> torch.Tensor:
+        """(embed_dim,) float32, unit norm."""
+        return self.shards[view][row // SHARD_SIZE][row % SHARD_SIZE]
+
+
+@torch.no_grad()
+def build_teacher_cache(
+    accelerator: Accelerator,
+    teacher: Teacher,
+    dataset: CaptionDataset,
+    collator: CaptionCollator,
+    cache_dir: str | Path,
+    num_views: int,
+    batch_size: int,
+    num_workers: int = 0,
+) -> TeacherCache:
+    """Computes what `cache_dir` doesn't hold yet, each process its share, and opens the whole.
+
+    Every file is written aside and renamed, so that an interrupted build goes on where it stopped, and later runs with
+    more views add to what there is.
+
+    Args:
+        dataset: the training photos; its augmentation and seed make the views.
+        batch_size: photos that the teacher sees together.
+
+    Raises:
+        ValueError: a file in the cache isn't what its name says; names it.
+    """
+    recipe = {**teacher_recipe(teacher, dataset, collator), "precision": accelerator.mixed_precision}
+    key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
+    folder = Path(cache_dir) / f"teacher-{key}"
+    folder.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
+    starts = range(0, len(dataset), SHARD_SIZE)
+    paths = [
+        [folder / f"view-{view:03}-{start // SHARD_SIZE:06}.safetensors" for start in starts]
+        for view in range(num_views)
+    ]
+    missing = [
+        (path, view, range(start, min(start + SHARD_SIZE, len(dataset))))
+        for view in range(num_views)
+        for path, start in zip(paths[view], starts)
+        if not path.exists()
+    ]
+    # Before anyone writes: every process must come to the same list.
+    accelerator.wait_for_everyone()
+    share = missing[accelerator.process_index :: accelerator.num_processes]
+    if missing:
+        logger.info("The teacher's embeddings of %d views go to %s.", num_views, folder)
+    total = sum(math.ceil(len(rows) / batch_size) for *_, rows in share)
+    with tqdm(total=total, desc="Teaching ahead", disable=not accelerator.is_main_process or not missing) as progress:
+        for path, view, rows in share:
+            keys = [(view, row) for row in rows]
+            loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collator, num_workers=num_workers)
+            embeds = []
+            for batch in loader:
+                with accelerator.autocast():
+                    embeds.append(teacher(batch["pixel_values"].to(accelerator.device)).float().cpu())
+                progress.update()
+            aside = path.with_name(f".{path.name}.{accelerator.process_index}")
+            save_file({"image_embeds": torch.cat(embeds)}, aside)
+            aside.replace(path)
+    accelerator.wait_for_everyone()
+    shapes = [(min(SHARD_SIZE, len(dataset) - start), teacher.embed_dim) for start in starts]
+    return TeacherCache([[_open_shard(path, shape) for path, shape in zip(group, shapes)] for group in paths])
+
+
+def _open_shard(path: Path, shape: tuple[int, int]) -> torch.Tensor:
+    try:
+        embeds = load_file(path)["image_embeds"]
+    except (SafetensorError, OSError, KeyError) as error:
+        raise ValueError(f"{path}: expected a file of embeddings, delete it to have it made anew: {error}") from error
+    if embeds.shape != shape:
+        raise ValueError(f"{path}: expected embeddings {shape}, got {tuple(embeds.shape)}; delete it")
+    return embeds
