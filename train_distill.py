@@ -494,7 +494,8 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
             )
         change_image_size(model, config.vision_config.image_size)
     if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Its name from transformers 5.24 on, or the one before.
+        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
     return model
 
 

@@ -116,3 +116,21 @@ def plot_curves(metrics: str | Path, path: str | Path) -> None:
         axes.grid(alpha=0.3)
     figure.tight_layout()
     _save(figure, path)
+
+
+def plot_bars(values: dict[str, float], path: str | Path, label: str) -> None:
+    """Draws one horizontal bar for each named value, with its figure, to a PNG.
+
+    Args:
+        values: from top to bottom.
+        label: what the bars measure.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(7, 0.6 + 0.45 * len(values)))
+    bars = axes.barh(list(values), list(values.values()), color="0.45")
+    axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.margins(x=0.12)
+    figure.tight_layout()
+    _save(figure, path)

@@ -10,6 +10,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
+from benchmarks.reference import copy_attention
 from tinycap.configuration_tinycap import TinyCapVisionConfig
 from tinycap.modeling_tinycap import (
     TinyCapForConditionalGeneration,
@@ -97,14 +98,6 @@ def test_patch_dropout_shortens_training_sequences_and_leaves_inference_alone(pi
 def copy_linear(pairs: dict) -> None:
     for ours, theirs in pairs.items():
         theirs.load_state_dict(ours.state_dict())
-
-
-def copy_attention(ours, theirs: nn.MultiheadAttention) -> None:
-    projections = (ours.q_proj, ours.k_proj, ours.v_proj)
-    with torch.no_grad():
-        theirs.in_proj_weight.copy_(torch.cat([projection.weight for projection in projections]))
-        theirs.in_proj_bias.copy_(torch.cat([projection.bias for projection in projections]))
-    theirs.out_proj.load_state_dict(ours.out_proj.state_dict())
 
 
 @pytest.mark.parametrize("memory", ["embedding", "patches"])

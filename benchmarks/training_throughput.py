@@ -1,0 +1,276 @@
+"""Pairs of photo and caption a second, memory and where the time goes: `train_distill.py` against the published loop.
+
+    python benchmarks/training_throughput.py --dataset_name my_photos --output_dir outputs/throughput
+
+The published loop (`reference.py`) and `train_distill.py`'s own (its data, objective and optimizer, the teacher's
+embeddings from the cache) take turns on the same photos, in one run, after a warm-up. Teacher and student have their
+published sizes; weights are random, since speed doesn't depend on them. Memory is that of a process of its own for each
+loop. Writes JSON, a Markdown table and a plot.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from accelerate import Accelerator
+from reference import ReferenceCaptioner, as_pairs, reference_losses
+from torch.utils.data import DataLoader
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.evaluation.reports import plot_bars
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.train_distill import joint_losses
+from tinycap.training.data import (
+    Augmentation,
+    CaptionCollator,
+    CaptionDataset,
+    EpochSampler,
+    SkippedRows,
+    decode_dataset,
+    load_split,
+    resolve_columns,
+)
+from tinycap.training.logs import write_json, write_text
+from tinycap.training.optimization import create_optimizer
+from tinycap.training.repository import create_image_processor
+from tinycap.training.teacher import Teacher
+from tinycap.training.teacher_cache import build_teacher_cache
+from tinycap.training.tokenizer import train_tokenizer
+
+
+IMAGE_SIZE = 224
+SEED = 0
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
+    parser.add_argument("--dataset_name", required=True, help="photos with five captions each")
+    parser.add_argument("--split", default="train", help="its split")
+    parser.add_argument("--num_photos", type=int, default=512, help="photos that the batches are drawn from")
+    parser.add_argument("--batch_size", type=int, default=26, help="photos in a step of ours, with all their captions")
+    parser.add_argument("--reference_batch_size", type=int, default=128, help="pairs in a step of the reference")
+    parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[50257, 8192], help="sizes of the embedding")
+    parser.add_argument("--steps", type=int, default=2, help="steps of a window")
+    parser.add_argument("--windows", type=int, default=4, help="windows of each loop")
+    parser.add_argument("--only", choices=("reference", "tinycap"), help="one loop, for its peak memory")
+    parser.add_argument("--output_dir", default="outputs/training_throughput", help="where the results go")
+    return parser.parse_args()
+
+
+class Set:
+    """Photos, tokenizer and teacher that both loops share; batches of ours carry the teacher's embeddings."""
+
+    def __init__(self, args: argparse.Namespace):
+        rows = load_split(args.dataset_name, args.split).select(range(args.num_photos))
+        columns = resolve_columns(rows)
+        decoded = decode_dataset(rows, columns, IMAGE_SIZE, SkippedRows(), args.split)
+        captions = (caption for group in decoded["captions"] for caption in group)
+        # Its tokens serve both sizes of embedding: what isn't used costs all the same.
+        self.tokenizer = train_tokenizer(captions, min(8192, *args.vocab_sizes), 64)
+        processor = create_image_processor(IMAGE_SIZE)
+        self.collator = CaptionCollator(self.tokenizer, 32, processor.image_mean, processor.image_std)
+        self.dataset = CaptionDataset(decoded, IMAGE_SIZE, Augmentation(0.5, True, 0.2), 5, SEED)
+        torch.manual_seed(SEED)
+        # The defaults are ViT-B/32's sizes.
+        self.teacher = Teacher(CLIPVisionModelWithProjection(CLIPVisionConfig()))
+
+    def model(self, vocab_size: int) -> TinyCapForConditionalGeneration:
+        torch.manual_seed(SEED)
+        ids = {name: getattr(self.tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        return TinyCapForConditionalGeneration(TinyCapConfig(text_config={"vocab_size": vocab_size, **ids}))
+
+    def batches(self, num_photos: int):
+        """Batches without end, by the training script's own loader settings."""
+        sampler, epoch = EpochSampler(len(self.dataset), SEED), 0
+        options = {"collate_fn": self.collator, "num_workers": 1, "persistent_workers": True, "drop_last": True}
+        loader = DataLoader(self.dataset, num_photos, sampler=sampler, **options)
+        while True:
+            sampler.set_epoch(epoch)
+            yield from loader
+            epoch += 1
+
+
+class Loop:
+    """Steps of one of the two loops, and the seconds that each stage took.
+
+    Args:
+        name: "reference" or "tinycap".
+    """
+
+    def __init__(self, name: str, data: Set, vocab_size: int, args: argparse.Namespace):
+        self.name, self.data = name, data
+        model = data.model(vocab_size)
+        self.is_reference = name == "reference"
+        self.model = (ReferenceCaptioner(model) if self.is_reference else model).train()
+        if self.is_reference:
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
+        else:
+            self.optimizer = create_optimizer(self.model, 1e-4, 0.01)
+        # A batch of pairs is a few photos with all their captions: the same samples for both.
+        photos = args.reference_batch_size // 5 + 1 if self.is_reference else args.batch_size
+        self.pairs_a_step = args.reference_batch_size if self.is_reference else 5 * args.batch_size
+        self.batches = data.batches(photos)
+        self.seconds = {}
+
+    def losses(self, batch: dict) -> dict[str, torch.Tensor]:
+        if not self.is_reference:
+            return joint_losses(self.model, self.model, batch, batch["teacher_embeds"])
+        pairs = {key: value[: self.pairs_a_step] for key, value in as_pairs(batch).items() if torch.is_tensor(value)}
+        tokenizer = self.data.tokenizer
+        return reference_losses(self.model, self.data.teacher, pairs, tokenizer.bos_token_id, tokenizer.pad_token_id)
+
+    def step(self) -> None:
+        marks = [time.perf_counter()]
+        batch = next(self.batches)
+        marks.append(time.perf_counter())
+        losses = self.losses(batch)
+        marks.append(time.perf_counter())
+        losses["loss"].backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        marks.append(time.perf_counter())
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        marks.append(time.perf_counter())
+        for stage, start, end in zip(("waiting", "forward", "backward", "optimizer"), marks, marks[1:]):
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + end - start
+
+    def window(self, steps: int) -> float:
+        """Pairs a second over `steps` steps."""
+        start = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        return steps * self.pairs_a_step / (time.perf_counter() - start)
+
+
+def largest_loss_difference(data: Set, vocab_size: int, args: argparse.Namespace, steps: int = 3) -> float:
+    """Largest difference of any named loss over the first steps on the same batches, each loop taking its own steps."""
+    ours, reference = (Loop(name, data, vocab_size, args) for name in ("tinycap", "reference"))
+    # The same optimizer for both: what is compared is the objective.
+    reference.optimizer = torch.optim.AdamW(reference.model.parameters(), lr=1e-4, weight_decay=0.0)
+    ours.optimizer = torch.optim.AdamW(ours.model.parameters(), lr=1e-4, weight_decay=0.0)
+    reference.pairs_a_step = 5 * 6
+    batches, largest = data.batches(6), 0.0
+    for _ in range(steps):
+        batch = next(batches)
+        found = [loop.losses(batch) for loop in (ours, reference)]
+        largest = max(largest, *(abs(found[0][name] - found[1][name]).item() for name in found[0]))
+        for loop, losses in zip((ours, reference), found):
+            losses["loss"].backward()
+            loop.optimizer.step()
+            loop.optimizer.zero_grad()
+    return largest
+
+
+def peak_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
+    """MB that one process of its own held at most, and held before its first step."""
+    command = [sys.executable, __file__, "--only", name, "--dataset_name", args.dataset_name, "--split", args.split]
+    for flag in ("num_photos", "batch_size", "reference_batch_size"):
+        command += [f"--{flag}", str(getattr(args, flag))]
+    command += ["--vocab_sizes", str(args.vocab_sizes[0]), "--output_dir", args.output_dir]
+    output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def current_memory() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise OSError("/proc/self/status: expected a line VmRSS")
+
+
+def main() -> None:
+    args = parse_args()
+    data = Set(args)
+    cache_dir = Path(args.output_dir) / "teacher_cache"
+    data.dataset.teacher_cache = build_teacher_cache(
+        Accelerator(cpu=True), data.teacher, data.dataset, data.collator, cache_dir, 1, 32, num_workers=1
+    )
+    if args.only:
+        if args.only == "tinycap":
+            # A run that finds its cache never loads the teacher's activations, but it does load the teacher.
+            data.teacher.requires_grad_(False)
+        loop = Loop(args.only, data, args.vocab_sizes[0], args)
+        before = current_memory()
+        loop.window(2)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        print(json.dumps({"before_mb": before, "peak_mb": peak, "steps_mb": peak - before}))
+        return
+
+    results = {
+        "command": " ".join(["python", *sys.argv]),
+        "date": datetime.date.today().isoformat(),
+        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "vocab_sizes": {},
+    }
+    for vocab_size in args.vocab_sizes:
+        found = {"largest_loss_difference": largest_loss_difference(data, vocab_size, args)}
+        loops = [Loop(name, data, vocab_size, args) for name in ("reference", "tinycap")]
+        rates = {loop.name: [] for loop in loops}
+        for loop in loops:
+            loop.window(1)
+            loop.seconds.clear()
+        for _ in range(args.windows):
+            for loop in loops:
+                rates[loop.name].append(loop.window(args.steps))
+                print(vocab_size, loop.name, f"{rates[loop.name][-1]:.1f} pairs/s", flush=True)
+        for loop in loops:
+            total = sum(loop.seconds.values())
+            found[loop.name] = {
+                "pairs_per_second": statistics.median(rates[loop.name]),
+                "windows": rates[loop.name],
+                "shares": {stage: seconds / total for stage, seconds in loop.seconds.items()},
+            }
+        ratios = [b / a for a, b in zip(rates["reference"], rates["tinycap"])]
+        found["speedup"] = statistics.median(ratios)
+        results["vocab_sizes"][vocab_size] = found
+    results["memory"] = {name: peak_memory(name, args) for name in ("reference", "tinycap")}
+    write_results(Path(args.output_dir), results)
+
+
+def write_results(output_dir: Path, results: dict) -> None:
+    """JSON, a Markdown table and a plot."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "training_throughput.json", results)
+    memory = results["memory"]
+    lines = [
+        "| vocabulary | published loop, pairs/s | TinyCap, pairs/s | speed-up | waiting for data | losses differ by |",
+        "|---|---|---|---|---|---|",
+    ]
+    for vocab_size, found in results["vocab_sizes"].items():
+        lines.append(
+            f"| {vocab_size:,} | {found['reference']['pairs_per_second']:.1f} "
+            f"| {found['tinycap']['pairs_per_second']:.1f} | {found['speedup']:.1f} "
+            f"| {found['tinycap']['shares']['waiting']:.1%} | {found['largest_loss_difference']:.0e} |"
+        )
+    lines += [
+        "",
+        f"Peak memory: {memory['reference']['peak_mb']:,.0f} MB published, {memory['tinycap']['peak_mb']:,.0f} MB ours; "
+        f"of the steps alone {memory['reference']['steps_mb']:,.0f} MB and {memory['tinycap']['steps_mb']:,.0f} MB.",
+    ]
+    write_text(output_dir / "training_throughput.md", "\n".join(lines) + "\n")
+    print("\n".join(lines))
+    bars = {
+        f"{name}, {vocab_size:,} tokens": found[name]["pairs_per_second"]
+        for vocab_size, found in results["vocab_sizes"].items()
+        for name in ("reference", "tinycap")
+    }
+    plot_bars(bars, output_dir / "training_throughput.png", "pairs of photo and caption a second")
+
+
+if __name__ == "__main__":
+    main()
