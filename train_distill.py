@@ -494,8 +494,9 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
             )
         change_image_size(model, config.vision_config.image_size)
     if args.gradient_checkpointing:
-        # Its name from transformers 5.24 on, or the one before.
-        getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)()
+        # Renamed in transformers 5.24.
+        renamed = hasattr(model, "activation_checkpointing_enable")
+        (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
     return model
 
 

@@ -246,7 +246,7 @@ def write_results(output_dir: Path, results: dict) -> None:
     """JSON, a Markdown table and a plot."""
     output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "training_throughput.json", results)
-    memory = results["memory"]
+    reference, ours = results["memory"]["reference"], results["memory"]["tinycap"]
     lines = [
         "| vocabulary | published loop, pairs/s | TinyCap, pairs/s | speed-up | waiting for data | losses differ by |",
         "|---|---|---|---|---|---|",
@@ -259,8 +259,8 @@ def write_results(output_dir: Path, results: dict) -> None:
         )
     lines += [
         "",
-        f"Peak memory: {memory['reference']['peak_mb']:,.0f} MB published, {memory['tinycap']['peak_mb']:,.0f} MB ours; "
-        f"of the steps alone {memory['reference']['steps_mb']:,.0f} MB and {memory['tinycap']['steps_mb']:,.0f} MB.",
+        f"Peak memory: {reference['peak_mb']:,.0f} MB published, {ours['peak_mb']:,.0f} MB ours; of the steps alone "
+        f"{reference['steps_mb']:,.0f} MB and {ours['steps_mb']:,.0f} MB.",
     ]
     write_text(output_dir / "training_throughput.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
