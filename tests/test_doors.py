@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from transformers import (
     AutoTokenizer,
     pipeline,
 )
+
+import tinycap
 
 
 TRUST = {"trust_remote_code": True}
@@ -148,8 +151,6 @@ def test_the_weights_may_be_read_by_others(repository):
 
 
 def test_saving_over_the_code_itself_is_refused(tokenizer):
-    from pathlib import Path
-
     from tinycap.training import repository as module
     from tinycap.training.repository import create_image_processor, save_repository
 
@@ -158,19 +159,19 @@ def test_saving_over_the_code_itself_is_refused(tokenizer):
         save_repository(root, tiny_model(), tokenizer, create_image_processor(24))
 
 
-def test_the_root_of_the_project_is_such_a_repository(pictures):
-    from pathlib import Path
-
-    import tinycap
-
+def test_the_root_of_the_project_is_such_a_repository(pictures, tmp_path):
     root = str(Path(tinycap.__file__).resolve().parent)
     captioner = pipeline("image-to-text", model=root, **TRUST)
     captions = [entries[0]["generated_text"] for entries in captioner(pictures, batch_size=3)]
     assert all(captions)
-    code = """
-import sys
-from transformers import AutoModel, AutoProcessor
-AutoProcessor.from_pretrained(sys.argv[1], trust_remote_code=True)
-print(AutoModel.from_pretrained(sys.argv[1], trust_remote_code=True).num_parameters())
-"""
-    assert int(run_elsewhere(code, root)) > 3_003_456
+    for auto_class in (AutoConfig, AutoTokenizer, AutoImageProcessor, AutoProcessor, AutoModelForImageTextToText):
+        auto_class.from_pretrained(root, **TRUST)
+    builtin = pipeline("image-text-to-text", model=root, **TRUST)
+    assert builtin(images=pictures[0], text="A")[0]["generated_text"].startswith("A")
+    # The seed architecture, with a smaller vocabulary.
+    student, text = captioner.model.vision_model, captioner.model.config.text_config
+    assert student.num_parameters() == 3_003_456
+    assert (text.hidden_size, text.num_hidden_layers, text.max_position_embeddings) == (256, 2, 64)
+    captioner.save_pretrained(tmp_path)
+    again = pipeline("image-to-text", model=str(tmp_path), **TRUST)
+    assert [entries[0]["generated_text"] for entries in again(pictures, batch_size=3)] == captions
