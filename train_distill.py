@@ -96,7 +96,7 @@ SCENE_DEFAULTS = {
     "max_eval_samples": 500,
     "per_device_train_batch_size": 64,
     "captions_per_image": 2,
-    "num_train_epochs": 10.0,
+    "num_train_epochs": 8.0,
     "learning_rate": 1e-3,
     "num_warmup_steps": 50,
     "vocab_size": 512,
