@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -91,7 +90,9 @@ class Set:
     def model(self, vocab_size: int) -> TinyCapForConditionalGeneration:
         torch.manual_seed(SEED)
         ids = {name: getattr(self.tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-        return TinyCapForConditionalGeneration(TinyCapConfig(text_config={"vocab_size": vocab_size, **ids}))
+        # Without dropout, whose masks two loops can't share.
+        text_config = {"vocab_size": vocab_size, "hidden_dropout_prob": 0.0, **ids}
+        return TinyCapForConditionalGeneration(TinyCapConfig(text_config=text_config))
 
     def batches(self, num_photos: int):
         """Batches without end, by the training script's own loader settings."""
@@ -185,11 +186,12 @@ def peak_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
     return json.loads(output.splitlines()[-1])
 
 
-def current_memory() -> float:
+def memory_of_this_process(name: str) -> float:
+    """MB resident, now (`VmRSS`) or at most (`VmHWM`); `getrusage` would count what the parent process held."""
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmRSS:"):
+        if line.startswith(f"{name}:"):
             return int(line.split()[1]) / 1024
-    raise OSError("/proc/self/status: expected a line VmRSS")
+    raise OSError(f"/proc/self/status: expected a line {name}")
 
 
 def main() -> None:
@@ -204,9 +206,9 @@ def main() -> None:
             # A run that finds its cache never loads the teacher's activations, but it does load the teacher.
             data.teacher.requires_grad_(False)
         loop = Loop(args.only, data, args.vocab_sizes[0], args)
-        before = current_memory()
+        before = memory_of_this_process("VmRSS")
         loop.window(2)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+        peak = memory_of_this_process("VmHWM")
         print(json.dumps({"before_mb": before, "peak_mb": peak, "steps_mb": peak - before}))
         return
 
