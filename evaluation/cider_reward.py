@@ -40,7 +40,9 @@ class CiderReward:
     def _words(caption: str) -> str:
         return f"{ptb_tokenize(caption)} {END_WORD}"
 
-    def __call__(self, captions: Sequence[str], references: Sequence[Sequence[str]], ended: Sequence[bool]):
+    def __call__(
+        self, captions: Sequence[str], references: Sequence[Sequence[str]], ended: Sequence[bool]
+    ) -> torch.Tensor:
         """Scores N captions against the human captions of their photos.
 
         Args:
