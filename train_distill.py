@@ -12,8 +12,10 @@ import argparse
 import copy
 import json
 import math
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 from transformers import AutoImageProcessor, PretrainedConfig, get_scheduler
 
@@ -54,7 +57,7 @@ from tinycap.training.data import (
     CaptionCollator,
     CaptionDataset,
     Columns,
-    EpochSampler,
+    EpochBatchSampler,
     SkippedRows,
     StreamingCaptionDataset,
     decode_dataset,
@@ -63,7 +66,16 @@ from tinycap.training.data import (
     resolve_columns,
 )
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
-from tinycap.training.loop import check_finite, epoch_batches, set_up_logging, use_all_cores
+from tinycap.training.loop import (
+    Step,
+    StoppedError,
+    StopSignals,
+    TrainBatches,
+    check_finite,
+    set_up_logging,
+    steps_of,
+    use_all_cores,
+)
 from tinycap.training.model_card import write_model_card
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
@@ -303,8 +315,8 @@ def build_loaders(
     image_size: int,
     skipped: SkippedRows,
     teacher: Teacher | None,
-) -> tuple[DataLoader, DataLoader]:
-    """One loader of training batches, which starts anew each epoch, and one of validation batches in order.
+) -> tuple[TrainBatches, DataLoader]:
+    """This process's training batches, and one loader of validation batches in order.
 
     With `--teacher_cache_dir` the training batches bring the teacher's embeddings along.
     """
@@ -312,9 +324,10 @@ def build_loaders(
     common = {
         "collate_fn": collator,
         "num_workers": args.dataloader_num_workers,
-        "persistent_workers": args.dataloader_num_workers > 0,
         "pin_memory": accelerator.device.type == "cuda",
     }
+    processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    persistent = {"persistent_workers": args.dataloader_num_workers > 0}
     if args.streaming:
         stream = StreamingCaptionDataset(
             data.raw_train,
@@ -325,13 +338,10 @@ def build_loaders(
             augmentation,
             args.captions_per_image,
             args.seed,
-            process_index=accelerator.process_index,
-            num_processes=accelerator.num_processes,
+            **processes,
         )
-        # Each process reads its own shards, so that this loader isn't accelerate's to divide; and its workers are
-        # born anew each epoch, since they learn the epoch when they are.
-        common["persistent_workers"] = False
-        train_loader = DataLoader(stream, args.per_device_train_batch_size, drop_last=True, **common)
+        # Its workers are born anew each epoch, since they learn the epoch when they are.
+        train_loader = StatefulDataLoader(stream, args.per_device_train_batch_size, **common)
     else:
         dataset = CaptionDataset(data.train, image_size, augmentation, args.captions_per_image, args.seed)
         if args.teacher_cache_dir is not None:
@@ -345,18 +355,11 @@ def build_loaders(
                 args.per_device_eval_batch_size,
                 args.dataloader_num_workers,
             )
-        train_loader = accelerator.prepare(
-            DataLoader(
-                dataset,
-                min(args.per_device_train_batch_size, len(dataset)),
-                sampler=EpochSampler(len(dataset), args.seed),
-                drop_last=True,
-                **common,
-            )
-        )
+        sampler = EpochBatchSampler(len(dataset), args.per_device_train_batch_size, args.seed, **processes)
+        train_loader = DataLoader(dataset, batch_sampler=sampler, **common, **persistent)
     dataset = CaptionDataset(data.validation, image_size, None, args.captions_per_image, args.seed)
-    validation_loader = accelerator.prepare(DataLoader(dataset, args.per_device_eval_batch_size, **common))
-    return train_loader, validation_loader
+    validation_loader = DataLoader(dataset, args.per_device_eval_batch_size, **common, **persistent)
+    return TrainBatches(train_loader, accelerator.device), accelerator.prepare(validation_loader)
 
 
 # --- teacher ----------------------------------------------------------------------------------------------------------
@@ -564,13 +567,64 @@ def joint_losses(model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | N
     return {name: output[name] for name in ("loss", "caption_loss", "distill_loss") if output.get(name) is not None}
 
 
+def train_step(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model,
+    optimizer,
+    scheduler,
+    teacher: Teacher | None,
+    objective,
+    step: Step,
+    number: int,
+) -> dict[str, torch.Tensor]:
+    """One optimizer step, the `number`-th.
+
+    Returns:
+        This process's part of each named loss; the mean over the processes is the whole step's. `grad_norm` beside
+        them, where gradients are clipped.
+
+    Raises:
+        NonFiniteLossError: a loss is infinite or no number; nothing has been changed then.
+    """
+    named = {}
+    for index, batch in enumerate(step.batches):
+        # Dropout and patch dropout follow from the step, so that a resumed run makes the same choices.
+        seed_step(args.seed, number * args.gradient_accumulation_steps + index, accelerator.process_index)
+        is_last = index == len(step.batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            with accelerator.autocast():
+                teacher_embeds = batch.get("teacher_embeds")
+                if teacher_embeds is None and teacher is not None:
+                    teacher_embeds = teacher(batch["pixel_values"])
+                losses = objective(model, accelerator.unwrap_model(model), batch, teacher_embeds)
+            check_finite(losses, number, batch["image_ids"])
+            # The caption loss is a mean over tokens, the others over photos.
+            photos, tokens = step.photo_shares[index], step.token_shares[index]
+            loss = photos * losses["loss"]
+            if "caption_loss" in losses:
+                loss = loss + (tokens - photos) * losses["caption_loss"]
+            accelerator.backward(loss)
+        losses["loss"] = loss
+        for name, value in losses.items():
+            share = {"loss": 1.0, "caption_loss": tokens}.get(name, photos)
+            named[name] = named.get(name, 0.0) + share * value.detach()
+    if args.max_grad_norm > 0:
+        named["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return named
+
+
 def train(
     args: argparse.Namespace,
     accelerator: Accelerator,
     model,
     optimizer,
     scheduler,
-    loader: DataLoader,
+    batches: TrainBatches,
+    blank,
     teacher: Teacher | None,
     objective,
     state: dict,
@@ -580,60 +634,52 @@ def train(
     """Runs optimizer steps until `args.max_train_steps`.
 
     Args:
+        batches: this process's.
+        blank: gives a batch that counts for nothing; see `steps_of`.
         objective: gives the named losses of a batch, `loss` being the total; see `joint_losses`.
         state: where the run stands: `step`, `epoch`, and `batch`, the batches of the epoch that are done.
-        after_step: called after every optimizer step, for validation and checkpoints.
+        after_step: called after every optimizer step, for validation and checkpoints, with whether it is the last that
+            there is time for.
+
+    Raises:
+        StoppedError: the run was asked to stop (SIGTERM); it stands behind the checkpoint that `after_step` wrote.
+        ValueError: an epoch held no photo at all.
     """
     model.train()
-    sums, images, since = {}, 0, time.perf_counter()
-    while state["step"] < args.max_train_steps:
-        seen = state["batch"]
-        for batch in epoch_batches(accelerator, loader, state["epoch"], skip=state["batch"]):
-            seen += 1
-            # Dropout and patch dropout follow from the step, so that a resumed run makes the same choices.
-            seed_step(args.seed, state["step"] * args.gradient_accumulation_steps + seen, accelerator.process_index)
-            with accelerator.accumulate(model):
-                with accelerator.autocast():
-                    teacher_embeds = batch.get("teacher_embeds")
-                    if teacher_embeds is None and teacher is not None:
-                        teacher_embeds = teacher(batch["pixel_values"])
-                    losses = objective(model, accelerator.unwrap_model(model), batch, teacher_embeds)
-                check_finite(losses, state["step"] + 1, batch["image_ids"])
-                accelerator.backward(losses["loss"])
-                grad_norm = None
-                if accelerator.sync_gradients and args.max_grad_norm > 0:
-                    grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-            for name, loss in losses.items():
-                sums.setdefault(name, []).append(loss.detach())
-            images += len(batch["image_ids"]) * accelerator.num_processes
-            if not accelerator.sync_gradients:
-                continue
-            state.update(step=state["step"] + 1, batch=seen)
-            if state["step"] % args.logging_steps == 0 or state["step"] == args.max_train_steps:
-                row = {
-                    name: accelerator.reduce(torch.stack(values).mean(), "mean").item() for name, values in sums.items()
-                }
-                row["learning_rate"] = scheduler.get_last_lr()[0]
-                if grad_norm is not None:
-                    row["grad_norm"] = float(grad_norm)
-                row["images_per_second"] = images / (time.perf_counter() - since)
-                log.train_row(state["step"], state["epoch"], row)
-                sums, images, since = {}, 0, time.perf_counter()
-            paused = time.perf_counter()
-            after_step()
-            since += time.perf_counter() - paused
-            log.advance(state["step"])
-            if state["step"] >= args.max_train_steps:
-                return
-        if seen == 0:
-            raise ValueError(
-                f"split {args.train_split}: expected at least one batch of --per_device_train_batch_size "
-                f"{args.per_device_train_batch_size} photos for each of {accelerator.num_processes} processes, got none"
-            )
-        state.update(epoch=state["epoch"] + 1, batch=0)
+    sums, images, waited, since = {}, 0, 0.0, time.perf_counter()
+    with StopSignals() as signals:
+        while state["step"] < args.max_train_steps:
+            epoch = batches.epoch(state["epoch"], state["batch"])
+            for step in steps_of(accelerator, epoch, args.gradient_accumulation_steps, signals, blank):
+                named = train_step(
+                    args, accelerator, model, optimizer, scheduler, teacher, objective, step, state["step"] + 1
+                )
+                state.update(step=state["step"] + 1, batch=state["batch"] + len(step.batches))
+                for name, value in named.items():
+                    sums.setdefault(name, []).append(value)
+                images, waited = images + step.num_photos, waited + step.waited
+                if state["step"] % args.logging_steps == 0 or state["step"] == args.max_train_steps:
+                    row = {
+                        name: accelerator.reduce(torch.stack(values).mean(), "mean").item()
+                        for name, values in sums.items()
+                    }
+                    row["learning_rate"] = scheduler.get_last_lr()[0]
+                    seconds = time.perf_counter() - since
+                    row.update(images_per_second=images / seconds, waiting_share=waited / seconds)
+                    log.train_row(state["step"], state["epoch"], row)
+                    sums, images, waited, since = {}, 0, 0.0, time.perf_counter()
+                paused = time.perf_counter()
+                after_step(stop=step.stop)
+                since += time.perf_counter() - paused
+                log.advance(state["step"])
+                if state["step"] >= args.max_train_steps:
+                    return
+                if step.stop:
+                    raise StoppedError(128 + signal.SIGTERM)
+            if state["batch"] == 0:
+                raise ValueError(f"split {args.train_split}: expected at least one usable photo, got none")
+            state.update(epoch=state["epoch"] + 1, batch=0)
+            batches.begin_epoch()
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------
@@ -690,11 +736,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     Raises:
         ValueError: an argument, a dataset, a teacher or a checkpoint doesn't fit; nothing has been trained then.
         NonFiniteLossError: the loss became infinite or no number.
+        StoppedError: SIGTERM came; a `SystemExit` of status 143, behind a checkpoint.
     """
     args = parse_args(argv)
     started = time.perf_counter()
     accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_dir=args.output_dir,
@@ -745,10 +791,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     collator = CaptionCollator(
         tokenizer, args.max_caption_length, image_processor.image_mean, image_processor.image_std
     )
-    train_loader, validation_loader = build_loaders(args, accelerator, data, collator, image_size, skipped, teacher)
+    batches, validation_loader = build_loaders(args, accelerator, data, collator, image_size, skipped, teacher)
     steps_per_epoch = None
     if not args.streaming:
-        steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
+        steps_per_epoch = math.ceil(len(batches.loader) / args.gradient_accumulation_steps)
         if args.max_train_steps is None:
             args.max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
     checkpointing_steps = args.checkpointing_steps or steps_per_epoch or args.max_train_steps
@@ -766,7 +812,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     state = {"step": 0, "epoch": 0, "batch": 0}
     if resume_from is not None:
-        state = load_checkpoint(accelerator, resume_from)
+        state, own_state = load_checkpoint(accelerator, resume_from)
+        batches.load_state_dict(own_state)
         logger.info("Going on from %s at step %d.", resume_from, state["step"])
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     num_train_images = "a stream" if args.streaming else f"{len(data.train):,} pictures"
@@ -785,19 +832,25 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     scored = (data.validation, tokenizer, teacher, data.scenes)
     log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
 
-    def after_step() -> None:
-        if args.evaluation_steps and state["step"] % args.evaluation_steps == 0 < args.max_train_steps - state["step"]:
+    def after_step(stop: bool) -> None:
+        last = state["step"] == args.max_train_steps
+        if args.evaluation_steps and state["step"] % args.evaluation_steps == 0 and not last and not stop:
             found = evaluate(accelerator, model, validation_loader, *scored)
             log.eval_row(state["step"], state["epoch"], found.metrics)
-        if state["step"] % checkpointing_steps == 0 or state["step"] == args.max_train_steps:
-            save_checkpoint(accelerator, output_dir, state, keep=args.checkpoints_total_limit)
+        if state["step"] % checkpointing_steps == 0 or last or stop:
+            save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit, batches.state_dict())
+        if stop and not last:
+            logger.warning("Asked to stop: --resume_from_checkpoint latest goes on at step %d.", state["step"])
 
     objective = joint_losses
     if args.objective == "scst":
         logger.info("Counting the words of the training captions, for their CIDEr.")
         reward = CiderReward(data.train["captions"])
         objective = SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
-    train(args, accelerator, model, optimizer, scheduler, train_loader, teacher, objective, state, log, after_step)
+    train(
+        *(args, accelerator, model, optimizer, scheduler, batches),
+        *(lambda: collator.blank(image_size, args.captions_per_image), teacher, objective, state, log, after_step),
+    )
     evaluation = evaluate(accelerator, model, validation_loader, *scored)
     log.eval_row(state["step"], state["epoch"], evaluation.metrics)
     log.close()

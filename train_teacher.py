@@ -11,8 +11,10 @@ Reading order: arguments, model, objective, one evaluation, the loop.
 
 import argparse
 import math
+import signal
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -39,7 +41,7 @@ from tinycap.training.data import (
     Augmentation,
     CaptionCollator,
     CaptionDataset,
-    EpochSampler,
+    EpochBatchSampler,
     SkippedRows,
     decode_dataset,
     load_splits,
@@ -47,7 +49,15 @@ from tinycap.training.data import (
 )
 from tinycap.training.locked_text import LockedTextModel
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
-from tinycap.training.loop import check_finite, epoch_batches, set_up_logging, use_all_cores
+from tinycap.training.loop import (
+    StoppedError,
+    StopSignals,
+    TrainBatches,
+    check_finite,
+    set_up_logging,
+    steps_of,
+    use_all_cores,
+)
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.scenes import scene_splits
@@ -279,54 +289,66 @@ def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> 
 
 
 def train(
-    args, accelerator, model, optimizer, scheduler, loader, tokenizer, state: dict, log: RunLog, after_step
+    args,
+    accelerator,
+    model,
+    optimizer,
+    scheduler,
+    batches: TrainBatches,
+    tokenizer,
+    state: dict,
+    log: RunLog,
+    after_step,
 ) -> None:
     """Runs optimizer steps until `args.max_train_steps`; see `train_distill.train`."""
     model.train()
     logit_scale = accelerator.unwrap_model(model).logit_scale
     losses, images, since = [], 0, time.perf_counter()
-    while state["step"] < args.max_train_steps:
-        seen = state["batch"]
-        for batch in epoch_batches(accelerator, loader, state["epoch"], skip=state["batch"]):
-            seen += 1
-            seed_step(args.seed, state["step"] * args.gradient_accumulation_steps + seen, accelerator.process_index)
-            with accelerator.accumulate(model):
-                output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
-                loss = contrastive_loss(
-                    gather_with_gradient(output.image_embeds.float(), accelerator),
-                    gather_with_gradient(output.text_embeds.float(), accelerator),
-                    logit_scale.exp(),
-                )
-                check_finite({"contrastive_loss": loss}, state["step"] + 1, batch["image_ids"])
-                accelerator.backward(loss)
-                if accelerator.sync_gradients and args.max_grad_norm > 0:
+    with StopSignals() as signals:
+        while state["step"] < args.max_train_steps:
+            epoch = batches.epoch(state["epoch"], state["batch"])
+            for step in steps_of(accelerator, epoch, args.gradient_accumulation_steps, signals):
+                for index, batch in enumerate(step.batches):
+                    number = (state["step"] + 1) * args.gradient_accumulation_steps + index
+                    seed_step(args.seed, number, accelerator.process_index)
+                    is_last = index == len(step.batches) - 1
+                    with nullcontext() if is_last else accelerator.no_sync(model):
+                        output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
+                        loss = contrastive_loss(
+                            gather_with_gradient(output.image_embeds.float(), accelerator),
+                            gather_with_gradient(output.text_embeds.float(), accelerator),
+                            logit_scale.exp(),
+                        )
+                        check_finite({"contrastive_loss": loss}, state["step"] + 1, batch["image_ids"])
+                        accelerator.backward(loss / len(step.batches))
+                    losses.append(loss.detach())
+                if args.max_grad_norm > 0:
                     accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-            with torch.no_grad():
-                logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-            losses.append(loss.detach())
-            images += len(batch["image_ids"]) * accelerator.num_processes
-            if not accelerator.sync_gradients:
-                continue
-            state.update(step=state["step"] + 1, batch=seen)
-            if state["step"] % args.logging_steps == 0 or state["step"] == args.max_train_steps:
-                row = {
-                    "contrastive_loss": accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
-                    "learning_rate": scheduler.get_last_lr()[0],
-                    "logit_scale": logit_scale.exp().item(),
-                    "images_per_second": images / (time.perf_counter() - since),
-                }
-                log.train_row(state["step"], state["epoch"], row)
-                losses, images, since = [], 0, time.perf_counter()
-            paused = time.perf_counter()
-            after_step()
-            since += time.perf_counter() - paused
-            log.advance(state["step"])
-            if state["step"] >= args.max_train_steps:
-                return
-        state.update(epoch=state["epoch"] + 1, batch=0)
+                with torch.no_grad():
+                    logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+                images += step.num_photos
+                state.update(step=state["step"] + 1, batch=state["batch"] + len(step.batches))
+                if state["step"] % args.logging_steps == 0 or state["step"] == args.max_train_steps:
+                    row = {
+                        "contrastive_loss": accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
+                        "learning_rate": scheduler.get_last_lr()[0],
+                        "logit_scale": logit_scale.exp().item(),
+                        "images_per_second": images / (time.perf_counter() - since),
+                    }
+                    log.train_row(state["step"], state["epoch"], row)
+                    losses, images, since = [], 0, time.perf_counter()
+                paused = time.perf_counter()
+                after_step(stop=step.stop)
+                since += time.perf_counter() - paused
+                log.advance(state["step"])
+                if state["step"] >= args.max_train_steps:
+                    return
+                if step.stop:
+                    raise StoppedError(128 + signal.SIGTERM)
+            state.update(epoch=state["epoch"] + 1, batch=0)
 
 
 def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) -> dict[str, float]:
@@ -338,12 +360,12 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     Raises:
         ValueError: an argument, a dataset or a checkpoint doesn't fit; nothing has been trained then.
         NonFiniteLossError: the loss became infinite or no number.
+        StoppedError: SIGTERM came; a `SystemExit` of status 143, behind a checkpoint.
     """
     args = parse_args(argv)
     own = accelerator is None
     if own:
         accelerator = Accelerator(
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
             mixed_precision=args.mixed_precision,
             log_with=None if args.report_to == "none" else args.report_to,
             project_dir=args.output_dir,
@@ -401,17 +423,17 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
         "num_workers": args.dataloader_num_workers,
         "persistent_workers": args.dataloader_num_workers > 0,
     }
-    train_loader = DataLoader(
-        train_set,
-        min(args.per_device_train_batch_size, len(train_set)),
-        sampler=EpochSampler(len(train_set), args.seed),
-        drop_last=True,
-        **common,
+    sampler = EpochBatchSampler(
+        len(train_set),
+        min(args.per_device_train_batch_size, len(train_set) // accelerator.num_processes),
+        args.seed,
+        accelerator.process_index,
+        accelerator.num_processes,
+        # Every photo is compared with those of all processes.
+        equal=True,
     )
-    validation_loader = DataLoader(validation_set, args.per_device_eval_batch_size, **common)
-    train_loader, validation_loader = accelerator.prepare(train_loader, validation_loader)
-    if len(train_loader) == 0:
-        raise ValueError(f"expected at least one batch for each of {accelerator.num_processes} processes, got none")
+    train_loader = DataLoader(train_set, batch_sampler=sampler, **common)
+    validation_loader = accelerator.prepare(DataLoader(validation_set, args.per_device_eval_batch_size, **common))
 
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
     args.max_train_steps = args.max_train_steps or max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
@@ -429,7 +451,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
         accelerator.init_trackers("tinycap-teacher", config={k: str(v) for k, v in vars(args).items()})
     state = {"step": 0, "epoch": 0, "batch": 0}
     if resume_from is not None:
-        state = load_checkpoint(accelerator, resume_from)
+        state, _ = load_checkpoint(accelerator, resume_from)
     logger.info(
         "Training a teacher of %s parameters on %s pictures, %s steps.",
         f"{num_parameters:,}",
@@ -438,14 +460,17 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     )
     log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
 
-    def after_step() -> None:
-        left = args.max_train_steps - state["step"]
-        if args.evaluation_steps and state["step"] % args.evaluation_steps == 0 and left:
+    def after_step(stop: bool) -> None:
+        last = state["step"] == args.max_train_steps
+        if args.evaluation_steps and state["step"] % args.evaluation_steps == 0 and not last and not stop:
             log.eval_row(state["step"], state["epoch"], evaluate(accelerator, model, validation_loader, tokenizer))
-        if state["step"] % (args.checkpointing_steps or steps_per_epoch) == 0 or not left:
+        if state["step"] % (args.checkpointing_steps or steps_per_epoch) == 0 or last or stop:
             save_checkpoint(accelerator, output_dir, state, keep=args.checkpoints_total_limit)
+        if stop and not last:
+            logger.warning("Asked to stop: --resume_from_checkpoint latest goes on at step %d.", state["step"])
 
-    train(args, accelerator, model, optimizer, scheduler, train_loader, tokenizer, state, log, after_step)
+    batches = TrainBatches(train_loader, accelerator.device)
+    train(args, accelerator, model, optimizer, scheduler, batches, tokenizer, state, log, after_step)
     metrics = evaluate(accelerator, model, validation_loader, tokenizer)
     log.eval_row(state["step"], state["epoch"], metrics)
     log.close()

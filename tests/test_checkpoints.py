@@ -37,10 +37,18 @@ def test_a_checkpoint_brings_weights_and_optimizer_back_to_the_bit(prepared, tmp
     path = save_checkpoint(accelerator, tmp_path, {"step": 1, "epoch": 0, "batch": 1})
     step_once(model, optimizer)
     expected = model.weight.detach().clone()
-    assert load_checkpoint(accelerator, path) == {"step": 1, "epoch": 0, "batch": 1}
+    assert load_checkpoint(accelerator, path) == ({"step": 1, "epoch": 0, "batch": 1}, None)
     assert not torch.equal(model.weight, expected)
     step_once(model, optimizer)
     assert torch.equal(model.weight, expected)
+
+
+def test_what_differs_between_processes_comes_back_to_each(prepared, tmp_path):
+    accelerator = prepared[0]
+    own = {"finished": False, "loader": {"block": 3}}
+    path = save_checkpoint(accelerator, tmp_path, {"step": 1}, own_state=own)
+    (path / "process_state_1.json").write_text(json.dumps({"finished": True}))
+    assert load_checkpoint(accelerator, path)[1] == own
 
 
 def test_only_the_newest_checkpoints_are_kept_and_10_is_newer_than_9(prepared, tmp_path):

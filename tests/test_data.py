@@ -4,13 +4,15 @@ import datasets
 import pytest
 import torch
 from tiny import CAPTIONS, draw_picture, png_bytes
+from torchdata.stateful_dataloader import StatefulDataLoader
 
+from tinycap.training import data
 from tinycap.training.data import (
     Augmentation,
     BadRowError,
     CaptionCollator,
     CaptionDataset,
-    EpochSampler,
+    EpochBatchSampler,
     SkippedRows,
     StreamingCaptionDataset,
     TooManyBadRowsError,
@@ -205,22 +207,61 @@ def test_captions_that_say_left_or_right_are_not_mirrored():
         assert len({dataset[(epoch, 0)]["pixels"].numpy().tobytes() for epoch in range(20)}) == kinds
 
 
+def share_of(num_rows: int, batch_size: int, process: int = 0, processes: int = 1, epoch: int = 0, **kwargs) -> list:
+    sampler = EpochBatchSampler(num_rows, batch_size, 4, process, processes, **kwargs)
+    sampler.set_position(epoch, 0)
+    batches = list(sampler)
+    assert len(batches) == len(sampler)
+    return batches
+
+
 def test_each_epoch_visits_every_row_once_in_an_order_of_its_own():
-    sampler = EpochSampler(31, seed=4)
     orders = []
     for epoch in (0, 1):
-        sampler.set_epoch(epoch)
-        keys = list(sampler)
+        keys = [key for batch in share_of(31, 8, epoch=epoch) for key in batch]
         assert sorted(row for _, row in keys) == list(range(31)) and {e for e, _ in keys} == {epoch}
         orders.append([row for _, row in keys])
     assert orders[0] != orders[1]
+
+
+@pytest.mark.parametrize("num_rows, batch_size, processes", [(31, 4, 2), (32, 4, 2), (100, 3, 5), (7, 1, 3), (3, 9, 3)])
+def test_processes_together_take_the_steps_that_one_would(num_rows, batch_size, processes):
+    alone = share_of(num_rows, batch_size * processes)
+    shares = [share_of(num_rows, batch_size, process, processes) for process in range(processes)]
+    together = [sum(step, []) for step in zip(*shares, strict=True)]
+    assert sorted(row for step in together for _, row in step) == list(range(num_rows)), "each just once"
+    assert all(batch for share in shares for batch in share), "nobody stands idle"
+    if num_rows > 10:
+        # Of fewer photos each process gets one, where a single process would take two steps.
+        assert together == alone
+        sizes = [len(step) for step in together]
+        assert max(sizes) - min(sizes) <= 1
+
+
+def test_batches_of_equal_size_leave_out_what_does_not_fill_one():
+    shares = [share_of(31, 4, process, 2, equal=True) for process in range(2)]
+    assert [len(batch) for share in shares for batch in share] == [4] * 6
+    assert len({row for share in shares for batch in share for _, row in batch}) == 24
+
+
+def test_an_epoch_goes_on_from_any_of_its_batches():
+    whole = share_of(31, 4, 1, 2, epoch=3)
+    sampler = EpochBatchSampler(31, 4, 4, 1, 2)
+    sampler.set_position(3, 2)
+    assert list(sampler) == whole[2:]
+
+
+@pytest.mark.parametrize("equal, words", [(False, "one of the training photos"), (True, "a batch of 4")])
+def test_too_few_photos_for_the_processes_are_an_error(equal, words):
+    with pytest.raises(ValueError, match=f"{words}.*2 processes, got 1 photos"):
+        EpochBatchSampler(1, 4, 0, 0, 2, equal=equal)
 
 
 def test_a_stream_gives_the_same_pictures_and_skips_bad_rows():
     rows = rows_of(12, image_2=b"")
     skipped = SkippedRows()
     stream = StreamingCaptionDataset(
-        rows.to_iterable_dataset(), resolve_columns(rows), 24, skipped, "train", shuffle_buffer=0
+        rows.to_iterable_dataset(), resolve_columns(rows), 24, skipped, "train", shuffle_block=0
     )
     streamed = {sample["image_id"]: sample["pixels"] for sample in stream}
     mapped = CaptionDataset(decode(rows_of(12)), 24)
@@ -243,3 +284,63 @@ def test_two_processes_share_a_stream_without_overlap():
         )
         shares.append({sample["image_id"] for sample in stream})
     assert not shares[0] & shares[1] and len(shares[0] | shares[1]) == 12
+
+
+def stream_of(num_rows: int, num_shards: int, epoch: int = 0, **kwargs) -> StreamingCaptionDataset:
+    rows = rows_of(num_rows)
+    stream = StreamingCaptionDataset(
+        rows.to_iterable_dataset(num_shards=num_shards),
+        resolve_columns(rows),
+        24,
+        SkippedRows(),
+        "train",
+        Augmentation(0.3, True, 0.4),
+        1,
+        seed=9,
+        **kwargs,
+    )
+    stream.set_epoch(epoch)
+    return stream
+
+
+def told(samples) -> list[tuple]:
+    return [(sample["image_id"], sample["captions"], sample["pixels"].numpy().tobytes()) for sample in samples]
+
+
+def test_a_stream_comes_in_another_order_each_epoch():
+    orders = [[sample["image_id"] for sample in stream_of(20, 5, epoch, shuffle_block=3)] for epoch in (0, 0, 1)]
+    assert orders[0] == orders[1] != orders[2] and sorted(orders[0]) == sorted(orders[2])
+    assert orders[0] != sorted(orders[0], key=lambda name: int(name[3:]))
+
+
+@pytest.mark.parametrize("seen", [0, 1, 3, 4, 8, 10])
+def test_a_stream_goes_on_at_its_place_and_reads_nothing_again_but_the_block_it_was_in(seen, monkeypatch):
+    whole = told(stream_of(20, 4, 2, shuffle_block=4, num_processes=2))
+    stream = stream_of(20, 4, 2, shuffle_block=4, num_processes=2)
+    samples = iter(stream)
+    first = told(next(samples) for _ in range(seen))
+    state = json.loads(json.dumps(stream.state_dict()))
+    decoded, decode_row = [], data.decode_row
+    monkeypatch.setattr(data, "decode_row", lambda row, *args: decoded.append(row) or decode_row(row, *args))
+    resumed = stream_of(20, 4, 2, shuffle_block=4, num_processes=2)
+    resumed.load_state_dict(state)
+    rest = told(resumed)
+    assert first + rest == whole and len(decoded) == len(rest), "what was seen isn't decoded again"
+    resumed.set_epoch(3)
+    assert told(resumed) == told(stream_of(20, 4, 3, shuffle_block=4, num_processes=2)), "then a whole epoch"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_of_a_stream_goes_on_at_the_place_of_each_of_its_workers(workers):
+    def loader():
+        return StatefulDataLoader(stream_of(23, 4, 1, shuffle_block=3), 2, num_workers=workers, collate_fn=told)
+
+    whole = list(loader())
+    stopped = loader()
+    batches = iter(stopped)
+    first = [next(batches) for _ in range(5)]
+    state = json.loads(json.dumps(stopped.state_dict()))
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert first + list(resumed) == whole
+    assert len({sample[0] for batch in whole for sample in batch}) == 23

@@ -13,13 +13,21 @@ from accelerate import Accelerator
 
 
 STATE_FILE = "trainer_state.json"
+OWN_STATE_FILE = "process_state_{}.json"
 
 
-def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, state: dict, keep: int | None = None) -> Path:
+def save_checkpoint(
+    accelerator: Accelerator,
+    output_dir: str | Path,
+    state: dict,
+    keep: int | None = None,
+    own_state: dict | None = None,
+) -> Path:
     """Writes `checkpoint-<step>`: accelerate's state (safetensors weights, optimizer, scheduler, scaler) and `state`.
 
     Args:
         state: where the run stands; JSON, with the `step`.
+        own_state: where this process stands, for what differs between processes; JSON.
         keep: how many of the newest checkpoints to keep; `None` keeps all.
 
     Returns:
@@ -32,6 +40,8 @@ def save_checkpoint(accelerator: Accelerator, output_dir: str | Path, state: dic
             shutil.rmtree(stale)
     accelerator.wait_for_everyone()
     accelerator.save_state(str(aside))
+    if own_state is not None:
+        (aside / OWN_STATE_FILE.format(accelerator.process_index)).write_text(json.dumps(own_state))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (aside / STATE_FILE).write_text(json.dumps({**state, "num_processes": accelerator.num_processes}, indent=2))
@@ -76,8 +86,8 @@ def resolve_resume(output_dir: str | Path, resume_from_checkpoint: str | None) -
     return path
 
 
-def load_checkpoint(accelerator: Accelerator, path: str | Path) -> dict:
-    """Puts everything that was prepared back to where it stood; returns the saved `state`.
+def load_checkpoint(accelerator: Accelerator, path: str | Path) -> tuple[dict, dict | None]:
+    """Puts everything that was prepared back to where it stood; returns the saved `state` and this process's own.
 
     Raises:
         ValueError: the checkpoint was written by another number of processes, whose shares of an epoch differ.
@@ -89,7 +99,8 @@ def load_checkpoint(accelerator: Accelerator, path: str | Path) -> dict:
             f"checkpoint {path}: expected {saved} processes, as it was written by, got {accelerator.num_processes}"
         )
     accelerator.load_state(str(path))
-    return state
+    own = Path(path) / OWN_STATE_FILE.format(accelerator.process_index)
+    return state, json.loads(own.read_text()) if own.exists() else None
 
 
 def seed_step(seed: int, step: int, process_index: int) -> None:

@@ -5,6 +5,7 @@ its seeded augmentation, one batch. A photo is encoded once for all its captions
 and B x K captions. Everything random follows from (seed, epoch, row), never from a worker's state.
 """
 
+import copy
 import json
 import logging
 import math
@@ -13,13 +14,14 @@ import random
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import datasets
 import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from tinycap.processing_tinycap import load_image
 from tinycap.training.tokenizer import encode_captions
@@ -215,7 +217,7 @@ class SkippedRows:
 # --- decoding, once ---------------------------------------------------------------------------------------------------
 
 
-def decode_row(row: dict, index: int, columns: Columns, stored_size: int, version: int = DECODE_VERSION) -> dict:
+def decode_row(row: dict, index: int | str, columns: Columns, stored_size: int, version: int = DECODE_VERSION) -> dict:
     """Checks and decodes one row; a bad one comes back with its reason and no pixels.
 
     Args:
@@ -413,12 +415,12 @@ def make_sample(
     }
 
 
-def sample_rng(seed: int, epoch: int, index: int) -> random.Random:
+def sample_rng(seed: int, epoch: int, index: int | str) -> random.Random:
     """The randomness of one row in one epoch, the same in whatever worker or process it is drawn."""
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
-def sample_rngs(seed: int, view: int, epoch: int, index: int) -> tuple[random.Random, random.Random]:
+def sample_rngs(seed: int, view: int, epoch: int, index: int | str) -> tuple[random.Random, random.Random]:
     """What a row's picture follows from in a view, and what its captions follow from in an epoch."""
     return random.Random(f"picture/{seed}/{view}/{index}"), sample_rng(seed, epoch, index)
 
@@ -433,9 +435,9 @@ class CaptionDataset(Dataset):
         captions_per_image: captions to draw for a photo; None for all.
         seed: with the epoch and the row number, fixes every draw.
 
-    A key is `(epoch, row)`, as `EpochSampler` gives it, so that workers need not be told the epoch; a plain row number
-    means epoch 0. With a `teacher_cache` (see `teacher_cache.py`), epochs take turns with its views, and a sample
-    carries the teacher's embedding of its view.
+    A key is `(epoch, row)`, as `EpochBatchSampler` gives it, so that workers need not be told the epoch; a plain row
+    number means epoch 0. With a `teacher_cache` (see `teacher_cache.py`), epochs take turns with its views, and a
+    sample carries the teacher's embedding of its view.
     """
 
     def __init__(
@@ -466,29 +468,73 @@ class CaptionDataset(Dataset):
         return sample
 
 
-class EpochSampler(Sampler):
-    """A permutation of the rows that is a function of (seed, epoch); yields `(epoch, row)`."""
+class EpochBatchSampler(Sampler):
+    """A process's share of every step's photos; yields lists of `(epoch, row)`.
 
-    def __init__(self, num_rows: int, seed: int):
+    What all processes take together in a step follows from (seed, epoch) and the photos of a step, not from how many
+    processes share them: two processes with batches of 8 see what one sees with batches of 16. Every photo comes just
+    once an epoch, and steps of an epoch are of one size, give or take a photo, rather than all full but the last.
+
+    Args:
+        num_rows: photos of the dataset.
+        batch_size: photos that a process takes in a batch.
+        seed: with the epoch, fixes the order.
+        process_index, num_processes: whose share it is.
+        equal: leave out what doesn't fill a batch of every process, for objectives that compare a batch's photos.
+
+    Raises:
+        ValueError: there are too few photos for the processes.
+    """
+
+    def __init__(
+        self,
+        num_rows: int,
+        batch_size: int,
+        seed: int,
+        process_index: int = 0,
+        num_processes: int = 1,
+        equal: bool = False,
+    ):
+        step_size = batch_size * num_processes
+        if num_rows < (step_size if equal else num_processes):
+            wanted = f"a batch of {batch_size}" if equal else "one"
+            raise ValueError(
+                f"expected {wanted} of the training photos for each of {num_processes} processes, got {num_rows} photos"
+            )
+        # At least one photo for each process.
+        self.num_batches = num_rows // step_size if equal else min(-(-num_rows // step_size), num_rows // num_processes)
         self.num_rows = num_rows
+        self.used_rows = self.num_batches * step_size if equal else num_rows
         self.seed = seed
-        self.epoch = 0
+        self.process_index = process_index
+        self.num_processes = num_processes
+        self.set_position(0, 0)
 
-    def set_epoch(self, epoch: int) -> None:
-        """Called by accelerate's data loader before each epoch."""
+    def set_position(self, epoch: int, batch: int) -> None:
+        """Which epoch comes next, and from which of its batches on."""
         self.epoch = epoch
+        self.first_batch = batch
 
     def __len__(self) -> int:
-        return self.num_rows
+        """Batches of a whole epoch."""
+        return self.num_batches
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = list(range(self.num_rows))
         sample_rng(self.seed, self.epoch, -1).shuffle(order)
-        return ((self.epoch, row) for row in order)
+        shares = self.num_batches * self.num_processes
+        for batch in range(self.first_batch, self.num_batches):
+            share = batch * self.num_processes + self.process_index
+            first, end = (self.used_rows * edge // shares for edge in (share, share + 1))
+            yield [(self.epoch, row) for row in order[first:end]]
 
 
 class StreamingCaptionDataset(IterableDataset):
-    """The same samples from a dataset too large for the disk: decoded as they come, shuffled in a buffer.
+    """The same samples from a dataset too large for the disk: decoded as they come, shuffled block by block.
+
+    Shards come in another order each epoch, and of what a shard holds, blocks of rows are shuffled. A block and the
+    place in it, unlike `datasets`' rolling buffer, can be written down: `state_dict` says where the stream stands, and
+    after `load_state_dict` it goes on from there, having read nothing but the block it was in.
 
     Args:
         dataset: a `datasets.IterableDataset`; each process reads its own shards, and in it each worker its own.
@@ -496,7 +542,7 @@ class StreamingCaptionDataset(IterableDataset):
         skipped: where bad rows are counted; with workers each counts its own.
         split: the split's name, for the report.
         process_index, num_processes: which share of the stream is this process's.
-        shuffle_buffer: photos among which the next one is drawn; 0 keeps the order.
+        shuffle_block: rows that are read and shuffled together; 0 keeps the order.
         Others: as in `CaptionDataset`.
     """
 
@@ -515,12 +561,13 @@ class StreamingCaptionDataset(IterableDataset):
         seed: int = 0,
         process_index: int = 0,
         num_processes: int = 1,
-        shuffle_buffer: int = 1000,
+        shuffle_block: int = 1000,
     ):
         if isinstance((dataset.features or {}).get(columns.image), datasets.Image):
             dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
-        if shuffle_buffer:
-            dataset = dataset.shuffle(seed=seed, buffer_size=shuffle_buffer)
+        if shuffle_block:
+            # Only the order of the shards: a buffer of one row holds nothing back that a state would have to tell.
+            dataset = dataset.shuffle(seed=seed, buffer_size=1, max_buffer_input_shards=1)
         self.dataset = split_dataset_by_node(dataset, rank=process_index, world_size=num_processes)
         self.columns = columns
         self.image_size = image_size
@@ -529,23 +576,49 @@ class StreamingCaptionDataset(IterableDataset):
         self.augmentation = augmentation or Augmentation()
         self.captions_per_image = captions_per_image
         self.seed = seed
+        self.process_index = process_index
+        self.shuffle_block = shuffle_block
         self.epoch = 0
+        self.position = self.resumed = None
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
         self.dataset.set_epoch(epoch)
 
+    def state_dict(self) -> dict | None:
+        """Where the stream stands, as JSON; `None` before its first row."""
+        return copy.deepcopy(self.position)
+
+    def load_state_dict(self, state: dict | None) -> None:
+        """Lets the next iteration go on where `state` says, instead of at the beginning of the epoch."""
+        self.resumed = state
+
     def __iter__(self) -> Iterator[dict]:
         stored_size = stored_size_for(self.image_size)
-        for index, row in enumerate(self.dataset):
-            decoded = decode_row(row, index, self.columns, stored_size)
-            if decoded["reason"]:
-                self.skipped.add(self.split, index, decoded["image_id"], decoded["reason"])
-                if index >= self.MIN_ROWS_TO_JUDGE:
-                    self.skipped.check(self.split, index + 1)
-                continue
-            rngs = sample_rngs(self.seed, self.epoch, self.epoch, index)
-            yield make_sample(decoded, self.image_size, self.augmentation, self.captions_per_image, *rngs)
+        worker = get_worker_info()
+        share = f"{self.process_index}.{worker.id if worker else 0}"
+        start, self.resumed = self.resumed or {"block": 0, "given": 0, "stream": None}, None
+        if start["stream"] is not None:
+            self.dataset.load_state_dict(start["stream"])
+        block, given, block_start = start["block"], start["given"], start["stream"]
+        stream = iter(self.dataset)
+        size = max(1, self.shuffle_block)
+        while rows := list(islice(stream, size)):
+            order = list(range(len(rows)))
+            if self.shuffle_block:
+                sample_rng(self.seed, self.epoch, f"{share}/block {block}").shuffle(order)
+            for place in range(given, len(rows)):
+                self.position = {"block": block, "given": place + 1, "stream": block_start}
+                index = block * size + order[place]
+                decoded = decode_row(rows[order[place]], f"{share}/{index}", self.columns, stored_size)
+                if decoded["reason"]:
+                    self.skipped.add(self.split, index, decoded["image_id"], decoded["reason"])
+                    if index >= self.MIN_ROWS_TO_JUDGE:
+                        self.skipped.check(self.split, index + 1)
+                    continue
+                rngs = sample_rngs(self.seed, self.epoch, self.epoch, f"{share}/{index}")
+                yield make_sample(decoded, self.image_size, self.augmentation, self.captions_per_image, *rngs)
+            block, given, block_start = block + 1, 0, copy.deepcopy(self.dataset.state_dict())
 
 
 # --- one batch --------------------------------------------------------------------------------------------------------
@@ -594,3 +667,18 @@ class CaptionCollator:
         if "teacher_embeds" in samples[0]:
             batch["teacher_embeds"] = torch.stack([sample["teacher_embeds"] for sample in samples])
         return batch
+
+    def blank(self, image_size: int, captions_per_image: int) -> dict:
+        """A batch of one black picture with empty captions, for a process that has no photo left where others have."""
+        return self(
+            [
+                {
+                    "pixels": torch.zeros(image_size, image_size, 3, dtype=torch.uint8),
+                    "gain": [1.0] * 3,
+                    "shift": [0.0] * 3,
+                    "captions": [""] * captions_per_image,
+                    "references": [],
+                    "image_id": "",
+                }
+            ]
+        )

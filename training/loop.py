@@ -2,7 +2,12 @@
 
 import logging
 import os
-from collections.abc import Iterator
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
 
 import datasets
 import torch
@@ -29,19 +34,143 @@ def check_finite(losses: dict[str, torch.Tensor], step: int, image_ids: list[str
     )
 
 
-def epoch_batches(accelerator: Accelerator, loader: DataLoader, epoch: int, skip: int) -> Iterator[dict]:
-    """The batches of one epoch from the `skip`-th on, on the device."""
-    if isinstance(loader.dataset, StreamingCaptionDataset):
-        # Not accelerate's to divide: each process reads its own shards of the stream.
-        loader.dataset.set_epoch(epoch)
-        for index, batch in enumerate(loader):
-            if index >= skip:
-                yield send_to_device(batch, accelerator.device)
-        return
-    if skip:
-        loader = accelerator.skip_first_batches(loader, skip)
-    loader.set_epoch(epoch)
-    yield from loader
+class TrainBatches:
+    """A process's training batches, epoch by epoch and from any place on.
+
+    Not accelerate's to divide: its way of giving every process as many batches as the others is to show some photos
+    twice or to leave some out. The sampler or the stream knows which share is this process's.
+
+    Args:
+        loader: of a data set, with an `EpochBatchSampler`; or a `StatefulDataLoader` of a stream.
+        device: where the batches go.
+    """
+
+    def __init__(self, loader: DataLoader, device: torch.device):
+        self.loader = loader
+        self.device = device
+        self.is_stream = isinstance(loader.dataset, StreamingCaptionDataset)
+        self.finished = False
+
+    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[dict]:
+        """The batches of an epoch; a stream goes on where `load_state_dict` said, whatever `first_batch` is."""
+        if self.is_stream:
+            self.loader.dataset.set_epoch(epoch)
+        else:
+            self.loader.batch_sampler.set_position(epoch, first_batch)
+        if not self.finished:
+            for batch in self.loader:
+                yield send_to_device(batch, self.device)
+        # Until the others have finished too: a checkpoint in between must not begin the epoch again.
+        self.finished = self.is_stream
+
+    def begin_epoch(self) -> None:
+        """All processes have come to the end of the epoch before."""
+        self.finished = False
+
+    def state_dict(self) -> dict | None:
+        """Where a stream stands, as JSON; a data set's place is its epoch and batch, and needs no more."""
+        if not self.is_stream:
+            return None
+        return {"finished": self.finished, "loader": None if self.finished else self.loader.state_dict()}
+
+    def load_state_dict(self, state: dict | None) -> None:
+        if state is None:
+            return
+        self.finished = state["finished"]
+        if not self.finished:
+            self.loader.load_state_dict(state["loader"])
+
+
+@dataclass
+class Step:
+    """One optimizer step's batches on this process, and what part each is of the whole step's.
+
+    Args:
+        batches: as many as on every other process.
+        photo_shares, token_shares: for each batch, its photos (its caption tokens) over the mean of a process's. With
+            them as weights, the mean of the processes' summed losses is the mean over all photos (all tokens), however
+            unevenly they are spread.
+        num_photos: of all batches and processes.
+        waited: seconds that this process waited for its batches.
+        stop: some process was asked to stop; this is to be the last step.
+    """
+
+    batches: list[dict]
+    photo_shares: list[float]
+    token_shares: list[float]
+    num_photos: int
+    waited: float
+    stop: bool
+
+
+def steps_of(
+    accelerator: Accelerator,
+    batches: Iterable[dict],
+    accumulation: int,
+    signals: "StopSignals",
+    blank: Callable[[], dict] | None = None,
+) -> Iterator[Step]:
+    """Groups an epoch's batches to optimizer steps that all processes take together, until none has a batch left.
+
+    Args:
+        batches: of this process.
+        accumulation: batches in a step.
+        signals: asked once a step.
+        blank: gives a batch that counts for nothing, with which a process whose batches are used up keeps step.
+    """
+    batches = iter(batches)
+    while True:
+        since = time.perf_counter()
+        window = list(islice(batches, accumulation))
+        waited = time.perf_counter() - since
+        photos = [len(batch["image_ids"]) for batch in window]
+        tokens = [int((batch["labels"] != -100).sum()) for batch in window]
+        mine = torch.tensor([[len(window), sum(photos), sum(tokens), signals.received is not None]])
+        everyone = accelerator.gather(mine.to(accelerator.device)).cpu() if accelerator.num_processes > 1 else mine
+        length = int(everyone[:, 0].max())
+        if length == 0:
+            return
+        if len(window) < length:
+            missing = length - len(window)
+            window += [send_to_device(blank(), accelerator.device)] * missing
+            photos, tokens = photos + [0] * missing, tokens + [0] * missing
+        num_photos, num_tokens = int(everyone[:, 1].sum()), int(everyone[:, 2].sum())
+        yield Step(
+            batches=window,
+            photo_shares=[count * accelerator.num_processes / num_photos for count in photos],
+            token_shares=[count * accelerator.num_processes / num_tokens for count in tokens],
+            num_photos=num_photos,
+            waited=waited,
+            stop=bool(everyone[:, 3].any()),
+        )
+
+
+class StoppedError(SystemExit):
+    """The run was asked to stop and did, behind a checkpoint; exits as a process does that the signal ended."""
+
+
+class StopSignals:
+    """Lets the step that is under way come to its end when the machine is to be given back.
+
+    SIGTERM is what schedulers send before they pull the plug. As a context manager, only in the main thread, which is
+    the only one that Python lets handle signals.
+    """
+
+    def __init__(self):
+        self.received: int | None = None
+
+    def __enter__(self) -> "StopSignals":
+        self.previous = None
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *exception) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = number
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
@@ -65,3 +194,5 @@ def set_up_logging(accelerator: Accelerator) -> None:
         library.set_verbosity_warning() if accelerator.is_local_main_process else library.set_verbosity_error()
     for chatty in ("httpx", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
+    # It warns of what a resumed shuffle buffer has forgotten; a stream's holds nothing, see `StreamingCaptionDataset`.
+    logging.getLogger("datasets.iterable_dataset").addFilter(lambda record: "shuffle buffer" not in str(record.msg))
