@@ -23,7 +23,8 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, set_seed
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
+from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
@@ -514,7 +515,23 @@ class Evaluation:
     captions: list[str]
 
 
-@torch.inference_mode()
+def whole_model(accelerator: Accelerator, model) -> TinyCapForConditionalGeneration:
+    """The model in one piece: itself, or with FSDP, which serves calls of `forward` only, a copy with all weights."""
+    model = accelerator.unwrap_model(model)
+    if accelerator.distributed_type != DistributedType.FSDP:
+        return model
+    whole = TinyCapForConditionalGeneration(model.config).to(accelerator.device)
+    whole.load_state_dict(
+        {
+            name: value.full_tensor() if isinstance(value, DTensor) else value
+            for name, value in model.state_dict().items()
+        }
+    )
+    whole.generation_config = model.generation_config
+    return whole
+
+
+@torch.no_grad()
 def evaluate(
     accelerator: Accelerator, model, loader: DataLoader, rows: datasets.Dataset, tokenizer, teacher, scenes
 ) -> Evaluation:
@@ -522,7 +539,7 @@ def evaluate(
 
     With several processes the losses may count a few photos of the last batch twice; captions and scores don't.
     """
-    model = accelerator.unwrap_model(model)
+    model = whole_model(accelerator, model)
     model.eval()
     captions, student_embeds, teacher_embeds, losses = [], [], [], []
     progress = tqdm(loader, desc="Validating", leave=False, disable=not accelerator.is_local_main_process)
@@ -610,7 +627,9 @@ def train_step(
             share = {"loss": 1.0, "caption_loss": tokens}.get(name, photos)
             named[name] = named.get(name, 0.0) + share * value.detach()
     if args.max_grad_norm > 0:
-        named["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+        # With FSDP, a tensor that is spread over the processes.
+        named["grad_norm"] = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
@@ -696,12 +715,11 @@ def save(
     facts: dict,
 ) -> None:
     """Writes the model repository, its reports and its card to `args.output_dir`."""
-    state_dict = accelerator.get_state_dict(model)
+    model = whole_model(accelerator, model)
     if not accelerator.is_main_process:
         return
     output_dir = Path(args.output_dir)
-    model = accelerator.unwrap_model(model)
-    save_repository(output_dir, model, tokenizer, image_processor, state_dict)
+    save_repository(output_dir, model, tokenizer, image_processor)
     write_json(output_dir / "eval_results.json", evaluation.metrics)
     plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
     shown = range(min(16, len(evaluation.captions)))
@@ -749,6 +767,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     set_up_logging(accelerator)
     use_all_cores(accelerator)
+    if accelerator.distributed_type == DistributedType.FSDP:
+        if not accelerator.is_fsdp2:
+            raise ValueError("fsdp_version: expected 2, as in configs/fsdp.yaml, got 1")
+        if args.objective == "scst":
+            raise ValueError("--objective scst: not with FSDP, which can't sample from a model that lies in parts")
     output_dir = Path(args.output_dir)
     resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
     with accelerator.main_process_first():

@@ -1,6 +1,7 @@
 """What the tests share: a tiny model, a tokenizer, pictures, and a repository made of them."""
 
 import atexit
+import json
 import os
 import shutil
 import tempfile
@@ -12,10 +13,12 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Remote code is copied here under its folder's name, which two test runs at a time share.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")
 
+import datasets
 import pytest
 import torch
 from PIL import Image
-from tiny import CAPTIONS, draw_picture, tiny_model, tiny_repository_model
+from tiny import CAPTIONS, TEXT, VISION, draw_picture, png_bytes, tiny_model, tiny_repository_model
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
@@ -62,3 +65,60 @@ def repository(tmp_path_factory, tokenizer):
     model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
     save_repository(folder, model, tokenizer, create_image_processor(24))
     return folder
+
+
+# --- a run of train_distill.py ----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def photos(tmp_path_factory) -> str:
+    """A folder of parquet: 24 training and 6 validation pictures with two captions each; one row is bad."""
+    folder = tmp_path_factory.mktemp("photos")
+    for split, first, num in (("train", 0, 24), ("validation", 24, 6)):
+        rows = {"image": [], "captions": [], "image_id": []}
+        for index in range(first, first + num):
+            content = b"broken" if index == 5 else png_bytes(draw_picture(index))
+            rows["image"].append({"bytes": content, "path": None})
+            rows["captions"].append([CAPTIONS[index % 4], f"picture number {index % 3} ."])
+            rows["image_id"].append(f"photo-{index}")
+        features = datasets.Features(
+            {
+                "image": datasets.Image(),
+                "captions": datasets.List(datasets.Value("string")),
+                "image_id": datasets.Value("string"),
+            }
+        )
+        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory) -> str:
+    folder = tmp_path_factory.mktemp("teacher")
+    torch.manual_seed(1)
+    config = CLIPVisionConfig(
+        image_size=32, patch_size=8, hidden_size=18, intermediate_size=22, num_hidden_layers=1, num_attention_heads=3
+    )
+    CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def config_name(tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("config") / "tiny.json"
+    text = {name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
+    vision = {name: value for name, value in VISION.items() if name != "projection_dim"}
+    path.write_text(json.dumps({"vision_config": vision, "text_config": {**text, "max_position_embeddings": 19}}))
+    return str(path)
+
+
+@pytest.fixture
+def flags(photos, teacher, config_name, tmp_path) -> list[str]:
+    """A run of six steps, three an epoch, with dropout, augmentation and a checkpoint every second step."""
+    return [
+        *("--dataset_name", photos, "--teacher_name_or_path", teacher, "--config_name", config_name),
+        *("--max_caption_length", "12", "--vocab_size", "300", "--per_device_train_batch_size", "7"),
+        *("--captions_per_image", "2", "--max_train_steps", "6", "--checkpointing_steps", "2", "--logging_steps", "1"),
+        *("--num_warmup_steps", "2", "--dropout", "0.1", "--patch_dropout", "0.3", "--dataloader_num_workers", "0"),
+        *("--num_beams", "2", "--output_dir", str(tmp_path / "out")),
+    ]

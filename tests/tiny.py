@@ -1,7 +1,9 @@
 """A tiny model of odd, distinct sizes, so that a swapped axis fails, and small things to feed it."""
 
 import io
+import json
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -87,3 +89,8 @@ def png_bytes(picture: Image.Image) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, "PNG")
     return buffer.getvalue()
+
+
+def log_rows(folder: Path) -> list[dict]:
+    """What a run wrote to its `metrics.jsonl`."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

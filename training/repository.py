@@ -45,12 +45,8 @@ def save_repository(
     model: TinyCapForConditionalGeneration,
     tokenizer: PreTrainedTokenizerFast,
     image_processor: CLIPImageProcessor,
-    state_dict: dict | None = None,
 ) -> None:
     """Writes weights, configs, code, tokenizer and processor to `output_dir`.
-
-    Args:
-        state_dict: the weights to store when they aren't those in `model` (gathered from several processes).
 
     Raises:
         ValueError: `output_dir` is the folder that the code itself was loaded from.
@@ -59,7 +55,7 @@ def save_repository(
     output_dir.mkdir(parents=True, exist_ok=True)
     if output_dir.resolve() == Path(__file__).resolve().parents[1]:
         raise ValueError(f"output_dir: expected a folder other than the code's own, got {output_dir}")
-    model.save_pretrained(output_dir, state_dict=state_dict)
+    model.save_pretrained(output_dir)
     save_processors(output_dir, tokenizer, image_processor, PROCESSOR_CLASS)
     # safetensors writes files that only their owner can read.
     (output_dir / "model.safetensors").chmod(0o644)

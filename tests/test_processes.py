@@ -1,0 +1,206 @@
+"""Training in two real processes, over gloo, on a CPU: what DDP and FSDP do with the loop."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from tiny import CAPTIONS, draw_picture, log_rows, png_bytes
+
+from tinycap import train_distill
+
+
+ROOT = Path(train_distill.__file__).parent
+
+# `train_distill.py`, which writes down what each process sees.
+WITNESS = """
+import json, os, sys
+sys.path.insert(0, sys.argv[1])
+from tinycap import train_distill
+step_before = train_distill.train_step
+def step_seen(*args):
+    step = args[-2]
+    with open(f"{sys.argv[2]}-{os.environ['RANK']}", "a") as file:
+        ids = [name for batch in step.batches for name in batch["image_ids"] if name]
+        file.write(json.dumps({"step": args[-1], "ids": ids}) + "\\n")
+    return step_before(*args)
+train_distill.train_step = step_seen
+train_distill.main(sys.argv[3:])
+"""
+
+# `train_distill.py` with its weights in parts. accelerate takes FSDP's settings from the environment, but goes by them
+# on accelerators only; what they do is the same on a CPU.
+IN_PARTS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from accelerate import state
+from accelerate.utils import DistributedType
+start = state.AcceleratorState.__init__
+def start_in_parts(self, *args, **kwargs):
+    start(self, *args, **kwargs)
+    self.fsdp_plugin = kwargs.get("fsdp_plugin") or self.fsdp_plugin
+    self.distributed_type = DistributedType.FSDP
+state.AcceleratorState.__init__ = start_in_parts
+from tinycap import train_distill
+train_distill.main(sys.argv[2:])
+"""
+
+
+def torchrun(*words: str, **environment) -> subprocess.Popen:
+    """Two processes of `words`; `accelerate launch --cpu --num_processes 2` would start one."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, words)]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
+
+
+def finish(process: subprocess.Popen, timeout: float = 240) -> None:
+    try:
+        output, _ = process.communicate(timeout=timeout)
+    finally:
+        process.kill()
+    assert process.returncode == 0, output[-4000:]
+
+
+def without(flags: list[str], *dropped: str) -> list[str]:
+    return [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in dropped for word in flag]
+
+
+def seen_by(witness: Path, after: int = 0) -> list[list[str]]:
+    """For each process, the photos of all its steps behind `after`."""
+    rows = [[json.loads(line) for line in Path(f"{witness}-{rank}").read_text().splitlines()] for rank in range(2)]
+    return [[name for row in share if row["step"] > after for name in row["ids"]] for share in rows]
+
+
+def test_two_processes_come_to_the_weights_of_one_within_1e5_after_20_steps(flags, tmp_path):
+    # 23 photos by 2 x 3 x 2: the last step of an epoch is a smaller one, and captions differ in length.
+    common = [*flags, "--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "20", "--learning_rate", "3e-3"]
+    common += ["--gradient_accumulation_steps", "2", "--checkpointing_steps", "20"]
+    witness = tmp_path / "witness.py"
+    witness.write_text(WITNESS)
+    both = torchrun(witness, ROOT, tmp_path / "seen", *common, "--per_device_train_batch_size", "3")
+    train_distill.main([*common, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "one")])
+    finish(both)
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "one"))
+    assert two.keys() == one.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+    losses = [[row["loss"] for row in log_rows(tmp_path / name) if "loss" in row] for name in ("one", "out")]
+    assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    counts = [Counter(share) for share in seen_by(tmp_path / "seen")]
+    # 20 steps of two batches, four batches an epoch: each photo just once in each of ten epochs.
+    assert set((counts[0] + counts[1]).values()) == {10} and len(counts[0] + counts[1]) == 23
+
+
+def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
+    cache = ("--teacher_cache_dir", tmp_path / "cache", "--teacher_views", "2")
+    finish(torchrun("train_distill.py", *flags, "--per_device_train_batch_size", "3", "--max_train_steps", "3", *cache))
+    out = tmp_path / "out"
+    assert [row["step"] for row in log_rows(out) if "loss" in row] == [1, 2, 3]
+    assert (out / "model.safetensors").exists() and (out / "checkpoint-3" / "random_states_1.pkl").exists()
+    assert len((out / "skipped.jsonl").read_text().splitlines()) == 1
+
+
+def test_two_processes_train_a_patch_memory_without_a_teacher(flags, tmp_path):
+    flags = without(flags, "--teacher_name_or_path")
+    patches = ("--distill_weight", "0", "--memory", "patches")
+    finish(torchrun("train_distill.py", *flags, "--per_device_train_batch_size", "3", *patches))
+    assert len([row for row in log_rows(tmp_path / "out") if "loss" in row]) == 6
+
+
+@pytest.fixture
+def uneven(tmp_path) -> str:
+    """Two shards of nine and two pictures, and three to validate on."""
+    folder = tmp_path / "uneven"
+    folder.mkdir()
+    first = 0
+    for name, num in (("train-0", 9), ("train-1", 2), ("validation", 3)):
+        rows = [
+            {"image": {"bytes": png_bytes(draw_picture(index)), "path": None}, "caption": CAPTIONS[index % 4]}
+            for index in range(first, first + num)
+        ]
+        rows = [{**row, "image_id": f"photo-{first + place}"} for place, row in enumerate(rows)]
+        features = {
+            "image": datasets.Image(),
+            "caption": datasets.Value("string"),
+            "image_id": datasets.Value("string"),
+        }
+        datasets.Dataset.from_list(rows, features=datasets.Features(features)).to_parquet(folder / f"{name}.parquet")
+        first += num
+    return str(folder)
+
+
+def test_uneven_shards_do_not_hang_and_every_photo_comes_once_an_epoch_also_after_a_stop(flags, uneven, tmp_path):
+    # One process has five batches an epoch, the other one.
+    common = [*flags, "--dataset_name", uneven, "--streaming", "--per_device_train_batch_size", "2"]
+    common += ["--captions_per_image", "1", "--checkpointing_steps", "3", "--dataloader_num_workers", "1"]
+    common += ["--checkpoints_total_limit", "9"]
+    witness = tmp_path / "witness.py"
+    witness.write_text(WITNESS)
+    finish(torchrun(witness, ROOT, tmp_path / "whole", *common, "--max_train_steps", "10"))
+    seen = seen_by(tmp_path / "whole")
+    assert [len(share) for share in seen] in ([18, 4], [4, 18])
+    assert Counter(sum(seen, [])) == {f"photo-{index}": 2 for index in range(11)}
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    # Stopped in the middle of the first epoch, when one process had nothing left.
+    for name in ("model.safetensors", "eval_results.json"):
+        (tmp_path / "out" / name).unlink()
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    state = [json.loads((checkpoint / f"process_state_{rank}.json").read_text()) for rank in range(2)]
+    assert sorted(place["finished"] for place in state) == [False, True]
+    resume = ("--resume_from_checkpoint", checkpoint)
+    finish(torchrun(witness, ROOT, tmp_path / "resumed", *common, "--max_train_steps", "10", *resume))
+    assert seen_by(tmp_path / "resumed") == seen_by(tmp_path / "whole", after=3)
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_a_stopped_pair_of_processes_leaves_a_checkpoint_and_goes_on(flags, tmp_path):
+    common = [*flags, "--per_device_train_batch_size", "3", "--checkpointing_steps", "100000"]
+    process = torchrun("train_distill.py", *common, "--max_train_steps", "100000")
+    log = tmp_path / "out" / "metrics.jsonl"
+    for _ in range(600):
+        if log.exists() and log.stat().st_size:
+            break
+        time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"))
+    assert len(checkpoints) == 1 and not list((tmp_path / "out").glob(".checkpoint-*"))
+    step = int(checkpoints[0].name.split("-")[1])
+    resume = ("--resume_from_checkpoint", "latest", "--max_train_steps", str(step + 2))
+    finish(torchrun("train_distill.py", *common, *resume))
+    assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == list(range(1, step + 3))
+
+
+def test_weights_in_parts_by_fsdp_train_resume_and_are_saved_whole(flags, tmp_path):
+    settings = yaml.safe_load((ROOT / "configs" / "fsdp.yaml").read_text())["fsdp_config"]
+    environment = {name.upper(): str(value) for name, value in settings.items()}
+    # What `accelerate launch` makes of that file.
+    environment["ACCELERATE_USE_FSDP"] = "true"
+    environment["FSDP_TRANSFORMER_CLS_TO_WRAP"] = environment.pop("FSDP_TRANSFORMER_LAYER_CLS_TO_WRAP")
+    script = tmp_path / "in_parts.py"
+    script.write_text(IN_PARTS)
+    # A learning rate that doesn't depend on the length of the run.
+    common = [*flags, "--dropout", "0", "--patch_dropout", "0", "--lr_scheduler_type", "constant_with_warmup"]
+    parts = [*common, "--per_device_train_batch_size", "3", "--max_train_steps"]
+    finish(torchrun(script, ROOT, *parts, "4", **environment))
+    assert list((tmp_path / "out" / "checkpoint-4").glob("*fsdp_0/*.distcp")), "each process wrote its part"
+    finish(torchrun(script, ROOT, *parts, "6", "--resume_from_checkpoint", "latest", **environment))
+    train_distill.main([*common, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "one")])
+    two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "one"))
+    assert two.keys() == one.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=0)
+    names = [{path.name for path in (tmp_path / name).glob("*.py")} for name in ("out", "one")]
+    assert names[0] == names[1], "no code of the wrapper's"
