@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 logger = logging.get_logger(__name__)
 
 # Rows of logits held at once when the caption loss is computed without returning logits.
-LOSS_CHUNK = 512
+LOSS_CHUNK = 256
 
 
 @dataclass

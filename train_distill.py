@@ -61,6 +61,7 @@ from tinycap.training.data import (
     EpochBatchSampler,
     SkippedRows,
     StreamingCaptionDataset,
+    content_fingerprint,
     decode_dataset,
     load_splits,
     picture_of,
@@ -260,6 +261,7 @@ class Data:
         train: decoded rows; `None` for a stream, which is decoded as it comes.
         validation: decoded rows.
         scenes: the true scenes of the validation pictures (JSON), where the pictures are drawn.
+        fingerprint: the `content_fingerprint` of `train`; `None` for a stream.
     """
 
     raw_train: datasets.Dataset | datasets.IterableDataset
@@ -268,6 +270,7 @@ class Data:
     train: datasets.Dataset | None
     validation: datasets.Dataset
     scenes: list[str] | None = None
+    fingerprint: str | None = None
 
 
 def build_data(args: argparse.Namespace, image_size: int, skipped: SkippedRows) -> Data:
@@ -289,10 +292,10 @@ def build_data(args: argparse.Namespace, image_size: int, skipped: SkippedRows) 
         )
     columns = resolve_columns(train, args.image_column, args.caption_column)
     validation_rows = decode_dataset(validation, columns, image_size, skipped, args.validation_split or "validation")
-    train_rows = None
-    if not args.streaming:
-        train_rows = decode_dataset(train, columns, image_size, skipped, args.train_split)
-    return Data(train, validation, columns, train_rows, validation_rows, scenes)
+    if args.streaming:
+        return Data(train, validation, columns, None, validation_rows, scenes)
+    train_rows = decode_dataset(train, columns, image_size, skipped, args.train_split)
+    return Data(train, validation, columns, train_rows, validation_rows, scenes, content_fingerprint(train_rows))
 
 
 def iterate_captions(data: Data, num_streamed: int = 100_000):
@@ -319,7 +322,7 @@ def build_loaders(
 ) -> tuple[TrainBatches, DataLoader]:
     """This process's training batches, and one loader of validation batches in order.
 
-    With `--teacher_cache_dir` the training batches bring the teacher's embeddings along.
+    With `--teacher_cache_dir` the batches bring the teacher's embeddings along, and the teacher isn't needed any more.
     """
     augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter)
     common = {
@@ -345,21 +348,25 @@ def build_loaders(
         train_loader = StatefulDataLoader(stream, args.per_device_train_batch_size, **common)
     else:
         dataset = CaptionDataset(data.train, image_size, augmentation, args.captions_per_image, args.seed)
-        if args.teacher_cache_dir is not None:
-            dataset.teacher_cache = build_teacher_cache(
-                accelerator,
-                teacher,
-                dataset,
-                collator,
-                args.teacher_cache_dir,
-                args.teacher_views,
-                args.per_device_eval_batch_size,
-                args.dataloader_num_workers,
-            )
         sampler = EpochBatchSampler(len(dataset), args.per_device_train_batch_size, args.seed, **processes)
         train_loader = DataLoader(dataset, batch_sampler=sampler, **common, **persistent)
-    dataset = CaptionDataset(data.validation, image_size, None, args.captions_per_image, args.seed)
-    validation_loader = DataLoader(dataset, args.per_device_eval_batch_size, **common, **persistent)
+    shown = CaptionDataset(data.validation, image_size, None, args.captions_per_image, args.seed)
+    validation_loader = DataLoader(shown, args.per_device_eval_batch_size, **common, **persistent)
+    if args.teacher_cache_dir is not None:
+        # Photos to validate on are always cropped alike: one view.
+        views = ((dataset, args.teacher_views, data.fingerprint), (shown, 1, content_fingerprint(data.validation)))
+        for photos, num_views, fingerprint in views:
+            photos.teacher_cache = build_teacher_cache(
+                accelerator,
+                teacher,
+                photos,
+                collator,
+                args.teacher_cache_dir,
+                num_views,
+                args.per_device_eval_batch_size,
+                fingerprint,
+                args.dataloader_num_workers,
+            )
     return TrainBatches(train_loader, accelerator.device), accelerator.prepare(validation_loader)
 
 
@@ -479,6 +486,13 @@ def change_image_size(model: TinyCapForConditionalGeneration, image_size: int) -
         config.image_size = image_size
 
 
+def enable_gradient_checkpointing(model: TinyCapForConditionalGeneration) -> None:
+    """Computes the layers' activations again in the backward pass instead of keeping them."""
+    # Renamed in transformers 5.24.
+    renamed = hasattr(model, "activation_checkpointing_enable")
+    (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
+
+
 def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForConditionalGeneration:
     """A new model with fresh weights, or the one to continue from."""
     if args.model_name_or_path is None:
@@ -498,9 +512,7 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
             )
         change_image_size(model, config.vision_config.image_size)
     if args.gradient_checkpointing:
-        # Renamed in transformers 5.24.
-        renamed = hasattr(model, "activation_checkpointing_enable")
-        (model.activation_checkpointing_enable if renamed else model.gradient_checkpointing_enable)()
+        enable_gradient_checkpointing(model)
     return model
 
 
@@ -544,7 +556,9 @@ def evaluate(
     captions, student_embeds, teacher_embeds, losses = [], [], [], []
     progress = tqdm(loader, desc="Validating", leave=False, disable=not accelerator.is_local_main_process)
     for batch in progress:
-        target = None if teacher is None else teacher(batch["pixel_values"])
+        target = batch.get("teacher_embeds")
+        if target is None and teacher is not None:
+            target = teacher(batch["pixel_values"])
         with accelerator.autocast():
             encoder_outputs = model.get_encoder()(batch["pixel_values"], return_dict=True)
             output = model(
@@ -815,6 +829,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         tokenizer, args.max_caption_length, image_processor.image_mean, image_processor.image_std
     )
     batches, validation_loader = build_loaders(args, accelerator, data, collator, image_size, skipped, teacher)
+    teacher_fact = "none"
+    if teacher is not None:
+        name = args.teacher_name_or_path or "trained in the same run"
+        teacher_fact = f"{name}, {args.teacher_feature} feature of width {teacher.embed_dim}"
+    if args.teacher_cache_dir is not None:
+        # 350 MB for ViT-B/32, which has said all it will be asked.
+        teacher = None
     steps_per_epoch = None
     if not args.streaming:
         steps_per_epoch = math.ceil(len(batches.loader) / args.gradient_accumulation_steps)
@@ -833,9 +854,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.report_to != "none":
         accelerator.init_trackers("tinycap", config={k: v for k, v in vars(args).items() if not isinstance(v, dict)})
 
-    state = {"step": 0, "epoch": 0, "batch": 0}
+    state = {"step": 0, "epoch": 0, "batch": 0, "data": data.fingerprint}
     if resume_from is not None:
         state, own_state = load_checkpoint(accelerator, resume_from)
+        if state["data"] != data.fingerprint:
+            raise ValueError(
+                f"checkpoint {resume_from}: expected the training photos that it was written with, of fingerprint "
+                f"{state['data']}, got {data.fingerprint}; other photos are for --model_name_or_path to go on with"
+            )
         batches.load_state_dict(own_state)
         logger.info("Going on from %s at step %d.", resume_from, state["step"])
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
@@ -884,10 +910,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         "batch_size": batch_size,
         "hours": (time.perf_counter() - started) / 3600,
         "device": f"{accelerator.num_processes} x {accelerator.device.type}",
-        "teacher": "none"
-        if teacher is None
-        else f"{args.teacher_name_or_path or 'trained in the same run'}, "
-        f"{args.teacher_feature} feature of width {teacher.embed_dim}",
+        "teacher": teacher_fact,
         "num_train_images": num_train_images,
         "num_images": len(evaluation.captions),
     }

@@ -16,6 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 
 
@@ -25,23 +26,25 @@ import torch
 from accelerate import Accelerator
 from reference import ReferenceCaptioner, as_pairs, reference_losses
 from torch.utils.data import DataLoader
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, get_scheduler
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.train_distill import joint_losses
+from tinycap.train_distill import enable_gradient_checkpointing, joint_losses, train_step
 from tinycap.training.data import (
     Augmentation,
     CaptionCollator,
     CaptionDataset,
-    EpochSampler,
+    EpochBatchSampler,
     SkippedRows,
+    content_fingerprint,
     decode_dataset,
     load_split,
     resolve_columns,
 )
 from tinycap.training.logs import write_json, write_text
+from tinycap.training.loop import StopSignals, TrainBatches, steps_of
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor
 from tinycap.training.teacher import Teacher
@@ -61,6 +64,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--split", default="train", help="its split")
     parser.add_argument("--num_photos", type=int, default=512, help="photos that the batches are drawn from")
     parser.add_argument("--batch_size", type=int, default=26, help="photos in a step of ours, with all their captions")
+    parser.add_argument(
+        "--gradient_checkpointing", action="store_true", help="ours as train_distill.py's flag of this name"
+    )
     parser.add_argument("--reference_batch_size", type=int, default=128, help="pairs in a step of the reference")
     parser.add_argument("--vocab_sizes", type=int, nargs="+", default=[50257, 8192], help="sizes of the embedding")
     parser.add_argument("--steps", type=int, default=2, help="steps of a window")
@@ -96,58 +102,33 @@ class Set:
 
     def batches(self, num_photos: int):
         """Batches without end, by the training script's own loader settings."""
-        sampler, epoch = EpochSampler(len(self.dataset), SEED), 0
-        options = {"collate_fn": self.collator, "num_workers": 1, "persistent_workers": True, "drop_last": True}
-        loader = DataLoader(self.dataset, num_photos, sampler=sampler, **options)
-        while True:
-            sampler.set_epoch(epoch)
-            yield from loader
-            epoch += 1
+        sampler = EpochBatchSampler(len(self.dataset), num_photos, SEED, equal=True)
+        options = {"collate_fn": self.collator, "num_workers": 1, "persistent_workers": True}
+        batches = TrainBatches(DataLoader(self.dataset, batch_sampler=sampler, **options), torch.device("cpu"))
+        for epoch in count():
+            yield from batches.epoch(epoch)
 
 
 class Loop:
-    """Steps of one of the two loops, and the seconds that each stage took.
+    """Steps of one of the two loops, and the seconds that each stage took."""
 
-    Args:
-        name: "reference" or "tinycap".
-    """
+    def __init__(self, data: Set, vocab_size: int, num_photos: int, pairs_a_step: int):
+        self.data = data
+        self.pairs_a_step = pairs_a_step
+        self.seconds = {"waiting": 0.0, "forward": 0.0, "backward": 0.0, "optimizer": 0.0}
+        self.batches = data.batches(num_photos)
+        self.prepare(data.model(vocab_size).train())
 
-    def __init__(self, name: str, data: Set, vocab_size: int, args: argparse.Namespace):
-        self.name, self.data = name, data
-        model = data.model(vocab_size)
-        self.is_reference = name == "reference"
-        self.model = (ReferenceCaptioner(model) if self.is_reference else model).train()
-        if self.is_reference:
-            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
-        else:
-            self.optimizer = create_optimizer(self.model, 1e-4, 0.01)
-        # A batch of pairs is a few photos with all their captions: the same samples for both.
-        photos = args.reference_batch_size // 5 + 1 if self.is_reference else args.batch_size
-        self.pairs_a_step = args.reference_batch_size if self.is_reference else 5 * args.batch_size
-        self.batches = data.batches(photos)
-        self.seconds = {}
+    def timed(self, stage: str, function):
+        """`function`, whose time counts as `stage`'s."""
 
-    def losses(self, batch: dict) -> dict[str, torch.Tensor]:
-        if not self.is_reference:
-            return joint_losses(self.model, self.model, batch, batch["teacher_embeds"])
-        pairs = {key: value[: self.pairs_a_step] for key, value in as_pairs(batch).items() if torch.is_tensor(value)}
-        tokenizer = self.data.tokenizer
-        return reference_losses(self.model, self.data.teacher, pairs, tokenizer.bos_token_id, tokenizer.pad_token_id)
+        def run(*args, **kwargs):
+            start = time.perf_counter()
+            result = function(*args, **kwargs)
+            self.seconds[stage] += time.perf_counter() - start
+            return result
 
-    def step(self) -> None:
-        marks = [time.perf_counter()]
-        batch = next(self.batches)
-        marks.append(time.perf_counter())
-        losses = self.losses(batch)
-        marks.append(time.perf_counter())
-        losses["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        marks.append(time.perf_counter())
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        marks.append(time.perf_counter())
-        for stage, start, end in zip(("waiting", "forward", "backward", "optimizer"), marks, marks[1:]):
-            self.seconds[stage] = self.seconds.get(stage, 0.0) + end - start
+        return run
 
     def window(self, steps: int) -> float:
         """Pairs a second over `steps` steps."""
@@ -156,23 +137,92 @@ class Loop:
             self.step()
         return steps * self.pairs_a_step / (time.perf_counter() - start)
 
+    def shares(self) -> dict[str, float]:
+        """What part of the steps' time each stage took."""
+        total = sum(self.seconds.values())
+        return {stage: seconds / total for stage, seconds in self.seconds.items()}
 
-def largest_loss_difference(data: Set, vocab_size: int, args: argparse.Namespace, steps: int = 3) -> float:
+
+class OurLoop(Loop):
+    """`train_distill.py`'s own step, from `steps_of` to the optimizer."""
+
+    name = "tinycap"
+
+    def __init__(self, data: Set, vocab_size: int, args: argparse.Namespace):
+        self.args = argparse.Namespace(**vars(args), seed=SEED, gradient_accumulation_steps=1, max_grad_norm=1.0)
+        super().__init__(data, vocab_size, args.batch_size, 5 * args.batch_size)
+
+    def prepare(self, model) -> None:
+        self.accelerator = Accelerator(cpu=True)
+        if self.args.gradient_checkpointing:
+            enable_gradient_checkpointing(model)
+        optimizer = create_optimizer(model, 1e-4, 0.01)
+        scheduler = get_scheduler("constant", optimizer)
+        self.model, self.optimizer, self.scheduler = self.accelerator.prepare(model, optimizer, scheduler)
+        self.steps = steps_of(self.accelerator, self.batches, 1, StopSignals())
+        self.accelerator.backward = self.timed("backward", self.accelerator.backward)
+        self.optimizer.step = self.timed("optimizer", self.optimizer.step)
+        self.losses = self.timed("forward", joint_losses)
+
+    def step(self) -> None:
+        step = next(self.steps)
+        self.seconds["waiting"] += step.waited
+        train_step(
+            self.args, self.accelerator, self.model, self.optimizer, self.scheduler, None, self.losses, step, number=1
+        )
+
+
+class ReferenceLoop(Loop):
+    """The published step; a batch of pairs is a few photos with all their captions, the same samples as ours."""
+
+    name = "reference"
+
+    def __init__(self, data: Set, vocab_size: int, args: argparse.Namespace):
+        super().__init__(data, vocab_size, args.reference_batch_size // 5 + 1, args.reference_batch_size)
+
+    def prepare(self, model) -> None:
+        self.model = ReferenceCaptioner(model).train()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, weight_decay=0.01)
+        self.next_batch = self.timed("waiting", lambda: next(self.batches))
+        self.forward = self.timed("forward", self.losses)
+        self.backward = self.timed("backward", lambda loss: loss.backward())
+        self.update = self.timed("optimizer", self.optimizer.step)
+
+    def losses(self, batch: dict) -> dict[str, torch.Tensor]:
+        pairs = {key: value[: self.pairs_a_step] for key, value in as_pairs(batch).items() if torch.is_tensor(value)}
+        tokenizer = self.data.tokenizer
+        return reference_losses(self.model, self.data.teacher, pairs, tokenizer.bos_token_id, tokenizer.pad_token_id)
+
+    def step(self) -> None:
+        self.backward(self.forward(self.next_batch())["loss"])
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.update()
+        self.optimizer.zero_grad()
+
+
+LOOPS = {loop.name: loop for loop in (ReferenceLoop, OurLoop)}
+
+
+def largest_loss_difference(data: Set, vocab_size: int, steps: int = 3) -> float:
     """Largest difference of any named loss over the first steps on the same batches, each loop taking its own steps."""
-    ours, reference = (Loop(name, data, vocab_size, args) for name in ("tinycap", "reference"))
+    ours = data.model(vocab_size).train()
+    reference = ReferenceCaptioner(data.model(vocab_size)).train()
+    ids = data.tokenizer.bos_token_id, data.tokenizer.pad_token_id
     # The same optimizer for both: what is compared is the objective.
-    reference.optimizer = torch.optim.AdamW(reference.model.parameters(), lr=1e-4, weight_decay=0.0)
-    ours.optimizer = torch.optim.AdamW(ours.model.parameters(), lr=1e-4, weight_decay=0.0)
-    reference.pairs_a_step = 5 * 6
+    optimizers = [torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.0) for model in (ours, reference)]
     batches, largest = data.batches(6), 0.0
     for _ in range(steps):
         batch = next(batches)
-        found = [loop.losses(batch) for loop in (ours, reference)]
+        pairs = {key: value for key, value in as_pairs(batch).items() if torch.is_tensor(value)}
+        found = [
+            joint_losses(ours, ours, batch, batch["teacher_embeds"]),
+            reference_losses(reference, data.teacher, pairs, *ids),
+        ]
         largest = max(largest, *(abs(found[0][name] - found[1][name]).item() for name in found[0]))
-        for loop, losses in zip((ours, reference), found):
+        for optimizer, losses in zip(optimizers, found):
             losses["loss"].backward()
-            loop.optimizer.step()
-            loop.optimizer.zero_grad()
+            optimizer.step()
+            optimizer.zero_grad()
     return largest
 
 
@@ -182,6 +232,7 @@ def peak_memory(name: str, args: argparse.Namespace) -> dict[str, float]:
     for flag in ("num_photos", "batch_size", "reference_batch_size"):
         command += [f"--{flag}", str(getattr(args, flag))]
     command += ["--vocab_sizes", str(args.vocab_sizes[0]), "--output_dir", args.output_dir]
+    command += ["--gradient_checkpointing"] * args.gradient_checkpointing
     output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -194,20 +245,35 @@ def memory_of_this_process(name: str) -> float:
     raise OSError(f"/proc/self/status: expected a line {name}")
 
 
+def reset_peak_of_this_process() -> None:
+    """Lets `VmHWM` begin anew (Linux: man 5 proc, clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
 def main() -> None:
     args = parse_args()
     data = Set(args)
     cache_dir = Path(args.output_dir) / "teacher_cache"
     data.dataset.teacher_cache = build_teacher_cache(
-        Accelerator(cpu=True), data.teacher, data.dataset, data.collator, cache_dir, 1, 32, num_workers=1
+        Accelerator(cpu=True),
+        data.teacher,
+        data.dataset,
+        data.collator,
+        cache_dir,
+        1,
+        32,
+        content_fingerprint(data.dataset.rows),
+        num_workers=1,
     )
     if args.only:
         if args.only == "tinycap":
-            # A run that finds its cache never loads the teacher's activations, but it does load the teacher.
-            data.teacher.requires_grad_(False)
-        loop = Loop(args.only, data, args.vocab_sizes[0], args)
+            # As in a run that has its cache.
+            data.teacher = None
+        loop = LOOPS[args.only](data, args.vocab_sizes[0], args)
         before = memory_of_this_process("VmRSS")
-        loop.window(2)
+        # The teacher's forward passes are behind us.
+        reset_peak_of_this_process()
+        loop.window(3)
         peak = memory_of_this_process("VmHWM")
         print(json.dumps({"before_mb": before, "peak_mb": peak, "steps_mb": peak - before}))
         return
@@ -220,22 +286,21 @@ def main() -> None:
         "vocab_sizes": {},
     }
     for vocab_size in args.vocab_sizes:
-        found = {"largest_loss_difference": largest_loss_difference(data, vocab_size, args)}
-        loops = [Loop(name, data, vocab_size, args) for name in ("reference", "tinycap")]
+        found = {"largest_loss_difference": largest_loss_difference(data, vocab_size)}
+        loops = [loop(data, vocab_size, args) for loop in LOOPS.values()]
         rates = {loop.name: [] for loop in loops}
         for loop in loops:
             loop.window(1)
-            loop.seconds.clear()
+            loop.seconds = dict.fromkeys(loop.seconds, 0.0)
         for _ in range(args.windows):
             for loop in loops:
                 rates[loop.name].append(loop.window(args.steps))
                 print(vocab_size, loop.name, f"{rates[loop.name][-1]:.1f} pairs/s", flush=True)
         for loop in loops:
-            total = sum(loop.seconds.values())
             found[loop.name] = {
                 "pairs_per_second": statistics.median(rates[loop.name]),
                 "windows": rates[loop.name],
-                "shares": {stage: seconds / total for stage, seconds in loop.seconds.items()},
+                "shares": loop.shares(),
             }
         ratios = [b / a for a, b in zip(rates["reference"], rates["tinycap"])]
         found["speedup"] = statistics.median(ratios)
@@ -259,6 +324,11 @@ def write_results(output_dir: Path, results: dict) -> None:
             f"| {found['tinycap']['pairs_per_second']:.1f} | {found['speedup']:.1f} "
             f"| {found['tinycap']['shares']['waiting']:.1%} | {found['largest_loss_difference']:.0e} |"
         )
+    lines += ["", "| share of a step | waiting | forward | backward | optimizer |", "|---|---|---|---|---|"]
+    for vocab_size, found in results["vocab_sizes"].items():
+        for name, title in (("reference", "published loop"), ("tinycap", "TinyCap")):
+            shares = " | ".join(f"{share:.1%}" for share in found[name]["shares"].values())
+            lines.append(f"| {title}, {vocab_size:,} tokens | {shares} |")
     lines += [
         "",
         f"Peak memory: {reference['peak_mb']:,.0f} MB published, {ours['peak_mb']:,.0f} MB ours; of the steps alone "

@@ -8,7 +8,7 @@ from tiny import CAPTIONS, draw_picture
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tinycap.training import teacher_cache
-from tinycap.training.data import DECODED_FEATURES, Augmentation, CaptionCollator, CaptionDataset
+from tinycap.training.data import DECODED_FEATURES, Augmentation, CaptionCollator, CaptionDataset, content_fingerprint
 from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 
@@ -41,16 +41,17 @@ def build(collator, tmp_path, monkeypatch):
     seen = []
 
     def run(teacher=None, dataset=None, num_views=3):
-        teacher = teacher or make_teacher()
+        teacher, dataset = teacher or make_teacher(), dataset or make_dataset()
         teacher.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
         return build_teacher_cache(
             Accelerator(cpu=True),
             teacher,
-            dataset or make_dataset(),
+            dataset,
             collator,
             tmp_path / "cache",
             num_views,
             batch_size=3,
+            dataset_fingerprint=content_fingerprint(dataset.rows),
         )
 
     run.seen = seen
@@ -82,6 +83,31 @@ def test_a_finished_cache_is_not_computed_again(build):
     assert sum(build.seen) == 3 * 11
     build(num_views=4)
     assert sum(build.seen) == 4 * 11, "one more view is added to those there"
+
+
+def test_a_cache_serves_the_same_photos_from_another_place(build, tmp_path):
+    build()
+    moved = make_dataset()
+    moved.rows.save_to_disk(tmp_path / "elsewhere")
+    moved.rows = Dataset.load_from_disk(tmp_path / "elsewhere")
+    build(dataset=moved)
+    assert sum(build.seen) == 3 * 11, "nothing is computed again"
+
+
+def test_one_changed_pixel_or_caption_is_another_dataset():
+    rows = make_dataset(4).rows
+    table = rows.to_list()
+
+    def changed(index: int, **values) -> str:
+        rows = [{**row, **(values if place == index else {})} for place, row in enumerate(table)]
+        return content_fingerprint(Dataset.from_list(rows, features=make_dataset(4).rows.features))
+
+    pixels = bytearray(table[2]["pixels"])
+    pixels[-1] ^= 1
+    found = [changed(0), changed(2, pixels=bytes(pixels)), changed(3, captions=["other"]), changed(1, width=38)]
+    assert found[0] == content_fingerprint(rows) and len(set(found)) == 4
+    assert content_fingerprint(rows.select([1, 0, 2, 3])) != found[0], "their order counts"
+    assert content_fingerprint(rows.select([3, 0]).select([1, 0])) == content_fingerprint(rows.select([0, 3]))
 
 
 def test_an_interrupted_build_goes_on_where_it_stopped(build, tmp_path):

@@ -1,15 +1,19 @@
+import io
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import draw_picture, log_rows, tiny_model, tiny_repository_model
+from tiny import CAPTIONS, draw_picture, log_rows, png_bytes, tiny_model, tiny_repository_model
 from transformers import pipeline
 
 from tinycap import train_distill, train_teacher
@@ -73,6 +77,16 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monk
     assert times == sorted(times), "the clock goes on where it stopped"
     losses = [[(row["step"], row["loss"]) for row in log_rows(tmp_path / n) if "loss" in row] for n in ("whole", "out")]
     assert losses[0] == losses[1]
+
+
+def test_a_run_does_not_go_on_with_other_photos_than_it_began_with(flags, photos, tmp_path):
+    train_distill.main([*flags, "--max_train_steps", "2"])
+    changed = tmp_path / "changed"
+    shutil.copytree(photos, changed)
+    rows = datasets.Dataset.from_parquet(str(changed / "train.parquet"), cache_dir=str(tmp_path / "rows"))
+    rows.select(range(1, len(rows))).to_parquet(changed / "train.parquet")
+    with pytest.raises(ValueError, match="expected the training photos that it was written with"):
+        train_distill.main([*flags, "--dataset_name", str(changed), "--resume_from_checkpoint", "latest"])
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(flags, tmp_path):
@@ -159,6 +173,39 @@ def test_a_stream_trains_as_well(flags, tmp_path):
     train_distill.main([*flags, "--streaming", "--max_train_steps", "4"])
     assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == [1, 2, 3, 4]
     assert (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.fixture
+def web_shards(tmp_path) -> str:
+    """Tar shards as img2dataset writes them, `<key>.png` beside `<key>.txt`: two to train on, one to validate on."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for number, (name, num) in enumerate((("train-00000", 9), ("train-00001", 7), ("validation-00000", 5))):
+        with tarfile.open(folder / f"{name}.tar", "w") as shard:
+            for index in range(num):
+                for suffix, content in (
+                    ("png", png_bytes(draw_picture(10 * number + index))),
+                    ("txt", CAPTIONS[index % 4].encode()),
+                ):
+                    entry = tarfile.TarInfo(f"{number}{index:08}.{suffix}")
+                    entry.size = len(content)
+                    shard.addfile(entry, io.BytesIO(content))
+    return str(folder)
+
+
+@pytest.mark.parametrize("streaming", [True, False])
+def test_webdataset_shards_train_streamed_or_not_and_resume_to_the_same_weights(flags, tmp_path, web_shards, streaming):
+    common = [*flags, "--dataset_name", web_shards, "--streaming" if streaming else "--no-streaming"]
+    common += ["--per_device_train_batch_size", "3", "--checkpointing_steps", "3", "--dataloader_num_workers", "1"]
+    train_distill.main(common)
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    checkpoint = tmp_path / "out" / "checkpoint-3"
+    train_distill.main([*common, "--resume_from_checkpoint", str(checkpoint)])
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    if streaming:
+        position = json.loads((checkpoint / "process_state_0.json").read_text())
+        assert position["loader"] and not position["finished"]
 
 
 def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):

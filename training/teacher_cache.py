@@ -3,7 +3,9 @@
 What MobileCLIP calls a reinforced data set (Vasu et al., 2024, https://arxiv.org/abs/2311.17049), with the consistency
 that Beyer et al. found to matter (2022, https://arxiv.org/abs/2106.05237). A view is a number: with the run's seed it
 reproduces the photo's crop, mirroring and colours, so that only embeddings are stored. The folder's name is a key of
-everything that shapes them; another teacher, data set or augmentation looks for another folder.
+everything that shapes them; another teacher, data set or augmentation looks for another folder. The key is of
+contents, not of paths or times, so that a folder can be shared: uploaded beside the data set, it serves whoever trains
+on the same photos.
 """
 
 import hashlib
@@ -28,10 +30,12 @@ logger = logging.getLogger(__name__)
 # Rows of a file: what an interruption may cost, and what processes share out among themselves.
 SHARD_SIZE = 1024
 # Part of the key: raise it when a view's picture or the way it is stored changes.
-CACHE_VERSION = 1
+CACHE_VERSION = 2
 
 
-def teacher_recipe(teacher: Teacher, dataset: CaptionDataset, collator: CaptionCollator) -> dict:
+def teacher_recipe(
+    teacher: Teacher, dataset: CaptionDataset, collator: CaptionCollator, dataset_fingerprint: str
+) -> dict:
     """Everything that an embedding of the cache depends on, as JSON."""
     weights = hashlib.sha256()
     for name, value in sorted(teacher.vision_model.state_dict().items()):
@@ -50,7 +54,7 @@ def teacher_recipe(teacher: Teacher, dataset: CaptionDataset, collator: CaptionC
         "augmentation": vars(dataset.augmentation),
         "seed": dataset.seed,
         "num_rows": len(dataset),
-        "dataset": dataset.rows._fingerprint,
+        "dataset": dataset_fingerprint,
     }
 
 
@@ -82,6 +86,7 @@ def build_teacher_cache(
     cache_dir: str | Path,
     num_views: int,
     batch_size: int,
+    dataset_fingerprint: str,
     num_workers: int = 0,
 ) -> TeacherCache:
     """Computes what `cache_dir` doesn't hold yet, each process its share, and opens the whole.
@@ -92,11 +97,15 @@ def build_teacher_cache(
     Args:
         dataset: the training photos; its augmentation and seed make the views.
         batch_size: photos that the teacher sees together.
+        dataset_fingerprint: the `content_fingerprint` of the dataset's rows.
 
     Raises:
         ValueError: a file in the cache isn't what its name says; names it.
     """
-    recipe = {**teacher_recipe(teacher, dataset, collator), "precision": accelerator.mixed_precision}
+    recipe = {
+        **teacher_recipe(teacher, dataset, collator, dataset_fingerprint),
+        "precision": accelerator.mixed_precision,
+    }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(cache_dir) / f"teacher-{key}"
     folder.mkdir(parents=True, exist_ok=True)
