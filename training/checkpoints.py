@@ -10,10 +10,15 @@ from pathlib import Path
 import numpy
 import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
 
 
 STATE_FILE = "trainer_state.json"
 OWN_STATE_FILE = "process_state_{}.json"
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written; those before it are intact."""
 
 
 def save_checkpoint(
@@ -32,6 +37,9 @@ def save_checkpoint(
 
     Returns:
         The checkpoint's folder.
+
+    Raises:
+        CheckpointWriteError: the disk is full, or fails otherwise; says how much is free.
     """
     output_dir = Path(output_dir)
     final, aside = output_dir / f"checkpoint-{state['step']}", output_dir / f".checkpoint-{state['step']}"
@@ -39,7 +47,15 @@ def save_checkpoint(
         for stale in output_dir.glob(".checkpoint-*"):
             shutil.rmtree(stale)
     accelerator.wait_for_everyone()
-    accelerator.save_state(str(aside))
+    try:
+        accelerator.save_state(str(aside))
+    except (OSError, RuntimeError, SafetensorError) as error:
+        # torch and safetensors say of a full disk what they were doing, not what was missing.
+        free = shutil.disk_usage(output_dir).free
+        raise CheckpointWriteError(
+            f"checkpoint {final}: could not be written, {free / 1e6:,.1f} MB are free there; the checkpoints before it "
+            f"are intact: {error}"
+        ) from error
     if own_state is not None:
         (aside / OWN_STATE_FILE.format(accelerator.process_index)).write_text(json.dumps(own_state))
     accelerator.wait_for_everyone()
