@@ -251,9 +251,7 @@ def full_disk(bench: Bench, number: int) -> tuple[bool, str]:
         intact = bench.newest_is_intact(name) and bool(complete_checkpoints(folder))
         subprocess.run(["mount", "-o", f"remount,size={20 * size}", folder], check=True)
         again = bench.run(name).wait()
-        return intact and again == 0 and bench.is_exact(
-            name
-        ), "ends and says how much is free; goes on when there is room"
+        return intact and again == 0 and bench.is_exact(name), "says how much is free; goes on when there is room"
     finally:
         subprocess.run(["umount", "-l", folder], check=True)
 
