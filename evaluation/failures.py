@@ -118,7 +118,7 @@ def _colors_before(words: list[str], place: int) -> set[str]:
     found, others = set(), 0
     for word in reversed(words[max(0, place - 5) : place]):
         if word in COLORS_OF_WORD:
-            found.add(COLORS_OF_WORD[word])
+            found |= COLORS_OF_WORD[word]
         elif word not in ("and", ","):
             others += 1
             if found or others > 1 or word in THINGS_OF_WORD:

@@ -129,7 +129,7 @@ CHILDREN = "child children kid boy girl baby infant toddler youngster"
 # Words for any thing of a kind: they support every one and are supported by every one.
 GENERAL = {"being": "animal pet", "vehicle or board": "board", "sport": "game sport match"}
 
-# Colours that people call the same thing by share a family.
+# Colours that people call the same thing by share a family; a word may belong to two.
 COLORS = {
     "black": "black",
     "white": "white cream",
@@ -177,10 +177,10 @@ def forms(words: str) -> list[str]:
     return [form.replace("_", " ") for word in words.split() for form in (word, plural(word))]
 
 
-def _index(lists: dict[str, str]) -> dict[str, set[str]]:
+def _index(lists: dict[str, str], plurals: bool = True) -> dict[str, set[str]]:
     index: dict[str, set[str]] = {}
     for name, words in lists.items():
-        for word in forms(words):
+        for word in forms(words) if plurals else words.split():
             index.setdefault(word, set()).add(name)
     return index
 
@@ -188,6 +188,6 @@ def _index(lists: dict[str, str]) -> dict[str, set[str]]:
 KIND_OF = {thing: kind for kind, things in THINGS.items() for thing in things}
 THINGS_OF_WORD = _index({thing: words for things in THINGS.values() for thing, words in things.items()})
 GENERAL_OF_WORD = _index(GENERAL)
-COLORS_OF_WORD = {word: name for name, words in COLORS.items() for word in words.split()}
+COLORS_OF_WORD = _index(COLORS, plurals=False)
 GENDER_OF_WORD = {word: name for name, words in GENDERS.items() for word in forms(words)}
 CHILD_WORDS = set(forms(CHILDREN))
