@@ -86,7 +86,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     candidates = {
         **{
             f"integrated gradients, {steps} points": lambda steps=steps: saliency(model, pixel_values, tokens, steps)
-            for steps in (4, 8, 32)
+            for steps in (2, 4, 8)
         },
         "gradient x pixel": lambda: gradient_times_pixel(model, pixel_values, tokens),
         "gradient x pixel, absolute": lambda: gradient_times_pixel(model, pixel_values, tokens).abs(),
@@ -95,15 +95,15 @@ def main(argv: list[str] | None = None) -> list[dict]:
     }
     found = []
     for name, make in candidates.items():
-        started = time.perf_counter()
+        started = time.process_time()
         maps = make()
-        seconds = time.perf_counter() - started
+        seconds = time.process_time() - started
         falls = [fall(model, pixel_values, tokens, maps, args.share, largest) for largest in (True, False)]
         row = {
             "map": name,
             "fall_of_most": falls[0],
             "fall_of_least": falls[1],
-            "ms_a_photo": 1e3 * seconds / len(maps),
+            "cpu_ms_a_photo": 1e3 * seconds / len(maps),
         }
         found.append(row)
         print(row, flush=True)
@@ -112,9 +112,9 @@ def main(argv: list[str] | None = None) -> list[dict]:
     write_json(
         output_dir / "saliency_faithfulness.json", {"num_photos": len(images), "share": args.share, "rows": found}
     )
-    lines = ["| map | most important painted over | least important | ms a photo |", "|---|---|---|---|"]
+    lines = ["| map | most important painted over | least important | CPU ms a photo |", "|---|---|---|---|"]
     lines += [
-        f"| {row['map']} | {row['fall_of_most']:.2f} | {row['fall_of_least']:.2f} | {row['ms_a_photo']:.0f} |"
+        f"| {row['map']} | {row['fall_of_most']:.2f} | {row['fall_of_least']:.2f} | {row['cpu_ms_a_photo']:.0f} |"
         for row in found
     ]
     write_text(output_dir / "saliency_faithfulness.md", "\n".join(lines) + "\n")

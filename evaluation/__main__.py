@@ -77,7 +77,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=False,
         help="what is wrong with the captions, by English word lists of everyday photos; what drawings are taken for",
     )
-    parser.add_argument("--report_photos", type=int, default=1000, help="pictures in report.html; 0: no report")
+    parser.add_argument(
+        "--report_photos", type=int, default=200, help="pictures in report.html, drawn by seed; 0: none"
+    )
     parser.add_argument("--num_shown", type=int, default=16, help="pictures on the contact sheet")
     parser.add_argument(
         "--seed", type=int, default=0, help="of the pictures shown, the constant and the shuffled captions"

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 
 # Points on the way from the plain picture to the photo; see the benchmark for what more of them bring.
-STEPS = 8
+STEPS = 4
 # Rows of pictures that run through the model together: each takes a gradient.
 CHUNK = 32
 
