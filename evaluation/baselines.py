@@ -102,7 +102,7 @@ def baseline_scores(
         "constant": {
             **score_captions([constant] * len(references), references),
             "caption": constant,
-            "chosen_from": "training captions" if training_references else "the evaluated captions",
+            "chosen_from": "training captions" if training_references else "evaluated captions",
         },
         "shuffled": score_captions(captions[shift:] + captions[:shift], references),
     }

@@ -190,7 +190,6 @@ def fill_card(args: argparse.Namespace) -> str:
         "unlike_table": unlike_table(failures["unlike_photos"]),
         "token_probability": f"{failures['token_probability']:.2f}",
         "num_samples": min(NUM_SAMPLES, len(captions)),
-        "num_examples": NUM_EXAMPLES,
         "sample_table": sample_table(captions),
         "example_list": example_list(captions),
         **gender_figures(failures["gender"]),
