@@ -135,6 +135,9 @@ def main(argv: list[str] | None = None) -> dict:
     )
     references = references_of(dataset, columns, found.rows)
     results = score(args, found, references)
+    # % of the tokens that the model could say.
+    used = len({token for caption in found.tokens for token in caption})
+    results["vocabulary_used"] = 100 * used / model.config.text_config.vocab_size
     results["decoding"] = {
         name: generation.get(name, getattr(model.generation_config, name, None))
         for name in ("num_beams", "length_penalty", "max_new_tokens")

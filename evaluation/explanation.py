@@ -8,6 +8,7 @@ photo alone tells less of what happens when a patch is really taken away: `bench
 that.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -34,6 +35,12 @@ class TokenProbability:
     token_id: int
     probability: float
     alternatives: list[tuple[int, float]]
+
+
+def sureness(tokens: Sequence[TokenProbability]) -> float:
+    """Geometric mean of the probabilities: how sure the decoder is of what it says."""
+    # A probability may be too small for float32.
+    return math.exp(sum(math.log(max(token.probability, 1e-30)) for token in tokens) / len(tokens))
 
 
 def _labels(tokens: Sequence[Sequence[int]], device) -> torch.Tensor:

@@ -6,14 +6,13 @@
 import base64
 import io
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from PIL import Image, ImageOps
 
-from tinycap.evaluation.explanation import TokenProbability, saliency, token_probabilities
+from tinycap.evaluation.explanation import TokenProbability, saliency, sureness, token_probabilities
 from tinycap.evaluation.failures import FAILURES
 from tinycap.training.logs import write_text
 
@@ -69,13 +68,12 @@ def explain_pictures(model, processor, images: Sequence[Image.Image], tokens, ba
         pixel_values = processor.image_processor(some, return_tensors="pt")["pixel_values"].to(model.device)
         found = token_probabilities(model, pixel_values, captions)
         for image, caption, map_ in zip(some, found, saliency(model, pixel_values, captions)):
-            logs = [math.log(max(token.probability, 1e-30)) for token in caption]
             items.append(
                 {
                     "image": thumbnail(image),
                     "tokens": token_items(processor.tokenizer, caption),
                     "map": encode_map(map_),
-                    "sureness": math.exp(sum(logs) / len(logs)),
+                    "sureness": sureness(caption),
                 }
             )
     return items

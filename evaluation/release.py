@@ -181,6 +181,7 @@ def fill_card(args: argparse.Namespace) -> str:
         "num_images": f"{evaluation['num_images']:,}",
         "num_beams": evaluation["decoding"]["num_beams"],
         "table": score_table(evaluation),
+        "vocabulary_used": f"{evaluation['vocabulary_used']:.1f}",
         "constant_caption": evaluation["baselines"]["constant"]["caption"],
         "constant_chosen_from": evaluation["baselines"]["constant"]["chosen_from"],
         "failure_table": failure_table(failures["failures"]),

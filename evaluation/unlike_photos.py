@@ -8,7 +8,7 @@ from collections.abc import Callable
 from PIL import Image, ImageDraw, ImageFont
 
 from tinycap.evaluation.captioning import caption_dataset
-from tinycap.evaluation.explanation import token_probabilities
+from tinycap.evaluation.explanation import sureness, token_probabilities
 from tinycap.evaluation.failures import read_claims
 from tinycap.training.scenes import draw_scene, make_scene
 
@@ -112,9 +112,8 @@ def draw_unlike_photos(seed: int, per_kind: int = PER_KIND) -> dict[str, list[Im
 
 
 def mean_token_probability(model, pixel_values, tokens) -> float:
-    """Geometric mean of the decoder's probabilities over all tokens of N captions: how sure it is of what it says."""
-    found = [token for caption in token_probabilities(model, pixel_values, tokens) for token in caption]
-    return math.exp(sum(math.log(token.probability) for token in found) / len(found))
+    """The `sureness` of all tokens of N captions together."""
+    return sureness([token for caption in token_probabilities(model, pixel_values, tokens) for token in caption])
 
 
 def caption_unlike_photos(model, processor, seed: int, **generate_kwargs) -> list[dict]:

@@ -243,13 +243,17 @@ def test_the_ciders_of_single_captions_average_to_that_of_all():
     assert each[0] > 0 == each[2]
 
 
-def test_the_command_scores_a_checkpoint_and_leaves_its_reports(repository, tmp_path, monkeypatch):
+def test_the_command_scores_a_checkpoint_and_leaves_its_reports(tinycap, repository, tmp_path):
+    model, processor = tinycap
     data = tmp_path / "data"
     data.mkdir()
     rows_of(tmp_path, 6, bad=(4,)).to_parquet(data / "validation.parquet")
     flags = ["--model_name_or_path", str(repository), "--dataset_name", str(data), "--baselines", "--num_beams", "2"]
     results = main([*flags, "--output_dir", str(tmp_path / "out")])
+    tokens_of_all = caption_dataset(model, processor, rows_of(tmp_path, 6, bad=(4,)), num_beams=2).tokens
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == json.loads(json.dumps(results))
+    used = {token for caption in tokens_of_all for token in caption}
+    assert results["vocabulary_used"] == pytest.approx(100 * len(used) / model.config.text_config.vocab_size)
     assert results["num_images"] == 5 and results["num_skipped"] == 1 and "cider" in results["baselines"]["human"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
     assert [line["image_id"] for line in lines] == [0, 1, 2, 3, 5, 4] and lines[-1]["caption"] is None

@@ -25,6 +25,7 @@ def folders(repository, tmp_path, monkeypatch):
     monkeypatch.setattr(release, "ROOT", tmp_path / "root")
     evaluation = {
         **SCORES,
+        "vocabulary_used": 4.25,
         "num_images": 1000,
         "decoding": {"num_beams": 3},
         "fidelity": FIDELITY,
