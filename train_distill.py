@@ -44,7 +44,7 @@ from tinycap.training.arguments import (
     add_optimisation_arguments,
     add_output_arguments,
     check_common_arguments,
-    parse_with_scene_defaults,
+    parse_flags,
 )
 from tinycap.training.checkpoints import (
     complete_checkpoints,
@@ -191,7 +191,7 @@ def build_parser() -> argparse.ArgumentParser:
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the flags; every contradiction is an error that names them."""
     parser = build_parser()
-    args = parse_with_scene_defaults(parser, argv, SCENE_DEFAULTS)
+    args = parse_flags(parser, argv, SCENE_DEFAULTS)
 
     def refuse(condition: bool, message: str) -> None:
         if condition:

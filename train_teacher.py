@@ -34,7 +34,7 @@ from tinycap.training.arguments import (
     add_optimisation_arguments,
     add_output_arguments,
     check_common_arguments,
-    parse_with_scene_defaults,
+    parse_flags,
 )
 from tinycap.training.checkpoints import load_checkpoint, resolve_resume, save_checkpoint, seed_step
 from tinycap.training.data import (
@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add_data_arguments(parser)
     add_optimisation_arguments(parser, batch_size=256, captions_per_image=1, learning_rate=1e-3, weight_decay=0.1)
     add_output_arguments(parser, output_dir="outputs/teacher")
-    args = parse_with_scene_defaults(parser, argv, SCENE_DEFAULTS)
+    args = parse_flags(parser, argv, SCENE_DEFAULTS)
 
     def refuse(condition: bool, message: str) -> None:
         if condition:

@@ -2,30 +2,44 @@
 
     python -m tinycap.evaluation --model_name_or_path . --dataset_name my_photos --split validation --baselines
 
-Writes `eval_results.json`, `captions.jsonl` and the contact sheet `samples.png` to `--output_dir`.
+Writes `eval_results.json`, `captions.jsonl`, the contact sheet `samples.png` and `report.html`, which a browser opens
+from disk, to `--output_dir`; with `--failures`, `failures.json` and `unlike_photos.png` too.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import random
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
+import datasets
 from accelerate import Accelerator
+from PIL import Image
+from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from tinycap.evaluation.baselines import baseline_scores
+from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.captioning import Captions, caption_dataset
+from tinycap.evaluation.failures import analyse
 from tinycap.evaluation.fidelity import distillation_fidelity
+from tinycap.evaluation.html_report import explain_pictures, failure_tables, score_table, write_report
 from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet
+from tinycap.evaluation.unlike_photos import caption_unlike_photos, draw_unlike_photos, mean_token_probability
 from tinycap.processing_tinycap import load_image
-from tinycap.training.data import clean_captions, load_split, resolve_columns
+from tinycap.training.data import Columns, clean_captions, load_split, resolve_columns
 from tinycap.training.logs import write_json, write_text
 from tinycap.training.teacher import FEATURES, Teacher
 
 
 logger = logging.getLogger(__name__)
+
+# Photos whose token probability stands beside that of pictures unlike photos, and how many of those are shown.
+NUM_COMPARED, SHOWN_OF_A_KIND = 200, 2
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -53,41 +67,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--baselines", action=flag, default=False, help="what a constant, a shuffled, a human caption scores"
     )
+    parser.add_argument(
+        "--baseline_split",
+        help="split that the constant caption is chosen from; 'train' if there is one, else the captioned one",
+    )
+    parser.add_argument(
+        "--failures",
+        action=flag,
+        default=False,
+        help="what is wrong with the captions, by English word lists of everyday photos; what drawings are taken for",
+    )
+    parser.add_argument(
+        "--report_photos", type=int, default=200, help="pictures in report.html, drawn by seed; 0: none"
+    )
     parser.add_argument("--num_shown", type=int, default=16, help="pictures on the contact sheet")
-    parser.add_argument("--seed", type=int, default=0, help="of the pictures shown and of the shuffled captions")
+    parser.add_argument(
+        "--seed", type=int, default=0, help="of the pictures shown, the constant and the shuffled captions"
+    )
     parser.add_argument("--output_dir", default="outputs/evaluation", help="where the results go")
     parser.add_argument("--overwrite_output_dir", action=flag, default=False, help="write over earlier results")
     return parser.parse_args(argv)
-
-
-def baseline_scores(captions: list[str], references: list[list[str]], seed: int) -> dict[str, dict[str, float]]:
-    """What to hold the scores against.
-
-    Returns:
-        `constant`: one caption for all pictures, the human one that shares most words with all others; `shuffled`: the
-        model's captions, each at another picture; `human`: one person's caption against the other persons'.
-    """
-    everyone = [caption for group in references for caption in group]
-    counts: dict[str, int] = {}
-    for caption in everyone:
-        for word in set(caption.lower().split()):
-            counts[word] = counts.get(word, 0) + 1
-    words = [caption.lower().split() for caption in everyone]
-    # The mean share of captions that hold each of its words; very short ones would win by their articles alone.
-    typical = max(
-        (index for index in range(len(words)) if len(words[index]) >= 6),
-        key=lambda index: sum(counts[word] for word in words[index]) / len(words[index]),
-        default=0,
-    )
-    shift = random.Random(seed).randrange(1, len(captions)) if len(captions) > 1 else 0
-    found = {
-        "constant": score_captions([everyone[typical]] * len(references), references),
-        "shuffled": score_captions(captions[shift:] + captions[:shift], references),
-    }
-    several = [group for group in references if len(group) > 1]
-    if several:
-        found["human"] = score_captions([group[0] for group in several], [group[1:] for group in several])
-    return found
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -134,20 +133,90 @@ def main(argv: list[str] | None = None) -> dict:
         progress=True,
         **generation,
     )
-    results = score(args, dataset, columns, found)
+    references = references_of(dataset, columns, found.rows)
+    results = score(args, found, references)
+    # % of the tokens that the model could say.
+    used = len({token for caption in found.tokens for token in caption})
+    results["vocabulary_used"] = 100 * used / model.config.text_config.vocab_size
     results["decoding"] = {
         name: generation.get(name, getattr(model.generation_config, name, None))
         for name in ("num_beams", "length_penalty", "max_new_tokens")
     }
     if accelerator.is_main_process:
-        write_results(args, dataset, columns, found, results)
+        evaluated = Evaluated(dataset, columns, found, references, cider_of_each(found.captions, references))
+        analysis = None
+        if args.failures:
+            analysis = analyse_failures(args, model, processor, evaluated, generation)
+        write_results(args, evaluated, results, analysis)
+        if args.report_photos:
+            write_html(args, model, processor, evaluated, results, analysis)
         print(json.dumps(results, indent=2))
     return results
 
 
-def score(args: argparse.Namespace, dataset, columns, found: Captions) -> dict:
+@dataclass
+class Evaluated:
+    """What the reports are made of; the lists go row by row with `found.rows`.
+
+    Args:
+        dataset: the rows, with `columns`.
+        found: captions, tokens and embeddings.
+        references: the human captions.
+        ciders: CIDEr of each caption, times 100.
+    """
+
+    dataset: datasets.Dataset
+    columns: Columns
+    found: Captions
+    references: list[list[str]]
+    ciders: list[float]
+
+    def picture(self, position: int) -> Image.Image:
+        return load_image(self.dataset[self.found.rows[position]][self.columns.image])
+
+    def ids(self) -> list:
+        """The id of every row of the data set."""
+        return self.dataset[self.columns.image_id] if self.columns.image_id else list(range(len(self.dataset)))
+
+    def draw(self, number: int, seed: int) -> list[int]:
+        """Positions of pictures to show: drawn by seed, not chosen, for the best ones would say nothing."""
+        return sorted(random.Random(seed).sample(range(len(self.found.rows)), min(number, len(self.found.rows))))
+
+
+def references_of(dataset, columns: Columns, rows: list[int]) -> list[list[str]]:
+    """The human captions of the pictures that were captioned; a picture without any is an error that names its row."""
+    captions = dataset.select_columns([columns.caption])
+    references = []
+    for row in rows:
+        try:
+            references.append(clean_captions(captions[row][columns.caption]))
+        except ValueError as error:
+            raise ValueError(f"row {row}, column {columns.caption}: {error}") from error
+    return references
+
+
+def training_references(args: argparse.Namespace) -> list[list[str]] | None:
+    """The human captions that the constant baseline is chosen from; `None` where there are none but the scored ones."""
+    split = args.baseline_split or "train"
+    if split == args.split:
+        return None
+    try:
+        dataset = load_split(args.dataset_name, split, args.dataset_config_name)
+    except ValueError:
+        if args.baseline_split is not None:
+            raise
+        return None
+    columns = resolve_columns(dataset, args.image_column, args.caption_column)
+    references = []
+    for captions in dataset[columns.caption]:
+        # What can't be trained on can't be chosen either.
+        with contextlib.suppress(ValueError):
+            references.append(clean_captions(captions))
+    return references
+
+
+def score(args: argparse.Namespace, found: Captions, references: list[list[str]]) -> dict:
     """All figures of the captions and embeddings that were found."""
-    references = references_of(dataset, columns, found)
     results = {
         "model": args.model_name_or_path,
         "dataset": args.dataset_name,
@@ -159,46 +228,104 @@ def score(args: argparse.Namespace, dataset, columns, found: Captions) -> dict:
     if found.teacher_embeds is not None:
         results["fidelity"] = distillation_fidelity(found.image_embeds, found.teacher_embeds)
     if args.baselines:
-        results["baselines"] = baseline_scores(found.captions, references, args.seed)
+        results["baselines"] = baseline_scores(found.captions, references, training_references(args), args.seed)
     return results
 
 
-def references_of(dataset, columns, found: Captions) -> list[list[str]]:
-    """The human captions of the pictures that were captioned; a picture without any is an error that names its row."""
-    captions = dataset.select_columns([columns.caption])
-    references = []
-    for row in found.rows:
-        try:
-            references.append(clean_captions(captions[row][columns.caption]))
-        except ValueError as error:
-            raise ValueError(f"row {row}, column {columns.caption}: {error}") from error
-    return references
+def analyse_failures(args: argparse.Namespace, model, processor, evaluated: Evaluated, generation: dict) -> dict:
+    """`failures.analyse`, what the model says to pictures that aren't photos, and how sure it is of both."""
+    found = evaluated.found
+    analysis = analyse(found.captions, evaluated.references, evaluated.ciders, args.seed)
+    drawn = evaluated.draw(NUM_COMPARED, args.seed)
+    pixel_values = processor.image_processor([evaluated.picture(position) for position in drawn], return_tensors="pt")
+    analysis["token_probability"] = mean_token_probability(
+        model, pixel_values["pixel_values"].to(model.device), [found.tokens[position] for position in drawn]
+    )
+    analysis["unlike_photos"] = caption_unlike_photos(model, processor, args.seed, **generation)
+    return analysis
 
 
-def write_results(args: argparse.Namespace, dataset, columns, found: Captions, results: dict) -> None:
-    """Writes `eval_results.json`, `captions.jsonl` and `samples.png`."""
-    output_dir = Path(args.output_dir)
+def write_results(args: argparse.Namespace, evaluated: Evaluated, results: dict, analysis: dict | None) -> None:
+    """Writes `eval_results.json`, `captions.jsonl`, `samples.png` and, with an analysis, `failures.json`."""
+    output_dir, found, ids = Path(args.output_dir), evaluated.found, evaluated.ids()
     write_json(output_dir / "eval_results.json", results)
-    references = references_of(dataset, columns, found)
-    ids = dataset[columns.image_id] if columns.image_id else list(range(len(dataset)))
     lines = [
-        {"image_id": ids[row], "caption": caption, "references": group}
-        for row, caption, group in zip(found.rows, found.captions, references)
+        {"image_id": ids[row], "caption": caption, "references": group, "cider": cider}
+        for row, caption, group, cider in zip(found.rows, found.captions, evaluated.references, evaluated.ciders)
     ]
     if found.teacher_embeds is not None:
         for line, cosine in zip(lines, (found.image_embeds * found.teacher_embeds).sum(dim=-1).tolist()):
             line["teacher_cosine"] = cosine
+    if analysis is not None:
+        for line, photo in zip(lines, analysis["photos"]):
+            line.update(photo)
+        figures = {name: value for name, value in analysis.items() if name != "photos"}
+        figures["unlike_photos"] = [
+            {name: value for name, value in row.items() if name != "tokens"} for row in analysis["unlike_photos"]
+        ]
+        write_json(output_dir / "failures.json", figures)
     lines += [{"image_id": ids[row], "caption": None, "error": reason} for row, reason in found.skipped]
     write_text(output_dir / "captions.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-    # Drawn by seed, not chosen: a contact sheet of the best ones would say nothing.
-    shown = sorted(random.Random(args.seed).sample(range(len(found.rows)), min(args.num_shown, len(found.rows))))
+    shown = evaluated.draw(args.num_shown, args.seed)
     contact_sheet(
-        [load_image(dataset[found.rows[position]][columns.image]) for position in shown],
+        [evaluated.picture(position) for position in shown],
         [found.captions[position] for position in shown],
         output_dir / "samples.png",
-        references=[references[position][0] for position in shown],
+        references=[evaluated.references[position][0] for position in shown],
         title="Model's caption, and a human's in grey",
     )
+    if analysis is not None:
+        drawn = draw_unlike_photos(args.seed)
+        contact_sheet(
+            [drawn[row["kind"]][number] for row in analysis["unlike_photos"] for number in range(SHOWN_OF_A_KIND)],
+            [row["captions"][number] for row in analysis["unlike_photos"] for number in range(SHOWN_OF_A_KIND)],
+            output_dir / "unlike_photos.png",
+            columns=2 * SHOWN_OF_A_KIND,
+            title="What the model says to pictures that aren't photos",
+        )
+
+
+def write_html(
+    args: argparse.Namespace, model, processor, evaluated: Evaluated, results: dict, analysis: dict | None
+) -> None:
+    """Writes `report.html`."""
+    found, ids = evaluated.found, evaluated.ids()
+    shown = evaluated.draw(args.report_photos, args.seed)
+    photos = []
+    for start in tqdm(range(0, len(shown), args.batch_size), desc="Explaining"):
+        positions = shown[start : start + args.batch_size]
+        images = [evaluated.picture(position) for position in positions]
+        tokens = [found.tokens[position] for position in positions]
+        for position, item in zip(positions, explain_pictures(model, processor, images, tokens)):
+            item.update(
+                id=str(ids[found.rows[position]]),
+                caption=found.captions[position],
+                references=evaluated.references[position],
+                cider=evaluated.ciders[position],
+                **({} if analysis is None else analysis["photos"][position]),
+            )
+            photos.append(item)
+    unlike, tables = [], [score_table(results)]
+    if analysis is not None:
+        tables += failure_tables(analysis)
+        drawn = draw_unlike_photos(args.seed)
+        for row in analysis["unlike_photos"]:
+            pictures = drawn[row["kind"]][: 2 * SHOWN_OF_A_KIND]
+            tokens = row["tokens"][: len(pictures)]
+            unlike += [{**item, "kind": row["kind"]} for item in explain_pictures(model, processor, pictures, tokens)]
+    about = f"{args.model_name_or_path} on {results['num_images']} pictures of {args.dataset_name}, split {args.split}"
+    if len(shown) < len(found.rows):
+        about += f"; {len(shown)} of them are shown, drawn by seed {args.seed}"
+    decoding = ", ".join(f"{name} {value}" for name, value in results["decoding"].items() if value is not None)
+    data = {
+        "title": f"Captions of {Path(args.model_name_or_path).resolve().name}",
+        "about": f"{about}. Decoding: {decoding}.",
+        "tables": tables,
+        "photos": photos,
+        "unlike_photos": unlike,
+        "skipped": [[str(ids[row]), reason] for row, reason in found.skipped],
+    }
+    write_report(Path(args.output_dir) / "report.html", data)
 
 
 if __name__ == "__main__":

@@ -19,11 +19,12 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Captions:
-    """What `caption_dataset` found; the three lists go together, row by row, in the data set's order.
+    """What `caption_dataset` found; the lists go together, row by row, in the data set's order.
 
     Args:
         rows: numbers of the rows that were captioned.
         captions: one for each.
+        tokens: of each caption, without the start token and padding, with the end token where it came.
         image_embeds: (len(rows), D), the student's, unit norm.
         teacher_embeds: the same of the teacher, where there is one.
         skipped: (row, reason) of the pictures that can't be read.
@@ -31,9 +32,22 @@ class Captions:
 
     rows: list[int] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
+    tokens: list[list[int]] = field(default_factory=list)
     image_embeds: torch.Tensor | None = None
     teacher_embeds: torch.Tensor | None = None
     skipped: list[tuple[int, str]] = field(default_factory=list)
+
+
+def tokens_of(sequences: torch.Tensor, generation_config) -> list[list[int]]:
+    """The tokens of captions as `generate` returns them, (N, T), without the start token and what follows the end."""
+    end = generation_config.eos_token_id
+    ends = set(end if isinstance(end, (list, tuple)) else [end])
+    captions = []
+    for row in sequences[:, 1:].tolist():
+        # Padding comes after an end token only: what was cut off for its length fills its row.
+        stop = next((place for place, token in enumerate(row) if token in ends), None)
+        captions.append(row if stop is None else row[: stop + 1])
+    return captions
 
 
 @torch.inference_mode()
@@ -89,6 +103,7 @@ def caption_dataset(
             raise ValueError(f"expected one caption a picture, got num_return_sequences={len(texts) // len(batch)}")
         found.rows.extend(row for row, _ in batch)
         found.captions.extend(text.strip() for text in texts)
+        found.tokens.extend(tokens_of(sequences, model.generation_config))
         embeds.append(encoded.image_embeds.float().cpu())
         if teacher is not None:
             targets.append(teacher(pixels).float().cpu())
@@ -118,6 +133,7 @@ def caption_dataset(
     if targets:
         found.teacher_embeds = torch.cat(targets)[order]
     found.captions = [found.captions[position] for position in order]
+    found.tokens = [found.tokens[position] for position in order]
     found.rows = [found.rows[position] for position in order]
     found.skipped.sort()
     return found
@@ -127,6 +143,7 @@ def _gather(found: Captions, embeds: list, targets: list) -> None:
     """Every process's share to every process."""
     found.rows = gather_object(found.rows)
     found.captions = gather_object(found.captions)
+    found.tokens = gather_object(found.tokens)
     found.skipped = gather_object(found.skipped)
     embeds[:] = gather_object(embeds)
     targets[:] = gather_object(targets)

@@ -3,12 +3,16 @@
     python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --evaluation outputs/evaluation \\
         --teacher outputs/teacher --agreement outputs/tokenizer_agreement --earlier_stages outputs/flickr8k-112px
 
-The card is `docs/model_card_template.md`, filled: no figure in it is written by hand.
+The card is `docs/model_card_template.md`, filled: no figure in it is written by hand. Its front matter, which the Hub
+reads from `README.md`, goes there too, and the training's curves and what the model says to pictures that aren't photos
+go to `docs/`.
 """
 
 import argparse
 import datetime
 import json
+import random
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -16,7 +20,10 @@ from string import Template
 
 import torch
 import transformers
+from PIL import Image
 
+from tinycap.evaluation.failures import FAILURES
+from tinycap.evaluation.reports import plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
 
@@ -30,8 +37,11 @@ SYSTEMS = (
     ("constant", "one constant caption"),
     ("shuffled", "captions of other photos"),
     (None, "**TinyCap**"),
-    ("human", "a human"),
+    ("model_leave_one_out", "TinyCap, against all humans but one"),
+    ("human", "a human, against the others"),
 )
+# Lines of text from the evaluation that the card quotes: of each failure, and of all photos.
+NUM_EXAMPLES, NUM_SAMPLES = 3, 8
 SCORES = ("cider", "bleu_1", "bleu_4", "rouge_l", "distinct_captions")
 
 
@@ -41,7 +51,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--model_name_or_path", required=True, help="output folder of train_distill.py")
     parser.add_argument(
-        "--evaluation", required=True, help="output folder of tinycap.evaluation, with a teacher and --baselines"
+        "--evaluation",
+        required=True,
+        help="output folder of tinycap.evaluation, with a teacher, --baselines and --failures",
     )
     parser.add_argument("--teacher", required=True, help="output folder of train_teacher.py")
     parser.add_argument("--agreement", required=True, help="output folder of benchmarks/tokenizer_agreement.py")
@@ -71,9 +83,78 @@ def score_table(evaluation: dict) -> str:
     rows = []
     for name, label in SYSTEMS:
         scores = evaluation if name is None else evaluation["baselines"][name]
-        figures = [f"{scores[score]:.1f}" for score in SCORES[:-1]] + [f"{scores[SCORES[-1]]:,}"]
+        figures = [f"{scores[score]:.1f}" for score in SCORES[:-1]] + [f"{scores[SCORES[-1]]:,.0f}"]
         rows.append(f"| {label} | " + " | ".join(figures) + " |")
     return "\n".join(rows)
+
+
+def failure_table(failures: dict) -> str:
+    """Rows of Markdown: each failure's rate, of the model, of a human and of captions of other photos."""
+    rows = []
+    for failure in (*FAILURES, "none of these"):
+        rates = (failures[who][failure] for who in ("model", "human", "other_photos"))
+        rows.append(f"| {failure} | " + " | ".join(f"{rate:.1f}" for rate in rates) + " |")
+    return "\n".join(rows)
+
+
+def category_table(categories: list[dict]) -> str:
+    """Rows of Markdown: each category's score, how often it is named, and how often rightly."""
+    rows = []
+    for row in categories:
+        right = "-" if row["right"] is None else f"{row['right']:.0f}"
+        rates = [f"{row[name]:.0f}" for name in ("wrong object", "wrong count")]
+        figures = (f"{row['photos']:,}", f"{row['cider']:.1f}", f"{row['named']:.0f}", right, *rates)
+        rows.append(f"| {row['category']} | " + " | ".join(figures) + " |")
+    return "\n".join(rows)
+
+
+def unlike_table(rows: list[dict]) -> str:
+    """Rows of Markdown: what the model says to each kind of picture that isn't a photo."""
+    return "\n".join(
+        f"| {row['kind']} | {row['distinct']} of {row['pictures']} | {row['names_person_or_dog']:.0f} | "
+        f"{row['token_probability']:.2f} | {row['commonest']} |"
+        for row in rows
+    )
+
+
+def read_captions(path: Path) -> list[dict]:
+    """The captioned photos of a `captions.jsonl`; a run without `--failures` is an error."""
+    try:
+        lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; is its folder the right one?") from None
+    lines = [line for line in lines if line["caption"] is not None]
+    if not all("failures" in line for line in lines):
+        raise ValueError(f"{path}: expected the failures of each caption; was it made with --failures?")
+    return lines
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("$", "\\$")
+
+
+def sample_table(lines: list[dict]) -> str:
+    """Rows of Markdown: captions drawn by seed, each with one of a human and its CIDEr."""
+    drawn = random.Random(0).sample(lines, min(NUM_SAMPLES, len(lines)))
+    return "\n".join(
+        f"| {line['image_id']} | {_cell(line['caption'])} | {_cell(line['references'][0])} | {line['cider']:.0f} |"
+        for line in drawn
+    )
+
+
+def example_list(lines: list[dict]) -> str:
+    """Markdown: of each failure some captions, drawn by seed, with what speaks against them."""
+    items = []
+    for failure in FAILURES:
+        failed = [line for line in lines if failure in line["failures"]]
+        for line in random.Random(0).sample(failed, min(NUM_EXAMPLES, len(failed))):
+            items.append(f"- {failure}: “{_cell(line['caption'])}”: {_cell(line['failures'][failure])}")
+    return "\n".join(items)
+
+
+def gender_figures(genders: dict) -> dict[str, str]:
+    """The figures of `failures.gender_figures`, as the template names them: `model_male_confirmed` and so on."""
+    return {f"{who}_{name}": f"{value:.0f}" for who, found in genders.items() for name, value in found.items()}
 
 
 def fill_card(args: argparse.Namespace) -> str:
@@ -88,6 +169,8 @@ def fill_card(args: argparse.Namespace) -> str:
     for name in ("fidelity", "baselines"):
         if name not in evaluation:
             raise ValueError(f"{args.evaluation}: expected an evaluation with {name}, got {sorted(evaluation)}")
+    failures = read_json(Path(args.evaluation) / "failures.json")
+    captions = read_captions(Path(args.evaluation) / "captions.jsonl")
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
     stages = [*args.earlier_stages, args.model_name_or_path]
     figures = {
@@ -98,6 +181,19 @@ def fill_card(args: argparse.Namespace) -> str:
         "num_images": f"{evaluation['num_images']:,}",
         "num_beams": evaluation["decoding"]["num_beams"],
         "table": score_table(evaluation),
+        "vocabulary_used": f"{evaluation['vocabulary_used']:.1f}",
+        "constant_caption": evaluation["baselines"]["constant"]["caption"],
+        "constant_chosen_from": evaluation["baselines"]["constant"]["chosen_from"],
+        "failure_table": failure_table(failures["failures"]),
+        "false_alarms": f"{100 - failures['failures']['human']['none of these']:.0f}",
+        "invented_by_human": f"{failures['failures']['human']['invented detail']:.0f}",
+        "category_table": category_table(failures["categories"]),
+        "unlike_table": unlike_table(failures["unlike_photos"]),
+        "token_probability": f"{failures['token_probability']:.2f}",
+        "num_samples": min(NUM_SAMPLES, len(captions)),
+        "sample_table": sample_table(captions),
+        "example_list": example_list(captions),
+        **gender_figures(failures["gender"]),
         "teacher_hours": f"{hours_of(args.teacher):.1f}",
         "student_hours": f"{sum(map(hours_of, stages)):.1f}",
         "date": datetime.date.today().isoformat(),
@@ -116,6 +212,18 @@ def fill_card(args: argparse.Namespace) -> str:
         raise ValueError(f"model_card_template.md names the figure {error}, which no given folder has") from None
 
 
+def with_front_matter(text: str, card: str) -> str:
+    """`text` with the YAML front matter of `card` in place of its own, if it has any."""
+    front, _ = split_front_matter(card)
+    return front + split_front_matter(text)[1]
+
+
+def split_front_matter(text: str) -> tuple[str, str]:
+    """The front matter with its fences and the empty line after it, and the rest."""
+    match = re.match(r"---\n.*?\n---\n\n?", text, flags=re.DOTALL)
+    return (match[0], text[match.end() :]) if match else ("", text)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Fills the card, then copies the model: a figure that is missing leaves the root as it was."""
     args = parse_args(argv)
@@ -123,9 +231,19 @@ def main(argv: list[str] | None = None) -> None:
     missing = [name for name in RELEASED if not (Path(args.model_name_or_path) / name).is_file()]
     if missing:
         raise ValueError(f"{args.model_name_or_path}: expected a model repository, {', '.join(missing)} missing")
+    if not (Path(args.evaluation) / "unlike_photos.png").is_file():
+        raise ValueError(f"{args.evaluation}: expected unlike_photos.png; was it made with --failures?")
     for name in RELEASED:
         shutil.copyfile(Path(args.model_name_or_path) / name, ROOT / name)
     (ROOT / "model_card.md").write_text(card, encoding="utf-8")
+    # The Hub reads what a repository is from the head of its README.
+    readme = ROOT / "README.md"
+    readme.write_text(with_front_matter(readme.read_text(encoding="utf-8"), card), encoding="utf-8")
+    stages = [*args.earlier_stages, args.model_name_or_path]
+    plot_curves([Path(stage) / "metrics.jsonl" for stage in stages], ROOT / "docs" / "curves.png")
+    # A palette: the noise among the pictures would take hundreds of kilobytes in full colour.
+    with Image.open(Path(args.evaluation) / "unlike_photos.png") as sheet:
+        sheet.convert("RGB").quantize(128).save(ROOT / "docs" / "unlike_photos.png", optimize=True)
 
 
 if __name__ == "__main__":

@@ -90,16 +90,25 @@ def contact_sheet(
     _save(figure, path)
 
 
-def plot_curves(metrics: str | Path, path: str | Path) -> None:
+def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) -> None:
     """Draws every loss, the learning rate and the validation scores of a `metrics.jsonl` against the step, to a PNG.
 
+    Args:
+        metrics: the log of a run; of several runs, each continued from the one before, one after the other, with a line
+            where a new one begins.
+        path: the PNG to write.
+
     Raises:
-        ValueError: the file has no rows.
+        ValueError: a file has no rows.
         ImportError: matplotlib isn't installed.
     """
-    rows = [json.loads(line) for line in Path(metrics).read_text(encoding="utf-8").splitlines()]
-    if not rows:
-        raise ValueError(f"{metrics}: expected rows of figures, got none")
+    rows, starts = [], []
+    for log in [metrics] if isinstance(metrics, (str, Path)) else metrics:
+        stage = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
+        if not stage:
+            raise ValueError(f"{log}: expected rows of figures, got none")
+        starts.append(rows[-1]["step"] if rows else 0)
+        rows += [{**row, "step": row["step"] + starts[-1]} for row in stage]
     pyplot = _pyplot()
     names = sorted({name for row in rows for name in row} - {"step", "epoch", "elapsed_seconds"})
     panels = [(label, [name for name in names if key in name]) for key, label in PANELS]
@@ -110,6 +119,8 @@ def plot_curves(metrics: str | Path, path: str | Path) -> None:
             points = [(row["step"], row[name]) for row in rows if name in row]
             few = len(points) < 20
             axes.plot(*zip(*points), label=name.replace("_", " "), marker="o" if few else None, markersize=3)
+        for start in starts[1:]:
+            axes.axvline(start, color="0.6", linewidth=0.8, linestyle="--")
         axes.set_xlabel("step")
         axes.set_title(label, fontsize=10)
         axes.legend(fontsize=7)

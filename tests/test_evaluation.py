@@ -11,7 +11,9 @@ from tiny import CAPTIONS, draw_picture
 from transformers import AutoModel, AutoProcessor
 
 from tinycap.evaluation import caption_metrics
-from tinycap.evaluation.__main__ import baseline_scores, main
+from tinycap.evaluation.__main__ import main
+from tinycap.evaluation.baselines import baseline_scores, leave_one_out, most_typical_caption
+from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
 from tinycap.evaluation.captioning import caption_dataset
 from tinycap.evaluation.fidelity import distillation_fidelity
@@ -205,19 +207,53 @@ def test_curves_are_drawn_from_the_log(tmp_path):
 
 def test_baselines_put_a_score_into_proportion():
     captions = [group[0] for group in REFERENCES]
-    found = baseline_scores(captions, REFERENCES, seed=0)
+    found = baseline_scores(captions, REFERENCES, None, seed=0)
     assert found["shuffled"]["cider"] < 50
-    assert found["constant"]["distinct_captions"] == 1
-    assert set(found) == {"constant", "shuffled", "human"}
+    assert found["constant"]["distinct_captions"] == 1 and found["constant"]["chosen_from"] == "evaluated captions"
+    assert set(found) == {"constant", "shuffled", "human", "model_leave_one_out"}
+    trained = baseline_scores(captions, REFERENCES, [["only this one"]], seed=0)["constant"]
+    assert trained["caption"] == "only this one" and trained["chosen_from"] == "training captions"
+    assert "human" not in baseline_scores(captions, [group[:1] for group in REFERENCES], None, seed=0)
 
 
-def test_the_command_scores_a_checkpoint_and_leaves_its_reports(repository, tmp_path, monkeypatch):
+def test_the_constant_caption_scores_better_than_all_others():
+    references = [[f"a dog runs on grass {name}", f"a dog {name}"] for name in ("one", "two", "three", "four")]
+    references.append(["a man sits", "a man waits on a chair"])
+    captions = [caption for group in references for caption in group]
+    scores = {caption: score_captions([caption] * 5, references)["cider"] for caption in captions}
+    assert most_typical_caption(references, seed=0) == max(scores, key=scores.get)
+
+
+def test_a_human_is_scored_against_the_others_and_so_may_a_model_be():
+    references = [["a b c d", "a b c d", "x y"], ["e f g h", "e f g h", "u v"]]
+    human = leave_one_out(None, references)
+    rounds = [
+        score_captions([group[i] for group in references], [group[:i] + group[i + 1 :] for group in references])
+        for i in range(3)
+    ]
+    assert human["cider"] == pytest.approx(sum(scores["cider"] for scores in rounds) / 3)
+    model = leave_one_out(["a b c d", "e f g h"], references)
+    assert model["cider"] > human["cider"] and model["distinct_captions"] == 2
+
+
+def test_the_ciders_of_single_captions_average_to_that_of_all():
+    captions = ["a brown dog", "two men on a street", ""]
+    each = cider_of_each(captions, REFERENCES)
+    assert sum(each) / 3 == pytest.approx(score_captions(captions, REFERENCES)["cider"])
+    assert each[0] > 0 == each[2]
+
+
+def test_the_command_scores_a_checkpoint_and_leaves_its_reports(tinycap, repository, tmp_path):
+    model, processor = tinycap
     data = tmp_path / "data"
     data.mkdir()
     rows_of(tmp_path, 6, bad=(4,)).to_parquet(data / "validation.parquet")
     flags = ["--model_name_or_path", str(repository), "--dataset_name", str(data), "--baselines", "--num_beams", "2"]
     results = main([*flags, "--output_dir", str(tmp_path / "out")])
+    tokens_of_all = caption_dataset(model, processor, rows_of(tmp_path, 6, bad=(4,)), num_beams=2).tokens
     assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == json.loads(json.dumps(results))
+    used = {token for caption in tokens_of_all for token in caption}
+    assert results["vocabulary_used"] == pytest.approx(100 * len(used) / model.config.text_config.vocab_size)
     assert results["num_images"] == 5 and results["num_skipped"] == 1 and "cider" in results["baselines"]["human"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
     assert [line["image_id"] for line in lines] == [0, 1, 2, 3, 5, 4] and lines[-1]["caption"] is None

@@ -2,8 +2,11 @@ import json
 import shutil
 
 import pytest
+from huggingface_hub import ModelCard
+from PIL import Image
 
 from tinycap.evaluation import release
+from tinycap.evaluation.failures import analyse
 
 
 SCORES = {"cider": 21.456, "bleu_1": 50.0, "bleu_4": 12.0, "rouge_l": 40.0, "distinct_captions": 321}
@@ -18,29 +21,55 @@ def folders(repository, tmp_path, monkeypatch):
     """The folders that a release is made of, and a root to put it in."""
     (tmp_path / "root" / "docs").mkdir(parents=True)
     shutil.copy(release.ROOT / "docs" / "model_card_template.md", tmp_path / "root" / "docs")
+    (tmp_path / "root" / "README.md").write_text("---\nlicense: old\n---\n\n# The readme\n\n---\n\nText.\n")
     monkeypatch.setattr(release, "ROOT", tmp_path / "root")
     evaluation = {
         **SCORES,
+        "vocabulary_used": 4.25,
         "num_images": 1000,
         "decoding": {"num_beams": 3},
         "fidelity": FIDELITY,
         "baselines": {
-            name: {**SCORES, "cider": cider} for name, cider in (("constant", 9.5), ("shuffled", 4.0), ("human", 78.9))
+            name: {**SCORES, "cider": cider, "caption": "A dog runs.", "chosen_from": "training captions"}
+            for name, cider in (("constant", 9.5), ("shuffled", 4.0), ("human", 78.9), ("model_leave_one_out", 20.0))
         },
     }
+    captions = ["A black dog runs on snow.", "Two women sit on a sled.", "A boy | with a $5 ball."]
+    references = [
+        ["A brown dog runs on sand.", "A tan dog on a beach."],
+        ["A man on a bench."] * 2,
+        ["A boy with a kite.", "A kid with a toy."],
+    ]
+    failures = analyse(captions, references, [11.0, 22.0, 33.0], seed=0)
+    photos = failures.pop("photos")
+    failures["token_probability"] = 0.387
+    failures["unlike_photos"] = [
+        {
+            **{"kind": "noise", "distinct": 3, "pictures": 20, "names_person_or_dog": 100.0},
+            **{"token_probability": 0.431, "commonest": "A dog runs."},
+        }
+    ]
+    lines = [
+        {"image_id": f"photo-{index}", "caption": caption, "references": group, "cider": 11.0 * (index + 1), **photo}
+        for index, (caption, group, photo) in enumerate(zip(captions, references, photos))
+    ]
+    lines.append({"image_id": "photo-9", "caption": None, "error": "broken"})
     recalls = {f"{way}_recall_at_{k}": 3.0 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     contents = {
         "evaluation/eval_results.json": json.dumps(evaluation),
+        "evaluation/failures.json": json.dumps(failures),
+        "evaluation/captions.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
         "teacher/eval_results.json": json.dumps(recalls),
         "teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 3600.0}\n',
-        "first/metrics.jsonl": '{"step": 1, "elapsed_seconds": 5.0}\n{"step": 9, "elapsed_seconds": 5400.0}\n',
+        "first/metrics.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 9, "elapsed_seconds": 5400.0}\n',
         "agreement/tokenizer_agreement.json": '{"largest_move": 0.125}',
     }
     for name, content in contents.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(content)
+    Image.new("RGB", (90, 70), "red").save(tmp_path / "evaluation" / "unlike_photos.png")
     shutil.copytree(repository, tmp_path / "model")
-    (tmp_path / "model" / "metrics.jsonl").write_text('{"step": 9, "elapsed_seconds": 1800.0}\n')
+    (tmp_path / "model" / "metrics.jsonl").write_text('{"step": 9, "elapsed_seconds": 1800.0, "loss": 2.0}\n')
     return tmp_path
 
 
@@ -59,19 +88,64 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
         assert (root / name).read_bytes() == (folders / "model" / name).read_bytes()
     card = (root / "model_card.md").read_text()
     assert "value: 21.46" in card and "| **TinyCap** | 21.5 | 50.0 | 12.0 | 40.0 | 321 |" in card
-    assert "| one constant caption | 9.5 |" in card and "| a human | 78.9 |" in card
+    assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
     assert "student 2.0 hours" in card, "both stages of it"
     assert "$" not in card.split("```bash")[0] and "@" not in card
+    assert Image.open(root / "docs" / "curves.png").width > 300
+    assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
+
+
+def test_the_card_shows_what_is_wrong_with_evidence(folders):
+    release.main(flags(folders))
+    card = (folders / "root" / "model_card.md").read_text()
+    assert "| wrong object | 33.3 | 0.0 | " in card and "| wrong count | 33.3 | 0.0 | " in card
+    assert "- wrong object: “A boy \\| with a \\$5 ball.”: ball (humans: toy)" in card
+    assert "- wrong count: “Two women sit on a sled.”: person: 2 (humans: 1)" in card
+    assert "- wrong colour: “A black dog runs on snow.”: black dog (humans: brown)" in card
+    assert "| photo-2 | A boy \\| with a \\$5 ball. | A boy with a kite. | 33 |" in card and "photo-9" not in card
+    assert "| dogs | 1 | 11.0 | 100 | 100 | 0 | 0 |" in card
+    assert "67 % of the captions name a person's gender" in card
+    assert "| noise | 3 of 20 | 100 | 0.43 | A dog runs. |" in card and "is 0.39 on photos" in card
+
+
+def test_the_hub_finds_the_results_in_card_and_readme(folders):
+    release.main(flags(folders))
+    for name in ("model_card.md", "README.md"):
+        data = ModelCard.load(folders / "root" / name).data
+        assert data.license == "apache-2.0" and data.pipeline_tag == "image-to-text"
+        results = {result.metric_name: result for result in data.eval_results}
+        assert results["CIDEr"].metric_value == 21.46 and results["CIDEr"].metric_args == {"num_beams": 3}
+        assert results["BLEU-4"].dataset_split == "validation"
+    readme = (folders / "root" / "README.md").read_text()
+    assert readme.endswith("---\n\n# The readme\n\n---\n\nText.\n") and "old" not in readme
+    release.main(flags(folders))
+    assert (folders / "root" / "README.md").read_text() == readme, "once, however often"
 
 
 @pytest.mark.parametrize(
-    "name, words", [("teacher/metrics.jsonl", "log of a run"), ("agreement/tokenizer_agreement.json", "no such file")]
+    "name, words",
+    [
+        ("teacher/metrics.jsonl", "log of a run"),
+        ("agreement/tokenizer_agreement.json", "no such file"),
+        ("evaluation/failures.json", "no such file"),
+        ("evaluation/unlike_photos.png", "--failures"),
+    ],
 )
 def test_a_missing_figure_leaves_the_root_as_it_was(folders, name, words):
     (folders / name).unlink()
     with pytest.raises(ValueError, match=words):
         release.main(flags(folders))
-    assert [path.name for path in (folders / "root").iterdir()] == ["docs"]
+    assert sorted(path.name for path in (folders / "root").iterdir()) == ["README.md", "docs"]
+    assert [path.name for path in (folders / "root" / "docs").iterdir()] == ["model_card_template.md"]
+
+
+def test_an_evaluation_without_failures_is_an_error(folders):
+    path = folders / "evaluation" / "captions.jsonl"
+    lines = [{**json.loads(line), "failures": {}} for line in path.read_text().splitlines()]
+    del lines[0]["failures"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(ValueError, match="--failures"):
+        release.main(flags(folders))
 
 
 def test_an_evaluation_without_baselines_is_an_error(folders):

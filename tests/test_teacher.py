@@ -95,18 +95,6 @@ def test_a_whole_clip_model_and_its_vision_half_are_the_same_teacher(pixels, tmp
     torch.testing.assert_close(loaded.shift.flatten(), -torch.tensor([0.1, 0.2, 0.3]) / torch.tensor([0.4, 0.5, 0.6]))
 
 
-def test_openais_vit_b_32_gives_768_values_before_its_projection_and_512_after(tmp_path):
-    """A full-size folder of the same format, with random weights."""
-    config = CLIPVisionConfig(
-        hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12, patch_size=32
-    )
-    CLIPVisionModelWithProjection(config).save_pretrained(tmp_path)
-    CLIPImageProcessor().save_pretrained(tmp_path)
-    pixels = torch.randn(1, 3, 224, 224)
-    assert Teacher.from_pretrained(str(tmp_path))(pixels).shape == (1, 768)
-    assert Teacher.from_pretrained(str(tmp_path), "projected")(pixels).shape == (1, 512)
-
-
 # --- what is no teacher -----------------------------------------------------------------------------------------------
 
 

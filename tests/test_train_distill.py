@@ -50,6 +50,17 @@ def test_a_run_leaves_a_complete_repository_and_its_reports(flags, tmp_path, mon
     assert list(out.glob("**/events.out.tfevents*")), "the tracker heard of it"
 
 
+def test_a_run_by_configuration_file_records_the_resolved_arguments(flags, photos, tmp_path):
+    pairs = dict(zip(flags[::2], flags[1::2]))
+    path, out = tmp_path / "recipe.yaml", pairs.pop("--output_dir")
+    path.write_text("".join(f"{flag[2:]}: {value}\n" for flag, value in pairs.items()))
+    train_distill.main(["--config_file", str(path), "--max_train_steps", "1", "--output_dir", out])
+    recorded = json.loads((tmp_path / "out" / "train_args.json").read_text())
+    assert recorded["config_file"] == str(path) and recorded["dataset_name"] == photos
+    assert recorded["max_train_steps"] == 1 and recorded["captions_per_image"] == 2 and recorded["dropout"] == 0.1
+    assert [row["step"] for row in rows_of(tmp_path / "out") if "loss" in row] == [1]
+
+
 class KilledError(BaseException):
     pass
 

@@ -1,8 +1,11 @@
 """The flags that both training scripts share: data, optimisation, output; and the checks that go with them."""
 
 import argparse
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import yaml
 from transformers import SchedulerType
 
 
@@ -75,16 +78,70 @@ def add_output_arguments(parser: argparse.ArgumentParser, output_dir: str) -> No
     output.add_argument("--report_to", default="none", help="accelerate's trackers: none, all, tensorboard, wandb, ...")
 
 
-def parse_with_scene_defaults(
-    parser: argparse.ArgumentParser, argv: list[str] | None, scene_defaults: dict
-) -> argparse.Namespace:
-    """Parses `argv`; without `--dataset_name`, with `scene_defaults` in place of the usual ones."""
+def read_config_file(parser: argparse.ArgumentParser, path: str) -> list[str]:
+    """The flags that a YAML file stands for: `key: value` for `--key value`, `true` and `false` for switches.
+
+    Values are read as they would be on the command line, so that `3e-4`, which YAML takes for text, is a number, and
+    `no`, which it takes for false, can be a value. `null` leaves a flag at its default, as in a `train_args.json`.
+
+    Args:
+        parser: whose flags the file may set; ends the program with a message that names the file and the key where it
+            has an unknown key, or a value that its flag doesn't take.
+        path: of the file.
+    """
+
+    def refuse(problem: object) -> None:
+        parser.error(f"--config_file {path}: {problem}")
+
+    try:
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        refuse(f"expected a readable YAML file: {error}")
+    if not isinstance(values, dict):
+        refuse(f"expected lines of 'key: value', got a {type(values).__name__}")
+    known = vars(parser.parse_args([])).keys() - {"config_file"}
+    words = []
+    for name, value in values.items():
+        if name not in known:
+            refuse(f"unknown key {name!r}: expected the name of a flag without its dashes")
+        if not isinstance(value, str):
+            refuse(f"key {name!r}: expected one value, got a {type(value).__name__}")
+        if value == "true":
+            words.append(f"--{name}")
+        elif value == "false":
+            words.append(f"--no-{name}")
+        elif value not in ("", "~", "null"):
+            words.append(f"--{name}={value}")
+    # Read by themselves first, for an error that tells the file's values from those of the command line.
+    parser.exit_on_error = False
+    try:
+        _, unknown = parser.parse_known_args(words)
+    except argparse.ArgumentError as error:
+        refuse(error)
+    finally:
+        parser.exit_on_error = True
+    if unknown:
+        refuse(f"expected a value, got a switch: {' '.join(unknown)}")
+    return words
+
+
+def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, scene_defaults: dict) -> argparse.Namespace:
+    """Parses `argv` in the two stages of timm's scripts: what a `--config_file` sets, flags override.
+
+    Without a `--dataset_name` in either, `scene_defaults` hold in place of the usual ones.
+    """
+    parser.add_argument("--config_file", help="YAML file of flags without their dashes; flags given here override it")
     parser.epilog = "Without --dataset_name these defaults hold instead: " + ", ".join(
         f"--{name} {value}" for name, value in scene_defaults.items()
     )
-    # Only looks for the one flag: errors are left to the real parser, whose defaults are then right.
+    argv = sys.argv[1:] if argv is None else argv
+    # Only looks for these two flags: errors are left to the real parser, whose defaults are then right.
     scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    scout.add_argument("--config_file")
     scout.add_argument("--dataset_name")
+    args, _ = scout.parse_known_args(argv)
+    if args.config_file is not None:
+        argv = [*read_config_file(parser, args.config_file), *argv]
     if scout.parse_known_args(argv)[0].dataset_name is None:
         parser.set_defaults(**scene_defaults)
     return parser.parse_args(argv)

@@ -39,6 +39,26 @@ Returns:
 JAVA_METRICS = ("meteor", "spice")
 
 
+def _tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict, dict]:
+    """References and predictions as the scorers take them: dicts of lists, by number.
+
+    Raises:
+        ValueError: the lists don't match, or a caption has no reference.
+    """
+    if len(predictions) != len(references) or not predictions:
+        raise ValueError(
+            f"expected references for each of at least one prediction, got {len(predictions)} predictions and "
+            f"{len(references)} lists of references"
+        )
+    for index, captions in enumerate(references):
+        if isinstance(captions, str) or not captions:
+            raise ValueError(f"references[{index}]: expected a list of at least one caption, got {captions!r}")
+    # A caption without any word is a word that no reference has.
+    candidates = {index: [ptb_tokenize(caption) or "<empty>"] for index, caption in enumerate(predictions)}
+    truths = {index: [ptb_tokenize(caption) for caption in captions] for index, captions in enumerate(references)}
+    return truths, candidates
+
+
 def compute_caption_metrics(
     predictions: list[str], references: list[list[str]], extra: tuple[str, ...] = ()
 ) -> dict[str, float]:
@@ -54,18 +74,7 @@ def compute_caption_metrics(
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
         raise ImportError("caption metrics need pycocoevalcap: pip install 'tinycap[evaluation]'") from error
-    if len(predictions) != len(references) or not predictions:
-        raise ValueError(
-            f"expected references for each of at least one prediction, got {len(predictions)} predictions and "
-            f"{len(references)} lists of references"
-        )
-    for index, captions in enumerate(references):
-        if isinstance(captions, str) or not captions:
-            raise ValueError(f"references[{index}]: expected a list of at least one caption, got {captions!r}")
-    # The scorers take dicts of lists; a caption without any word is a word that no reference has.
-    candidates = {index: [ptb_tokenize(caption) or "<empty>"] for index, caption in enumerate(predictions)}
-    truths = {index: [ptb_tokenize(caption) for caption in captions] for index, captions in enumerate(references)}
-
+    truths, candidates = _tokenize(predictions, references)
     bleu, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
     scores = {f"bleu_{n}": 100 * float(value) for n, value in enumerate(bleu, start=1)}
     scores["rouge_l"] = 100 * float(Rouge().compute_score(truths, candidates)[0])
@@ -73,6 +82,16 @@ def compute_caption_metrics(
     for name in extra:
         scores[name] = 100 * _java_score(name, truths, candidates)
     return scores
+
+
+def cider_of_each(predictions: list[str], references: list[list[str]]) -> list[float]:
+    """CIDEr (times 100) of each of N captions; their mean is the `cider` of `compute_caption_metrics`.
+
+    Words are weighed by how many of these N pictures' references have them: a caption's score depends on the others'.
+    """
+    from pycocoevalcap.cider.cider import Cider
+
+    return [100 * float(score) for score in Cider().compute_score(*_tokenize(predictions, references))[1]]
 
 
 def _java_score(name: str, truths: dict, candidates: dict) -> float:

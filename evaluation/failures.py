@@ -1,0 +1,344 @@
+"""Where captions go wrong, as far as their photos' human captions can tell.
+
+The rules are plain and err on the side of silence; the word lists are in `word_lists.py`. A claim of a caption is
+*supported* when one human caption of the photo names the same thing, a related one, or a word for any of its kind.
+
+- **wrong object**: an unsupported being, vehicle, sport or object, where at least two human captions agree on another
+  one of that kind, which the caption doesn't name.
+- **wrong count**: the number of persons or dogs is outside of what each human caption says that names any; at least
+  two do.
+- **wrong colour**: a thing's colour is none of those that at least two human captions give to it.
+- **invented detail**: an unsupported claim that isn't a wrong object: a thing, place or garment that nobody mentions.
+
+Human captions don't mention everything that is there, so that some "invented" details are true. `failure_rates` of a
+human caption against the others of its photo is the rate of such false alarms; that of captions put at other photos is
+what the rules find where nearly everything is wrong. Both stand beside the model's.
+"""
+
+import random
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
+from tinycap.evaluation.word_lists import (
+    CHILD_WORDS,
+    COLLECTIVE,
+    COLORS_OF_WORD,
+    COUNTED,
+    GENDER_OF_WORD,
+    GENERAL_OF_WORD,
+    GROUPS,
+    KIND_OF,
+    NUMBERS,
+    RELATED,
+    THINGS_OF_WORD,
+)
+
+
+FAILURES = ("wrong object", "wrong count", "wrong colour", "invented detail")
+# Kinds whose things stand in each other's way: who says "dog" where everybody says "horse" is wrong about the object.
+EXCLUSIVE_KINDS = ("being", "vehicle or board", "sport", "object")
+# How many human captions have to agree before a caption that differs is wrong.
+AGREEMENT = 2
+# Categories of photos: the things that more than half of the human captions name one of. `None`: a photo of children.
+CATEGORIES = {
+    "people": ("person",),
+    "children": None,
+    "dogs": ("dog",),
+    "other animals": ("cat", "horse", "bird", "cattle", "sheep", "wild animal", "fish"),
+    "water": ("water",),
+    "snow": ("snow",),
+    "grass": ("grass",),
+    "beach": ("beach",),
+    "rocks and mountains": ("rock",),
+    "street and buildings": ("street", "building"),
+    "ball games": ("ball", "football", "soccer", "basketball", "baseball", "tennis", "hockey", "volleyball"),
+    "boards, skis and sleds": ("skateboard", "skates", "snowboard", "skis", "surfboard", "sled"),
+    "bicycles, motorcycles and cars": ("bicycle", "motorcycle", "car", "bus"),
+}
+
+
+@dataclass
+class Claims:
+    """What a caption says.
+
+    Args:
+        words: its words, two-part ones joined by a space.
+        things: (word, things it may mean, kind) of every thing that it names.
+        general: kinds of which it names an unspecified one.
+        colors: thing -> the colours it gives to it.
+        counts: being -> (at least, at most) so many, no upper limit being `None`.
+        genders: the genders of persons that it names.
+        children: whether it names a child.
+    """
+
+    words: list[str]
+    things: list[tuple[str, frozenset[str], str]] = field(default_factory=list)
+    general: set[str] = field(default_factory=set)
+    colors: dict[str, set[str]] = field(default_factory=dict)
+    counts: dict[str, tuple[int, int | None]] = field(default_factory=dict)
+    genders: set[str] = field(default_factory=set)
+    children: bool = False
+
+    @property
+    def named(self) -> set[str]:
+        """All things that it may mean."""
+        return set().union(*(things for _, things, _ in self.things))
+
+
+def read_claims(caption: str) -> Claims:
+    """Takes a caption apart by the word lists."""
+    words: list[str] = []
+    for word in ptb_tokenize(caption).split():
+        if words and f"{words[-1]} {word}" in THINGS_OF_WORD:
+            words[-1] += f" {word}"
+        else:
+            words.append(word)
+    claims = Claims(words)
+    for place, word in enumerate(words):
+        by_kind: dict[str, set[str]] = {}
+        for thing in THINGS_OF_WORD.get(word, ()):
+            by_kind.setdefault(KIND_OF[thing], set()).add(thing)
+        claims.things += [(word, frozenset(things), kind) for kind, things in by_kind.items()]
+        claims.general |= GENERAL_OF_WORD.get(word, set())
+        if word in GENDER_OF_WORD:
+            claims.genders.add(GENDER_OF_WORD[word])
+        claims.children |= word in CHILD_WORDS
+        for thing in set().union(*by_kind.values()):
+            found = _colors_before(words, place)
+            if found:
+                claims.colors.setdefault(thing, set()).update(found)
+    _count(claims)
+    return claims
+
+
+def _colors_before(words: list[str], place: int) -> set[str]:
+    """The colours of a noun: "black and white" of "black and white dog", with at most one word in between."""
+    found, others = set(), 0
+    for word in reversed(words[max(0, place - 5) : place]):
+        if word in COLORS_OF_WORD:
+            found |= COLORS_OF_WORD[word]
+        elif word not in ("and", ","):
+            others += 1
+            if found or others > 1 or word in THINGS_OF_WORD:
+                break
+    return found
+
+
+# Words that end a noun phrase towards its front.
+_BREAKS = {
+    *("in", "on", "with", "at", "by", "near", "over", "through", "and", "while", "is", "are", "to", "from", "into"),
+    *("wearing", "holding", "watching", "chasing", "as", "next", "behind", "beside", "around", "for", "the", "his"),
+    *("her", "their", "its", "who", "that", "has", "being", "carrying", "riding"),
+}
+
+
+def _count(claims: Claims) -> None:
+    """Fills `claims.counts` from the numbers and plurals before each person and dog."""
+    words = claims.words
+    for being in COUNTED:
+        places = [place for place, word in enumerate(words) if being in THINGS_OF_WORD.get(word, ())]
+        # "a baby boy", "a german shepherd dog", "a crowd of people": one phrase, counted at its last word.
+        places = [place for place in places if place + 1 not in places]
+        places = [place for place in places if words[place + 1 : place + 2] != ["of"] or words[place] not in GROUPS]
+        if not places:
+            continue
+        low, high = 0, 0
+        for number, place in enumerate(places):
+            fewest, most = _number_of(words, place)
+            # "the dog", once there is one, may be the same again.
+            again = number > 0 and place > 0 and "the" in words[max(0, place - 2) : place]
+            low += 0 if again else fewest
+            high = None if high is None or most is None else high + most
+        claims.counts[being] = (max(low, 1), high)
+
+
+def _number_of(words: list[str], place: int) -> tuple[int, int | None]:
+    """(at least, at most) so many of the noun at `place`."""
+    noun = words[place]
+    is_plural = noun.endswith("s") or noun in ("men", "women", "children", "people")
+    for before in range(place - 1, max(-1, place - 6), -1):
+        word = words[before]
+        if word in GROUPS and before + 1 < place and words[before + 1] == "of":
+            return GROUPS[word]
+        if word in ("several", "many", "few", "some"):
+            return GROUPS[word]
+        if word in NUMBERS:
+            number = NUMBERS[word]
+            # "a dogs" is a slip, and "a couple" counts by its noun.
+            if number > 1 or not is_plural and noun not in COLLECTIVE:
+                return number, number
+        if word in _BREAKS or (word in THINGS_OF_WORD and word.endswith("s")):
+            # "a black and white dog"
+            if word == "and" and before > 0 and words[before - 1] in COLORS_OF_WORD:
+                continue
+            break
+    if noun in ("couple", "couples"):
+        return 2, 2
+    if noun in COLLECTIVE:
+        return COLLECTIVE[noun], None
+    return (2, None) if is_plural else (1, 1)
+
+
+def _supported(things: frozenset[str], kind: str, references: Sequence[Claims]) -> bool:
+    wanted = set(things)
+    for one, other in RELATED:
+        if one in things:
+            wanted.add(other)
+        if other in things:
+            wanted.add(one)
+    return any(wanted & claims.named or kind in claims.general for claims in references)
+
+
+def find_failures(caption: Claims, references: Sequence[Claims]) -> dict[str, str]:
+    """The failures of one caption: which of `FAILURES`, each with what speaks for it.
+
+    Args:
+        caption: of the photo; references: what its human captions say.
+    """
+    found: dict[str, list[str]] = {}
+    agreed = Counter(thing for claims in references for thing in claims.named)
+    agreed = {thing: number for thing, number in agreed.items() if number >= AGREEMENT}
+    for word, things, kind in caption.things:
+        if _supported(things, kind, references):
+            continue
+        rivals = [thing for thing in agreed if KIND_OF[thing] == kind and thing not in caption.named]
+        if kind in EXCLUSIVE_KINDS and rivals:
+            rival = max(rivals, key=agreed.get)
+            found.setdefault("wrong object", []).append(f"{word} (humans: {rival})")
+        else:
+            found.setdefault("invented detail", []).append(word)
+    for being, (low, high) in caption.counts.items():
+        theirs = [claims.counts[being] for claims in references if being in claims.counts]
+        if len(theirs) >= AGREEMENT and all(_apart((low, high), other) for other in theirs):
+            told = " or ".join(sorted({_range(*other) for other in theirs}))
+            found.setdefault("wrong count", []).append(f"{being}: {_range(low, high)} (humans: {told})")
+    for thing, colors in caption.colors.items():
+        theirs = [claims.colors[thing] for claims in references if thing in claims.colors]
+        if len(theirs) >= AGREEMENT and not colors & set().union(*theirs):
+            told = ", ".join(sorted(set().union(*theirs)))
+            found.setdefault("wrong colour", []).append(f"{'/'.join(sorted(colors))} {thing} (humans: {told})")
+    return {name: "; ".join(dict.fromkeys(reasons)) for name, reasons in found.items()}
+
+
+def _apart(one: tuple[int, int | None], other: tuple[int, int | None]) -> bool:
+    def ends_before(first, second):
+        return first[1] is not None and first[1] < second[0]
+
+    return ends_before(one, other) or ends_before(other, one)
+
+
+def _range(low: int, high: int | None) -> str:
+    return f"{low} or more" if high is None else str(low) if low == high else f"{low} to {high}"
+
+
+def categories_of(references: Sequence[Claims]) -> list[str]:
+    """The categories of a photo: what more than half of its human captions name."""
+    found = []
+    for name, things in CATEGORIES.items():
+        naming = sum(_in_category(claims, things) for claims in references)
+        if 2 * naming > len(references):
+            found.append(name)
+    return found
+
+
+def _in_category(claims: Claims, things: tuple[str, ...] | None) -> bool:
+    return claims.children if things is None else bool(claims.named & set(things))
+
+
+def gender_verdicts(caption: Claims, references: Sequence[Claims]) -> dict[str, str]:
+    """For each gender that a caption names: "confirmed" by a human caption, "contradicted" where they name only the
+    other one, "open" where they name none."""
+    told = set().union(*(claims.genders for claims in references))
+    return {gender: "confirmed" if gender in told else "contradicted" if told else "open" for gender in caption.genders}
+
+
+def failure_rates(captions: Sequence[Claims], references: Sequence[Sequence[Claims]]) -> dict[str, float]:
+    """Share (%) of captions with each failure, with any of them, and with none."""
+    found = [find_failures(caption, group) for caption, group in zip(captions, references)]
+    rates = {name: 100 * sum(name in failures for failures in found) / len(found) for name in FAILURES}
+    rates["none of these"] = 100 * sum(not failures for failures in found) / len(found)
+    return rates
+
+
+def gender_figures(captions: Sequence[Claims], references: Sequence[Sequence[Claims]]) -> dict[str, float]:
+    """How often captions name a person's gender, and what the human captions say to that.
+
+    Returns:
+        `named`, the share (%) of captions that name one; and for "male" and "female" each `<gender>_named` (how many
+        captions) and `<gender>_confirmed`, `_contradicted` and `_open` (% of these).
+    """
+    verdicts = [gender_verdicts(caption, group) for caption, group in zip(captions, references)]
+    figures = {"named": 100 * sum(map(bool, verdicts)) / len(verdicts)}
+    for gender in ("male", "female"):
+        found = Counter(verdict[gender] for verdict in verdicts if gender in verdict)
+        figures[f"{gender}_named"] = found.total()
+        for verdict in ("confirmed", "contradicted", "open"):
+            figures[f"{gender}_{verdict}"] = 100 * found[verdict] / max(1, found.total())
+    return figures
+
+
+def analyse(captions: Sequence[str], references: Sequence[Sequence[str]], ciders: Sequence[float], seed: int) -> dict:
+    """All of it for the captions of N photos.
+
+    Args:
+        captions: the model's; references: the human ones of each photo.
+        ciders: CIDEr of each caption.
+        seed: of the captions put at other photos.
+
+    Returns:
+        `failures` and `gender`, each with figures of the `model`, of a `human` caption against the others of its photo,
+        and (failures) of the model's captions at `other_photos`; `categories`, a row for each: `photos`, mean `cider`,
+        `named`, the share (%) of its photos whose caption names it, `right`, the share of captions naming it that a
+        human caption supports, and the failure rates; and `photos`, for each photo its `failures` and `categories`.
+    """
+    model = [read_claims(caption) for caption in captions]
+    humans = [[read_claims(caption) for caption in group] for group in references]
+    shift = random.Random(seed).randrange(1, len(model)) if len(model) > 1 else 0
+    # Every human caption against the others of its photo.
+    single, others = [], []
+    for group in humans:
+        for place in range(len(group) if len(group) > 1 else 0):
+            single.append(group[place])
+            others.append(group[:place] + group[place + 1 :])
+    photos = [
+        {"failures": find_failures(caption, group), "categories": categories_of(group)}
+        for caption, group in zip(model, humans)
+    ]
+    found = {
+        "failures": {
+            "model": failure_rates(model, humans),
+            "other_photos": failure_rates(model[shift:] + model[:shift], humans),
+        },
+        "gender": {"model": gender_figures(model, humans)},
+        "categories": _category_rows(model, humans, ciders, photos),
+        "photos": photos,
+    }
+    if single:
+        found["failures"]["human"] = failure_rates(single, others)
+        found["gender"]["human"] = gender_figures(single, others)
+    return found
+
+
+def _category_rows(model, humans, ciders, photos) -> list[dict]:
+    rows = []
+    for name, things in CATEGORIES.items():
+        members = [index for index, photo in enumerate(photos) if name in photo["categories"]]
+        naming = [index for index, claims in enumerate(model) if _in_category(claims, things)]
+        right = sum(any(_in_category(claims, things) for claims in humans[index]) for index in naming)
+        if not members:
+            continue
+        failures = [photos[index]["failures"] for index in members]
+        rows.append(
+            {
+                "category": name,
+                "photos": len(members),
+                "cider": sum(ciders[index] for index in members) / len(members),
+                "named": 100 * len(set(members) & set(naming)) / len(members),
+                "named_in": len(naming),
+                "right": 100 * right / len(naming) if naming else None,
+                **{failure: 100 * sum(failure in each for each in failures) / len(members) for failure in FAILURES},
+            }
+        )
+    return rows

@@ -1,0 +1,100 @@
+import pytest
+import torch
+from tiny import tiny_model
+
+from tinycap.evaluation.captioning import tokens_of
+from tinycap.evaluation.explanation import saliency, token_probabilities
+
+
+TOKENS = [[5, 9, 2], [7, 2], [4, 4, 4, 4, 2], [30, 2], [11, 12, 13]]
+
+
+def log_probabilities(model, pixel_values) -> torch.Tensor:
+    """By one forward pass for each caption: no padding, nothing shared with the code under test."""
+    found = []
+    for pixels, tokens in zip(pixel_values, TOKENS):
+        with torch.no_grad():
+            logits = model(pixels[None], decoder_input_ids=torch.tensor([[1, *tokens[:-1]]])).logits[0]
+        found.append(logits.log_softmax(dim=-1)[range(len(tokens)), tokens].sum())
+    return torch.stack(found)
+
+
+@pytest.mark.parametrize("memory", ["embedding", "patches"])
+def test_token_probabilities_are_the_decoders(pixel_values, memory):
+    model = tiny_model(memory=memory)
+    found = token_probabilities(model, pixel_values, TOKENS)
+    assert [[token.token_id for token in caption] for caption in found] == TOKENS
+    sums = torch.tensor([sum(torch.tensor(token.probability).log() for token in caption) for caption in found])
+    torch.testing.assert_close(sums, log_probabilities(model, pixel_values), rtol=1e-4, atol=1e-4)
+    for caption in found:
+        for token in caption:
+            shares = [share for _, share in token.alternatives]
+            assert shares == sorted(shares, reverse=True) and token.probability <= shares[0] + 1e-6
+            assert all(share != token.probability or other == token.token_id for other, share in token.alternatives)
+
+
+def test_the_likeliest_alternative_is_what_greedy_decoding_takes(model, pixel_values):
+    sequences = model.generate(pixel_values, max_new_tokens=6, num_beams=1)
+    tokens = tokens_of(sequences, model.generation_config)
+    assert len({len(caption) for caption in tokens}) > 1 or len(tokens[0]) == 6
+    for caption in token_probabilities(model, pixel_values, tokens):
+        assert [token.alternatives[0][0] for token in caption] == [token.token_id for token in caption]
+
+
+def test_tokens_end_with_the_end_token_and_leave_padding_out(model):
+    rows = torch.tensor([[1, 9, 8, 2, 0, 0], [1, 2, 0, 0, 0, 0], [1, 5, 6, 7, 8, 9]])
+    model.generation_config.eos_token_id = 2
+    assert tokens_of(rows, model.generation_config) == [[9, 8, 2], [2], [5, 6, 7, 8, 9]]
+    model.generation_config.eos_token_id = [2, 8]
+    assert tokens_of(rows, model.generation_config)[0] == [9, 8]
+
+
+@pytest.mark.parametrize("memory", ["embedding", "patches"])
+def test_a_map_sums_to_what_the_photo_raises_the_captions_log_probability_by(pixel_values, memory):
+    model = tiny_model(memory=memory)
+    maps = saliency(model, pixel_values, TOKENS, steps=100)
+    assert maps.shape == (5, 3, 3)
+    raised = log_probabilities(model, pixel_values) - log_probabilities(model, torch.zeros_like(pixel_values))
+    assert raised.abs().min() > 0.01
+    torch.testing.assert_close(maps.sum(dim=(1, 2)), raised, rtol=0.02, atol=0.01)
+
+
+def test_a_map_is_the_same_in_chunks_and_leaves_no_gradient(model, pixel_values, monkeypatch):
+    whole = saliency(model, pixel_values, TOKENS)
+    monkeypatch.setattr("tinycap.evaluation.explanation.CHUNK", 2)
+    torch.testing.assert_close(saliency(model, pixel_values, TOKENS), whole, rtol=1e-3, atol=1e-5)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def pictures_with_a_spot(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Grey noise with one patch, anywhere, of one of two colours: pictures, where it is, and which."""
+    generator = torch.Generator().manual_seed(seed)
+    pixels = 0.5 * torch.randn(num, 3, 24, 24, generator=generator)
+    place = torch.randint(9, (num,), generator=generator)
+    color = torch.randint(2, (num,), generator=generator)
+    for index in range(num):
+        row, column = divmod(place[index].item(), 3)
+        value = torch.tensor([1.5, -1.5, 0.0] if color[index] else [-1.5, 1.5, 0.0])
+        pixels[index, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += value[:, None, None]
+    return pixels, place, color
+
+
+def test_saliency_peaks_where_the_information_is():
+    """A model learns to name the colour of a spot that may be anywhere: its maps point at the spot."""
+    model = tiny_model(vision_config={"projection_dim": 14}).train()
+    words = torch.tensor([[10, 2], [20, 2]])
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for step in range(150):
+        pixels, _, color = pictures_with_a_spot(32, seed=step)
+        loss = model(pixels, labels=words[color]).caption_loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()
+    pixels, place, color = pictures_with_a_spot(60, seed=999)
+    tokens = tokens_of(model.generate(pixels, max_new_tokens=2, num_beams=1), model.generation_config)
+    right = [index for index in range(60) if tokens[index][0] == words[color[index], 0]]
+    assert len(right) >= 55, "it has learnt to tell the colours apart"
+    maps = saliency(model, pixels[right], [tokens[index] for index in right])
+    hits = maps.flatten(1).argmax(dim=1) == place[right]
+    assert hits.float().mean().item() > 0.8, f"{hits.float().mean():.2f}, where chance is 0.11"
