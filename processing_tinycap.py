@@ -78,7 +78,8 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
     """
     if isinstance(image, dict):
         name = name or image.get("path")
-        image = image.get("bytes") or image.get("path")
+        # An empty file is one: its path may name another one here.
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, os.PathLike):
         image = os.fspath(image)
     if name is None:
