@@ -4,6 +4,8 @@
 decoder. What joins the two (the kind of memory, its scale, the weights of the losses) stands at the top.
 """
 
+import math
+
 from transformers.configuration_utils import PretrainedConfig
 from transformers.utils import logging
 
@@ -12,12 +14,21 @@ logger = logging.get_logger(__name__)
 
 MEMORIES = ("embedding", "patches")
 
+# Beyond these a configuration is a mistake or an attack: it would ask for more memory than there is before anybody
+# noticed. A downloaded checkpoint's sizes are held against its weights, besides (see `modeling_tinycap.py`).
+MAX_SIZE = 2**24
+MAX_LAYERS = 1024
+MAX_PARAMETERS = 2**32
+
 
 def _check_positive_integers(config: PretrainedConfig, names: tuple[str, ...]) -> None:
     for name in names:
         value = getattr(config, name)
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise ValueError(f"{type(config).__name__}.{name}: expected a positive integer, got {value!r}")
+        limit = MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
+        if value > limit:
+            raise ValueError(f"{type(config).__name__}.{name}: expected at most {limit:,}, got {value:,}")
 
 
 def _check_shares(config: PretrainedConfig, names: tuple[str, ...]) -> None:
@@ -25,6 +36,25 @@ def _check_shares(config: PretrainedConfig, names: tuple[str, ...]) -> None:
         value = getattr(config, name)
         if not isinstance(value, (int, float)) or not 0.0 <= value < 1.0:
             raise ValueError(f"{type(config).__name__}.{name}: expected a number in [0, 1), got {value!r}")
+
+
+def _check_numbers(config: PretrainedConfig, names: tuple[str, ...], positive: bool = False) -> None:
+    for name in names:
+        value = getattr(config, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not is_number or value < 0 or (positive and value == 0):
+            expected = "a positive number" if positive else "a number of at least 0"
+            raise ValueError(f"{type(config).__name__}.{name}: expected {expected}, got {value!r}")
+
+
+def _check_parameters(config: PretrainedConfig, tables: int, attentions: int) -> None:
+    """Adds up the matrices: `tables` values in embeddings and projections, `attentions` in each layer."""
+    width, layers = config.hidden_size, config.num_hidden_layers
+    count = tables * width + layers * width * (4 * attentions * width + 2 * config.intermediate_size)
+    if count > MAX_PARAMETERS:
+        raise ValueError(
+            f"{type(config).__name__}: expected sizes that make at most {MAX_PARAMETERS:,} parameters, got {count:,}"
+        )
 
 
 def _check_heads(config: PretrainedConfig) -> None:
@@ -101,6 +131,10 @@ class TinyCapVisionConfig(PretrainedConfig):
                 "TinyCapVisionConfig: expected an image_size that patch_size divides, "
                 f"got image_size {image_size} and patch_size {patch_size}"
             )
+        _check_numbers(self, ("layer_norm_eps",), positive=True)
+        _check_numbers(self, ("initializer_range",))
+        tables = (image_size // patch_size) ** 2 + num_channels * patch_size**2 + projection_dim
+        _check_parameters(self, tables, attentions=1)
         super().__init__(**kwargs)
 
 
@@ -164,6 +198,9 @@ class TinyCapTextConfig(PretrainedConfig):
         _check_positive_integers(self, (*sizes, "max_position_embeddings"))
         _check_shares(self, ("hidden_dropout_prob", "attention_probs_dropout_prob"))
         _check_heads(self)
+        _check_numbers(self, ("layer_norm_eps",), positive=True)
+        _check_numbers(self, ("initializer_range",))
+        _check_parameters(self, vocab_size + max_position_embeddings, attentions=2)
         # transformers 5 has no such fields in its base class, transformers 4 reads them from the keywords.
         ids = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
         super().__init__(**{name: vocab_size - 1 if value is None else value for name, value in ids.items()}, **kwargs)
@@ -221,10 +258,9 @@ class TinyCapConfig(PretrainedConfig):
 
         if memory not in MEMORIES:
             raise ValueError(f"TinyCapConfig.memory: expected one of {', '.join(MEMORIES)}, got {memory!r}")
-        if memory_scale is not None and not memory_scale > 0:
-            raise ValueError(f"TinyCapConfig.memory_scale: expected a positive number or None, got {memory_scale!r}")
-        if not distill_weight >= 0:
-            raise ValueError(f"TinyCapConfig.distill_weight: expected a number of at least 0, got {distill_weight!r}")
+        if memory_scale is not None:
+            _check_numbers(self, ("memory_scale",), positive=True)
+        _check_numbers(self, ("distill_weight", "initializer_range"))
         _check_shares(self, ("label_smoothing",))
 
         # One truth: ids given here are written into the text config, and read from there otherwise.
@@ -240,10 +276,12 @@ class TinyCapConfig(PretrainedConfig):
             ids["bos_token_id"] if decoder_start_token_id is None else decoder_start_token_id
         )
         for name, value in ids.items():
-            if isinstance(value, int) and not 0 <= value < self.text_config.vocab_size:
-                raise ValueError(
-                    f"TinyCapConfig.{name}: expected an id below vocab_size {self.text_config.vocab_size}, got {value}"
-                )
+            for token in value if isinstance(value, (list, tuple)) else [value]:
+                if not isinstance(token, int) or not 0 <= token < self.text_config.vocab_size:
+                    raise ValueError(
+                        f"TinyCapConfig.{name}: expected an id below vocab_size {self.text_config.vocab_size}, "
+                        f"got {value!r}"
+                    )
 
         # A config made in Python carries what a Hub user's loaders look for, as a downloaded one does.
         kwargs.setdefault(

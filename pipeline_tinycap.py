@@ -29,6 +29,32 @@ class ImageToTextPipeline(Pipeline):
     _load_tokenizer = True
     _pipeline_calls_generate = True
 
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Raises `ValueError` where tokenizer, image processor and model can't be of one checkpoint; names both."""
+        config, tokenizer = self.model.config, self.tokenizer
+        if tokenizer is not None and hasattr(config, "text_config"):
+            if len(tokenizer) > config.text_config.vocab_size:
+                raise ValueError(
+                    f"tokenizer: expected at most the model's vocab_size of {config.text_config.vocab_size} tokens, "
+                    f"got {len(tokenizer)}"
+                )
+            for name in ("bos_token_id", "eos_token_id"):
+                expected, found = getattr(config, name), getattr(tokenizer, name)
+                if isinstance(expected, int) and found is not None and found != expected:
+                    raise ValueError(f"tokenizer: expected {name} {expected}, as the model was trained, got {found}")
+        vision = getattr(config, "vision_config", None)
+        for name in ("crop_size", "size"):
+            sides = [side for side in dict(getattr(self.image_processor, name, None) or {}).values() if side]
+            # What is resized may be larger than what is cropped from it, but not by gigabytes.
+            if vision is not None and sides and max(sides) > 8 * vision.image_size:
+                raise ValueError(
+                    f"image_processor.{name}: expected pixels for an image_size of {vision.image_size}, got {sides}"
+                )
+
     def _sanitize_parameters(
         self,
         max_new_tokens: int | None = None,
@@ -98,7 +124,10 @@ class ImageToTextPipeline(Pipeline):
         model_inputs = {"pixel_values": pixel_values.to(self.dtype), "error": error}
         if prompt:
             # A trailing space would be a token of its own, where captions have it at the head of the next word.
-            model_inputs["input_ids"] = self.tokenizer(prompt.rstrip(), return_tensors="pt").input_ids
+            # And "</s>" spelled out in it is text.
+            model_inputs["input_ids"] = self.tokenizer(
+                prompt.rstrip(), return_tensors="pt", split_special_tokens=True
+            ).input_ids
         return model_inputs
 
     def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict | None = None) -> dict[str, Any]:

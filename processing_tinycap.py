@@ -5,22 +5,56 @@ The tensors themselves are made by transformers' own `CLIPImageProcessor` and th
 evaluation and the pipeline all open their images here, so that a file looks the same to each of them.
 """
 
+import base64
+import binascii
 import io
+import math
 import os
-import warnings
+import struct
+from collections.abc import Iterable
 from typing import Any
 
 from transformers import image_utils
 
 
 # Pillow, as transformers itself imports it: a remote-code file may name no package but torch and transformers.
-Image, ImageOps = image_utils.PIL.Image, image_utils.PIL.ImageOps
+Image = image_utils.PIL.Image
 
-# About 180 million pixels (540 MB as RGB), where Pillow itself begins to refuse.
-MAX_IMAGE_PIXELS = 178_956_970
+# What photos and drawings come in. Pillow opens more: EPS starts Ghostscript, and what hardly anybody uses hardly
+# anybody has attacked yet.
+FORMATS = (
+    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF"),
+    "WEBP",
+)
+# The largest photo a phone takes is 108 million pixels; decoding as many from a PNG of two megabytes takes half a
+# second and 510 MB.
+MAX_IMAGE_PIXELS = 2**27
+# WebP, AVIF and JPEG 2000 hold as many pixels in five kilobytes and take several times as long; and so does an animated
+# PNG, which is composed frame upon frame.
+MAX_SLOW_IMAGE_PIXELS = 2**25
+SLOW_FORMATS = ("AVIF", "HEIF", "JPEG2000", "WEBP")
+# A progressive JPEG is passed over once a scan; it usually has ten, but a small file may hold thousands.
+MAX_SCANNED_PIXELS = 2**30
 # The image processor resizes the shorter side and then keeps the middle square, so that what lies further out than
 # this is never seen; resizing it all the same would let a 1 x 50,000 image ask for gigabytes.
 MAX_ASPECT_RATIO = 4
+# Before its colours are converted, a picture is shrunk by whole numbers while its shorter side stays this long.
+LARGE_SIDE = 2048
+# Seconds to wait for a URL, where the caller doesn't say; transformers would wait for ever.
+URL_TIMEOUT = 10.0
+# Bytes of an answer that may be an image.
+MAX_DOWNLOAD = 2**28
+
+EXIF_ORIENTATION = 0x0112
+TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def load_image(image: Any, timeout: float | None = None, name: str | None = None) -> "Image.Image":
@@ -30,19 +64,22 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
         image: a path, an `http(s)://` URL, a base64 string (with or without its `data:image/...` head), the bytes of an
             image file, a `PIL.Image.Image`, or a dict with `bytes` and/or `path` as `datasets` gives an image that it
             has not decoded.
-        timeout: seconds to wait for a URL.
+        timeout: seconds to wait for a URL; `URL_TIMEOUT` when not given.
         name: what to call the image in an error; the path or URL when not given.
 
     Returns:
-        A `PIL.Image.Image` in mode RGB, its sides at most 1:4 (the middle is kept).
+        A `PIL.Image.Image` in mode RGB, its sides at most 1:4 (the middle is kept), its shorter side less than
+        2 x `LARGE_SIDE`.
 
     Raises:
-        ValueError: the image can't be opened or decoded, or claims more than `MAX_IMAGE_PIXELS`; names it.
+        ValueError: the image can't be opened or decoded, is in none of `FORMATS`, or claims more than
+            `MAX_IMAGE_PIXELS`; names it.
         TypeError: `image` is none of the kinds above.
     """
     if isinstance(image, dict):
         name = name or image.get("path")
-        image = image.get("bytes") or image.get("path")
+        # An empty file is one: its path may name another one here.
+        image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, os.PathLike):
         image = os.fspath(image)
     if name is None:
@@ -52,10 +89,10 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
     if not isinstance(image, (str, bytes, bytearray, memoryview, Image.Image)):
         raise TypeError(f"expected a path, URL, base64 string, bytes or PIL image, got {type(image).__name__}: {name}")
     try:
-        with warnings.catch_warnings():
-            # Pillow only warns between half its limit and the limit; below the limit the image is served.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return to_rgb(_open(image, timeout))
+        if isinstance(image, Image.Image):
+            return to_rgb(image)
+        with _open(image, timeout) as opened:
+            return _to_rgb(opened, may_draft=True)
     except FileNotFoundError:
         raise ValueError(f"no such image file: {name}") from None
     except Exception as error:
@@ -72,36 +109,86 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
         image: an opened image of any mode; of an animation, the first frame is taken.
 
     Raises:
-        ValueError: the image has no pixels or more than `MAX_IMAGE_PIXELS`.
+        ValueError: the image has no pixels or more than `MAX_IMAGE_PIXELS`, or they are no finite numbers.
     """
+    return _to_rgb(image, may_draft=False)
+
+
+def _to_rgb(image: "Image.Image", may_draft: bool) -> "Image.Image":
     width, height = image.size
-    if not 0 < width * height <= MAX_IMAGE_PIXELS:
-        raise ValueError(f"expected 1 to {MAX_IMAGE_PIXELS:,} pixels, got {width} x {height}")
-    if image.mode != "RGB" or image.getexif():
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I") or image.mode == "F":
-            image = _scale_to_8_bits(image)
-        has_transparency = image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
-        if has_transparency:
-            image = image.convert("RGBA")
-            canvas = Image.new("RGBA", image.size, "white")
-            image = Image.alpha_composite(canvas, image)
-        image = image.convert("RGB")
-    else:
-        image.load()
-    return _crop_to_aspect_ratio(image, MAX_ASPECT_RATIO)
+    is_slow = image.format in SLOW_FORMATS or (image.format == "PNG" and getattr(image, "is_animated", False))
+    limit = MAX_SLOW_IMAGE_PIXELS if is_slow else MAX_IMAGE_PIXELS
+    if not 0 < width * height <= limit:
+        kind = f" of this kind ({image.format})" if is_slow else ""
+        raise ValueError(f"expected 1 to {limit:,} pixels in an image{kind}, got {width} x {height}")
+    if image.format in ("JPEG", "MPO"):
+        _check_scans(image)
+        shrinking = _shrinking(image.size)
+        if may_draft and shrinking > 1:
+            # Decodes every second, fourth or eighth pixel. It changes the opened image, which must not be a caller's.
+            image.draft(None, (width // shrinking, height // shrinking))
+    image.load()
+    orientation = _exif_orientation(image)
+    image = _crop_to_aspect_ratio(image, MAX_ASPECT_RATIO)
+    image = _shrink(image)
+    if orientation in TRANSPOSITIONS:
+        image = image.transpose(TRANSPOSITIONS[orientation])
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _scale_to_8_bits(image)
+    if _has_transparency(image):
+        image = image.convert("RGBA")
+        canvas = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(canvas, image)
+    return image.convert("RGB")
 
 
 def _open(image: Any, timeout: float | None) -> "Image.Image":
-    if isinstance(image, Image.Image):
-        return image
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return Image.open(io.BytesIO(image))
-    if os.path.exists(image):
-        return Image.open(image)
-    if image.startswith(("http://", "https://", "data:image/")) or _may_be_base64(image):
-        return image_utils.load_image(image, timeout=timeout)
-    raise FileNotFoundError(image)
+    """Opens, without decoding it yet, what is no `PIL.Image.Image` already."""
+    # Makes Pillow's plugins known, so that those of `FORMATS` can be named; HEIF is there if a user registered it.
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    if isinstance(image, str) and not os.path.exists(image):
+        if image.startswith(("http://", "https://")):
+            image = _download(image, URL_TIMEOUT if timeout is None else timeout)
+        elif image.startswith("data:image/") or _may_be_base64(image):
+            image = _from_base64(image)
+        else:
+            raise FileNotFoundError(image)
+    if isinstance(image, str):
+        # Reading a pipe would wait for whoever writes to it.
+        if not os.path.isfile(image):
+            raise ValueError("expected a file")
+        return Image.open(image, formats=formats)
+    return Image.open(io.BytesIO(image), formats=formats)
+
+
+def _from_base64(text: str) -> bytes:
+    try:
+        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=False)
+    except binascii.Error as error:
+        raise ValueError(f"not base64: {error}") from None
+
+
+def _download(url: str, timeout: float) -> bytes:
+    """The bytes behind a URL, by the HTTP client that transformers uses: requests before version 5, httpx since.
+
+    transformers' own `load_image` would also convert the picture, and paint transparency black.
+    """
+    if hasattr(image_utils, "httpx"):
+        with image_utils.httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as answer:
+            return _read_answer(answer, answer.iter_bytes())
+    with image_utils.requests.get(url, timeout=timeout, stream=True) as answer:
+        return _read_answer(answer, answer.iter_content(2**16))
+
+
+def _read_answer(answer: Any, blocks: Iterable[bytes]) -> bytes:
+    answer.raise_for_status()
+    content = bytearray()
+    for block in blocks:
+        content += block
+        if len(content) > MAX_DOWNLOAD:
+            raise ValueError(f"expected an answer of at most {MAX_DOWNLOAD:,} bytes")
+    return bytes(content)
 
 
 def _may_be_base64(text: str) -> bool:
@@ -117,12 +204,78 @@ def _describe(image: Any) -> str:
     return getattr(image, "filename", "") or f"<{type(image).__name__}>"
 
 
+def _exif_orientation(image: "Image.Image") -> int:
+    """1 to 8; 1 where there is no EXIF or none that can be read, as viewers take it."""
+    try:
+        return image.getexif().get(EXIF_ORIENTATION, 1)
+    except (SyntaxError, struct.error, LookupError, TypeError, ValueError, OSError, EOFError, ArithmeticError):
+        # What Pillow raises on what anybody may have written there; the picture itself is whole.
+        return 1
+
+
+def _check_scans(image: "Image.Image") -> None:
+    """Refuses a JPEG whose scans, each of them a pass over the whole picture, would take more than a second."""
+    pixels, file = image.width * image.height, getattr(image, "fp", None)
+    if pixels <= MAX_SCANNED_PIXELS // 1000 or file is None:
+        return
+    position, scans, last = file.tell(), 0, b""
+    file.seek(0)
+    while block := file.read(2**20):
+        # The marker of a scan; in the compressed data itself, FF is never followed by DA.
+        scans += (last + block).count(b"\xff\xda")
+        last = block[-1:]
+    file.seek(position)
+    if scans > 16 and scans * pixels > MAX_SCANNED_PIXELS:
+        limit = max(16, MAX_SCANNED_PIXELS // pixels)
+        raise ValueError(f"expected at most {limit} scans in a JPEG of {pixels:,} pixels, got {scans}")
+
+
+def _has_transparency(image: "Image.Image") -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _shrinking(size: tuple[int, int]) -> int:
+    return max(1, min(size) // LARGE_SIDE)
+
+
+def _shrink(image: "Image.Image") -> "Image.Image":
+    """Averages a large picture by blocks; strip by strip where it must first be converted to what can be averaged.
+
+    To convert 100 million pixels first, and then to resize them, would take four copies of all of them.
+    """
+    factor = _shrinking(image.size)
+    if factor == 1:
+        return image
+    if image.mode in ("RGB", "L", "CMYK", "F") and not _has_transparency(image):
+        return image.reduce(factor)
+    width, height = image.size
+    strips = []
+    for top in range(0, height, 64 * factor):
+        strip = image.crop((0, top, width, min(height, top + 64 * factor)))
+        if strip.mode.startswith("I"):
+            strip = strip.convert("I")
+        elif strip.mode in ("P", "PA") or _has_transparency(strip):
+            strip = strip.convert("RGBA" if _has_transparency(strip) else "RGB")
+        elif strip.mode == "1":
+            strip = strip.convert("L")
+        strips.append(strip.reduce(factor))
+    small = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
+    small.info = dict(strips[0].info)
+    top = 0
+    for strip in strips:
+        small.paste(strip, (0, top))
+        top += strip.height
+    return small
+
+
 def _scale_to_8_bits(image: "Image.Image") -> "Image.Image":
     """Integer and float grey images to mode L. `Image.convert` would clip them at 255 to a white picture."""
     is_float = image.mode == "F"
     if not is_float:
         image = image.convert("I")
     low, high = image.getextrema()
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError(f"expected finite pixels, got {low} to {high}")
     if is_float and 0 <= low and high <= 1:
         low, span = 0, 1
     elif 0 <= low and high <= 255:
@@ -132,7 +285,10 @@ def _scale_to_8_bits(image: "Image.Image") -> "Image.Image":
     else:
         span = (high - low) or 1
     scale = 255 / span
-    return image.point(lambda value: value * scale - low * scale).convert("L")
+    scaled = image.point(lambda value: value * scale - low * scale).convert("L")
+    if isinstance(image.info.get("transparency"), int):
+        scaled.info["transparency"] = round((image.info["transparency"] - low) * scale)
+    return scaled
 
 
 def _crop_to_aspect_ratio(image: "Image.Image", max_ratio: int) -> "Image.Image":

@@ -399,7 +399,10 @@ def read_config(args: argparse.Namespace) -> TinyCapConfig:
     """The configuration before data and teacher have their say; `args.given` says which widths were asked for."""
     if args.model_name_or_path is not None:
         # As a dict: which class it is for is looked at first, and no code of the checkpoint's is run.
-        values, _ = PretrainedConfig.get_config_dict(args.model_name_or_path)
+        try:
+            values, _ = PretrainedConfig.get_config_dict(args.model_name_or_path)
+        except OSError as error:
+            raise ValueError(f"--model_name_or_path {args.model_name_or_path}: expected a TinyCap: {error}") from error
         if values.get("model_type") != TinyCapConfig.model_type:
             raise ValueError(
                 f"--model_name_or_path {args.model_name_or_path}: expected a checkpoint of model_type "
@@ -455,6 +458,11 @@ def fit_config(args: argparse.Namespace, config: TinyCapConfig, tokenizer, teach
             f"got {len(tokenizer)}"
         )
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        if args.model_name_or_path is not None and getattr(config, name) != getattr(tokenizer, name):
+            raise ValueError(
+                f"tokenizer of {args.model_name_or_path}: expected {name} {getattr(config, name)}, as its config says, "
+                f"got {getattr(tokenizer, name)}"
+            )
         setattr(config, name, getattr(tokenizer, name))
         setattr(config.text_config, name, getattr(tokenizer, name))
     config.decoder_start_token_id = tokenizer.bos_token_id
@@ -798,7 +806,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     image_size = config.vision_config.image_size
     if args.model_name_or_path is not None:
         tokenizer = load_tokenizer(args.model_name_or_path)
-        saved = AutoImageProcessor.from_pretrained(args.model_name_or_path)
+        try:
+            saved = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            raise ValueError(
+                f"--model_name_or_path {args.model_name_or_path}: expected its preprocessor_config.json: {error}"
+            ) from error
         image_processor = create_image_processor(image_size, saved.image_mean, saved.image_std)
     else:
         tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)

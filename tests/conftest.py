@@ -5,15 +5,19 @@ import json
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 
-# Before any Hugging Face library is imported: a test that reaches for the network fails at once.
+# Before any Hugging Face library is imported: they stay offline, and whoever reaches for the network all the same fails
+# at once, here and in every process that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["PYTHONPATH"] = f"{Path(__file__).with_name('no_network')}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Remote code is copied here under its folder's name, which two test runs at a time share.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")
 
 import datasets
+import no_network.sitecustomize  # noqa: F401
 import pytest
 import torch
 from PIL import Image

@@ -34,8 +34,8 @@ def another_working_directory(tmp_path, monkeypatch):
 
 def run_elsewhere(code: str, folder) -> str:
     """Runs `code` in a fresh interpreter that knows nothing of this project's folder."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment["PYTHONSAFEPATH"] = "1"
+    # All that stays on the path is what forbids the network.
+    environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).with_name("no_network"))}
     process = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment, check=False
     )

@@ -1,10 +1,13 @@
 """Rules of the house that a reader relies on."""
 
 import ast
+import socket
+import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 import tinycap
@@ -30,6 +33,90 @@ def imports_of(path: Path) -> set[str]:
 def test_what_trust_remote_code_runs_imports_the_standard_library_torch_and_transformers_only(name):
     allowed = set(sys.stdlib_module_names) | {"torch", "transformers"} | {f".{file[:-3]}" for file in MODEL_FILES}
     assert imports_of(ROOT / name) <= allowed
+
+
+# What opens sockets, starts programs, runs what a file holds, or reaches past Python.
+REACHING = {
+    *("asyncio", "ctypes", "ftplib", "http", "imaplib", "marshal", "multiprocessing", "pickle", "poplib", "pty"),
+    *("runpy", "selectors", "shelve", "shutil", "smtplib", "socket", "socketserver", "ssl", "subprocess", "telnetlib"),
+    *("tempfile", "urllib", "webbrowser", "xmlrpc"),
+}
+# Calls, by the last part of their name, that write files, run code or unpickle. `save_pretrained` is the caller's wish.
+FORBIDDEN_CALLS = {
+    *("eval", "exec", "compile", "__import__", "import_module", "system", "popen", "spawn", "fork", "execv"),
+    *("write_text", "write_bytes", "mkdir", "makedirs", "touch", "remove", "unlink", "rmdir", "rename", "symlink_to"),
+    *("save", "save_file", "tofile", "dump", "torch.load", "loads_pickle", "hardlink_to", "chmod", "truncate"),
+}
+
+
+def calls_of(path: Path) -> list[ast.Call]:
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Call)]
+
+
+def forbidden_calls(path: Path) -> list[str]:
+    """Calls that write, run or unpickle something; `open` may only read."""
+    found = []
+    for call in calls_of(path):
+        name = ast.unparse(call.func)
+        if name.rpartition(".")[2] in FORBIDDEN_CALLS or name in FORBIDDEN_CALLS:
+            found.append(name)
+        if name == "open":
+            modes = [*call.args[1:2], *(keyword.value for keyword in call.keywords if keyword.arg == "mode")]
+            if any(not isinstance(mode, ast.Constant) or set(mode.value) - set("rbt") for mode in modes):
+                found.append(ast.unparse(call))
+    return found
+
+
+@pytest.mark.parametrize("name", MODEL_FILES)
+def test_what_trust_remote_code_runs_opens_no_socket_starts_no_program_and_writes_no_file(name):
+    assert not imports_of(ROOT / name) & REACHING
+    assert not forbidden_calls(ROOT / name)
+
+
+def test_the_rule_above_finds_what_it_forbids(tmp_path):
+    path = tmp_path / "evil.py"
+    path.write_text(
+        "import socket\nopen('x', 'w')\nopen('x', mode=how)\ntorch.load(p)\nP('x').write_text('')\nopen('x')"
+    )
+    assert imports_of(path) & REACHING == {"socket"}
+    assert forbidden_calls(path) == ["open('x', 'w')", "open('x', mode=how)", "torch.load", "P('x').write_text"]
+
+
+REACH = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=0.1)"
+
+
+def test_the_network_is_forbidden_to_every_test_and_to_every_process_that_one_starts():
+    # First: without the guard, what follows would be real.
+    assert socket._network_is_forbidden
+    with pytest.raises(AssertionError, match="expected no network in a test, got a connection to 192.0.2.1"):
+        exec(REACH)
+    with pytest.raises(AssertionError, match="example.org"):
+        socket.getaddrinfo("example.org", 80)
+    started = subprocess.run([sys.executable, "-c", REACH], capture_output=True, text=True)
+    assert started.returncode != 0 and "NetworkForbiddenError" in started.stderr
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        socket.create_connection(server.getsockname()).close()
+
+
+def test_the_hub_is_not_asked_where_it_is_said_to_be_offline(tmp_path):
+    """Each way in ends in an error that says so, with no connection tried: that would be another error."""
+    from transformers import AutoModel
+
+    from tinycap.training.data import load_split
+    from tinycap.training.teacher import Teacher
+    from tinycap.training.tokenizer import load_tokenizer
+
+    assert huggingface_hub.constants.HF_HUB_OFFLINE
+    with pytest.raises(OSError):
+        AutoModel.from_pretrained("nobody/no-such-model", trust_remote_code=True)
+    with pytest.raises(ValueError, match="nobody/no-such-teacher"):
+        Teacher.from_pretrained("nobody/no-such-teacher")
+    with pytest.raises(ValueError, match="nobody/no-such-tokenizer"):
+        load_tokenizer("nobody/no-such-tokenizer")
+    with pytest.raises(ValueError, match="nobody/no-such-photos"):
+        load_split("nobody/no-such-photos", "train")
+    with pytest.raises(ValueError, match="nobody/no-such-captioner"):
+        train_distill.main(["--model_name_or_path", "nobody/no-such-captioner", "--output_dir", str(tmp_path / "out")])
 
 
 @pytest.mark.parametrize(

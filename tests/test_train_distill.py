@@ -58,7 +58,7 @@ def test_a_run_by_configuration_file_records_the_resolved_arguments(flags, photo
     recorded = json.loads((tmp_path / "out" / "train_args.json").read_text())
     assert recorded["config_file"] == str(path) and recorded["dataset_name"] == photos
     assert recorded["max_train_steps"] == 1 and recorded["captions_per_image"] == 2 and recorded["dropout"] == 0.1
-    assert [row["step"] for row in rows_of(tmp_path / "out") if "loss" in row] == [1]
+    assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == [1]
 
 
 class KilledError(BaseException):

@@ -13,18 +13,21 @@ import math
 import os
 import random
 import re
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
 import datasets
+import pyarrow
 import torch
 from datasets.distributed import split_dataset_by_node
 from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from tinycap.processing_tinycap import load_image
+from tinycap.training.table_faults import find_table_fault
 from tinycap.training.tokenizer import encode_captions
 
 
@@ -35,7 +38,11 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "photo")
 ID_COLUMNS = ("image_id", "id", "filename", "file_name", "__key__")
 
 # Part of the key of every decoded cache: raise it when `decode_row` changes what it stores.
-DECODE_VERSION = 1
+DECODE_VERSION = 2
+
+# What `datasets` and what it is built on raise on files that aren't what they should be, or that aren't there. The
+# errors of pyarrow are among ValueError, OSError and its own.
+UNREADABLE = (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError, OSError, LookupError, TypeError)
 
 
 # --- which dataset, which columns -------------------------------------------------------------------------------------
@@ -50,6 +57,10 @@ class Columns:
     image_id: str | None = None
 
 
+class NoSplitError(ValueError):
+    """The data set has no split of this name."""
+
+
 def load_split(
     dataset_name: str, split: str, dataset_config_name: str | None = None, streaming: bool = False
 ) -> datasets.Dataset | datasets.IterableDataset:
@@ -62,17 +73,20 @@ def load_split(
         streaming: read the shards as they come, instead of a memory-mapped copy.
 
     Raises:
-        ValueError: the folder or the split does not exist; names what there is.
+        NoSplitError: there is no such split; names what there is.
+        ValueError: the folder does not exist or can't be read; names file, row and column where these can be found.
     """
     if not os.path.isdir(dataset_name) and (os.path.isabs(dataset_name) or dataset_name.startswith(".")):
         raise ValueError(f"dataset_name: no such folder: {dataset_name}")
     try:
         return datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
-    except ValueError as error:
-        # "Unknown split" and "Bad split" are how the two modes of `datasets` say the same.
-        if "split" in str(error):
-            raise ValueError(f"dataset {dataset_name}: no split {split!r}: {error}") from error
-        raise
+    except UNREADABLE as error:
+        # How the two modes of `datasets` say the same.
+        if re.search("(Unknown|Bad) split", str(error)):
+            raise NoSplitError(f"dataset {dataset_name}: no split {split!r}: {error}") from error
+        fault = find_table_fault(dataset_name) if os.path.isdir(dataset_name) else None
+        reason = fault or error.__cause__ or error
+        raise ValueError(f"dataset {dataset_name}, split {split}: cannot be read: {reason}") from error
 
 
 def load_splits(
@@ -99,7 +113,7 @@ def load_splits(
     train = load_split(dataset_name, train_split, dataset_config_name, streaming)
     try:
         validation = load_split(dataset_name, validation_split or "validation", dataset_config_name, streaming)
-    except ValueError:
+    except NoSplitError:
         if validation_split is not None:
             raise
         if streaming:
@@ -127,7 +141,8 @@ def resolve_columns(
     """Finds the image, caption and id columns, by the given names or by the usual ones.
 
     Raises:
-        ValueError: a named column isn't there, none of the usual names is, or the caption column holds no text.
+        ValueError: a named column isn't there, none of the usual names is, the caption column holds no text, or the
+            image column neither images nor bytes nor paths.
     """
     names = list(dataset.column_names or next(iter(dataset)).keys())
     features = dataset.features or {}
@@ -146,22 +161,38 @@ def resolve_columns(
     inner = getattr(kind, "feature", kind)
     if kind is not None and not (isinstance(inner, datasets.Value) and "string" in inner.dtype):
         raise ValueError(f"caption_column: expected strings or lists of strings in {caption!r}, got {kind}")
+    image = pick("image_column", image_column, IMAGE_COLUMNS)
+    kind = features.get(image)
+    is_image = isinstance(kind, datasets.Image) or (isinstance(kind, dict) and {"bytes", "path"} & set(kind))
+    is_file = isinstance(kind, datasets.Value) and ("binary" in kind.dtype or "string" in kind.dtype)
+    if kind is not None and not (is_image or is_file):
+        raise ValueError(f"image_column: expected images, bytes of image files or paths in {image!r}, got {kind}")
     return Columns(
-        image=pick("image_column", image_column, IMAGE_COLUMNS),
+        image=image,
         caption=caption,
         image_id=next((name for name in ID_COLUMNS if name in names and name != caption), None),
     )
 
 
+# Control characters steer terminals and lone surrogates can't be written down; neither says anything of a picture.
+UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
+
+
 def clean_captions(value: str | list[str] | None) -> list[str]:
-    """The usable captions of one row: whitespace folded, no space before closing punctuation, empty ones left out.
+    """The usable captions of one row: control characters and whitespace folded, no space before closing punctuation,
+    left out where nothing visible remains.
 
     Raises:
         ValueError: not one usable caption is left; says what came.
     """
     values = value if isinstance(value, (list, tuple)) else [value]
-    captions = [re.sub(r"\s+([.,;:!?])", r"\1", " ".join(text.split())) for text in values if isinstance(text, str)]
-    captions = [text for text in captions if text]
+    captions = [
+        re.sub(r"\s+([.,;:!?])", r"\1", " ".join(UNWRITABLE.sub(" ", text).split()))
+        for text in values
+        if isinstance(text, str)
+    ]
+    # Zero-width spaces and direction marks alone are no caption.
+    captions = [text for text in captions if any(unicodedata.category(letter)[0] not in "CZ" for letter in text)]
     if not captions:
         raise ValueError(f"expected a caption or a list of captions, got {str(value)[:80]!r} ({type(value).__name__})")
     return captions
@@ -234,11 +265,13 @@ def decode_row(row: dict, index: int | str, columns: Columns, stored_size: int, 
     """
     image_id = str(row[columns.image_id]) if columns.image_id and row[columns.image_id] is not None else str(index)
     decoded = {"pixels": b"", "height": 0, "width": 0, "captions": [], "image_id": image_id, "reason": ""}
+    column = columns.caption
     try:
         captions = clean_captions(row[columns.caption])
+        column = columns.image
         image = load_image(row[columns.image], name=image_id)
     except (ValueError, TypeError) as error:
-        return {**decoded, "reason": str(error)}
+        return {**decoded, "reason": f"column {column!r}: {error}"}
     width, height = image.size
     if min(width, height) > stored_size:
         ratio = stored_size / min(width, height)
@@ -612,6 +645,18 @@ class StreamingCaptionDataset(IterableDataset):
         """Lets the next iteration go on where `state` says, instead of at the beginning of the epoch."""
         self.resumed = state
 
+    def _next_rows(self, stream: Iterator[dict], size: int, index: int) -> list[dict]:
+        """The next block of rows, from the `index`-th on; a `ValueError` says where a shard can't be read."""
+        rows = []
+        try:
+            for row in islice(stream, size):
+                rows.append(row)
+        except UNREADABLE as error:
+            reason = error.__cause__ or error
+            where = f"split {self.split}: cannot be read after {index + len(rows)} rows"
+            raise ValueError(f"{where}: {reason}") from error
+        return rows
+
     def __iter__(self) -> Iterator[dict]:
         stored_size = stored_size_for(self.image_size)
         worker = get_worker_info()
@@ -622,7 +667,7 @@ class StreamingCaptionDataset(IterableDataset):
         block, given, block_start = start["block"], start["given"], start["stream"]
         stream = iter(self.dataset)
         size = max(1, self.shuffle_block)
-        while rows := list(islice(stream, size)):
+        while rows := self._next_rows(stream, size, block * size):
             order = list(range(len(rows)))
             if self.shuffle_block:
                 sample_rng(self.seed, self.epoch, f"{share}/block {block}").shuffle(order)

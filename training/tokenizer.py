@@ -1,6 +1,7 @@
 """The caption tokenizer: a pretrained one by name, or a byte-level BPE trained on the training captions."""
 
 import logging
+import re
 from collections.abc import Iterable
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -12,6 +13,8 @@ logger = logging.getLogger(__name__)
 PAD_TOKEN, BOS_TOKEN, EOS_TOKEN = "<pad>", "<s>", "</s>"
 # 256 bytes and the three tokens above; below this not every text can be written.
 MIN_VOCAB_SIZE = 256 + 3
+# Learning merges takes the square of a word's length, half an hour for a million letters without a space.
+LONG_WORD = re.compile(r"(\S{200})(?=\S)")
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: int) -> PreTrainedTokenizerFast:
@@ -44,7 +47,7 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(captions, trainer)
+    tokenizer.train_from_iterator((LONG_WORD.sub(r"\1 ", caption) for caption in captions), trainer)
     # With the start token in the template, an empty prompt is [<s>] and generation can begin from it.
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS_TOKEN} $A", special_tokens=[(BOS_TOKEN, tokenizer.token_to_id(BOS_TOKEN))]
@@ -70,9 +73,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     token, as GPT-2 was trained to.
 
     Raises:
-        ValueError: there is no end token.
+        ValueError: there is no end token, or no tokenizer that can be read.
     """
-    tokenizer = AutoTokenizer.from_pretrained(name_or_path)
+    try:
+        # No code of the checkpoint's is run, and nobody is asked whether it should be.
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
+    except Exception as error:
+        # The Rust half of `tokenizers` raises plain `Exception`, the Python half whatever a broken file leads to.
+        raise ValueError(f"tokenizer {name_or_path}: expected one that transformers can load: {error}") from error
     for token, substitute in (("bos_token", tokenizer.cls_token), ("eos_token", tokenizer.sep_token)):
         if getattr(tokenizer, token) is None and substitute is not None:
             setattr(tokenizer, token, substitute)

@@ -1,0 +1,108 @@
+"""Eight threads around one model, eight processes around the same cold caches."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from tiny import CAPTIONS, draw_picture, png_bytes
+from transformers import AutoProcessor, pipeline
+
+import tinycap
+
+
+@pytest.fixture
+def hurried_threads():
+    """Threads that take turns fifty times as often as usual."""
+    usual = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(usual)
+
+
+def in_eight_threads(function, jobs):
+    """Results of `function` for all jobs, each thread in another order; and how many threads were at work at once."""
+    start, busy, most = threading.Barrier(8), set(), []
+
+    def work(offset):
+        start.wait()
+        found = {}
+        for job in jobs[offset:] + jobs[:offset]:
+            busy.add(offset)
+            most.append(len(busy))
+            found[job] = function(job)
+            busy.discard(offset)
+        return found
+
+    with ThreadPoolExecutor(8) as pool:
+        results = list(pool.map(work, range(8)))
+    assert max(most) == 8, "the threads came one after another"
+    return results
+
+
+def test_one_model_gives_eight_threads_the_captions_it_gives_one(repository, pictures, hurried_threads):
+    captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
+
+    def caption(job):
+        index, prompt, num_beams = job
+        kwargs = {"num_beams": num_beams, **({"prompt": prompt} if prompt else {})}
+        inputs = processor(images=pictures[index], text=prompt or "", return_tensors="pt")
+        tokens = captioner.model.generate(**inputs, num_beams=num_beams)
+        # Beams differ in length, so that a cache shared by mistake has another shape.
+        return (
+            captioner(pictures[index], **kwargs)[0]["generated_text"],
+            [entries[0]["generated_text"] for entries in captioner([pictures[index], pictures[0]], batch_size=2)],
+            processor.batch_decode(tokens, skip_special_tokens=True)[0],
+        )
+
+    jobs = [(0, None, 1), (1, "A brown", 3), (2, None, 1)]
+    expected = {job: caption(job) for job in jobs}
+    assert len({value[0] for value in expected.values()}) > 2, "captions that are all alike prove nothing"
+    for found in in_eight_threads(caption, jobs):
+        assert found == expected
+
+
+def test_a_thread_that_takes_gradients_leaves_the_others_captions_alone(model, pixel_values, labels, hurried_threads):
+    """The cross-attention has another path with gradients: which one is taken is each thread's own matter."""
+
+    def run(job):
+        if job % 2:
+            with torch.enable_grad():
+                return model(pixel_values, labels=labels).loss.detach().clone()
+        return model.generate(pixel_values, max_new_tokens=6)
+
+    jobs = list(range(8))
+    expected = {job: run(job) for job in jobs}
+    for found in in_eight_threads(run, jobs):
+        assert all(torch.equal(found[job], expected[job]) for job in jobs)
+
+
+def test_eight_processes_load_a_repository_and_decode_a_data_set_at_once_with_cold_caches(repository, tmp_path):
+    images = [{"bytes": png_bytes(draw_picture(index)), "path": None} for index in range(12)]
+    rows = datasets.Dataset.from_dict({"image": images, "captions": [CAPTIONS[:2]] * 12})
+    (tmp_path / "photos").mkdir()
+    rows.cast_column("image", datasets.Image()).to_parquet(tmp_path / "photos" / "train.parquet")
+    home = tmp_path / "home"
+    assert not home.exists()
+    script = Path(__file__).with_name("cold_start.py")
+    root = str(Path(tinycap.__file__).resolve().parent)
+    done = subprocess.run(
+        [sys.executable, script, repository, tmp_path / "photos", home],
+        capture_output=True,
+        text=True,
+        timeout=280,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ["PYTHONPATH"]])},
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == 8 and all(len(one) == 3 and one[1] == 12 for one in found), found
+    assert all(one == found[0] for one in found)
+    assert list((home / "modules").rglob("modeling_tinycap.py")), "the code was not loaded by way of the cold cache"
+    assert list((home / "datasets").rglob("*.arrow")), "the data set was not decoded into the cold cache"

@@ -1,0 +1,302 @@
+"""Checkpoints that strangers made: an error that names the file, before memory is asked for, and no pickle opened."""
+
+import json
+import pickle
+import re
+import shutil
+import struct
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from safetensors.torch import load_file, save_file
+from tiny import tiny_config
+from transformers import AutoModel, AutoModelForImageTextToText, pipeline
+
+from tinycap import train_distill
+from tinycap.configuration_tinycap import MAX_PARAMETERS, TinyCapConfig, TinyCapVisionConfig
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionModel
+from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
+
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def copy(repository, tmp_path):
+    """The tiny repository, to be spoilt."""
+    return Path(shutil.copytree(repository, tmp_path / "copy"))
+
+
+def from_auto_class(folder):
+    return AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True)
+
+
+def from_pipeline(folder):
+    return pipeline("image-to-text", model=str(folder), trust_remote_code=True)
+
+
+def from_trainer(folder):
+    output_dir = folder.parent / "trained"
+    train_distill.main(
+        ["--model_name_or_path", str(folder), "--output_dir", str(output_dir), "--max_train_samples", "8"]
+        + ["--max_eval_samples", "2", "--max_train_steps", "1", "--distill_weight", "0", "--image_size", "24"]
+        + ["--max_caption_length", "12", "--dataloader_num_workers", "0", "--per_device_train_batch_size", "4"]
+    )
+
+
+DOORS = pytest.mark.parametrize("door", [from_auto_class, from_pipeline, from_trainer])
+
+
+def change_config(folder, part=None, **values):
+    config = json.loads((folder / "config.json").read_text())
+    (config if part is None else config[part]).update(values)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def change_weights(folder, **values):
+    """Replaces tensors; `None` leaves one out. Dots are written as two underscores."""
+    weights = load_file(folder / WEIGHTS)
+    for name, value in values.items():
+        name = name.replace("__", ".")
+        assert name in weights
+        weights.pop(name) if value is None else weights.update({name: value})
+    save_file(weights, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def to_pickle(folder, name="pytorch_model.bin"):
+    torch.save(load_file(folder / WEIGHTS), folder / name)
+    (folder / WEIGHTS).unlink()
+
+
+# --- pickles ----------------------------------------------------------------------------------------------------------
+
+
+@DOORS
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
+def test_a_pickle_is_refused_and_never_opened_and_the_error_says_how_to_convert_it(copy, door, name, monkeypatch):
+    to_pickle(copy, name)
+    for module in (pickle, torch):
+        monkeypatch.setattr(module, "load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
+    with pytest.raises(ValueError) as error:
+        door(copy)
+    assert all(word in str(error.value) for word in (str(copy), name, "safetensors.torch.save_file"))
+
+
+def test_what_the_error_says_converts_it(copy, pixel_values, monkeypatch):
+    expected = from_auto_class(copy)(pixel_values).logits
+    # As older libraries wrote them: with the tied weight under both its names.
+    weights = dict(load_file(copy / WEIGHTS))
+    weights["lm_head.weight"] = weights["decoder.embed_tokens.weight"]
+    torch.save(weights, copy / "pytorch_model.bin")
+    (copy / WEIGHTS).unlink()
+    with pytest.raises(ValueError) as error:
+        from_auto_class(copy)
+    code = re.search(r"weights = torch.load.*'pt'}\)", str(error.value))[0]
+    monkeypatch.chdir(copy)
+    exec(code, {"torch": torch, "safetensors": safetensors})
+    assert torch.equal(from_auto_class(copy)(pixel_values).logits, expected)
+
+
+def test_asking_for_anything_but_safetensors_is_an_error(copy):
+    with pytest.raises(ValueError, match="use_safetensors"):
+        AutoModel.from_pretrained(copy, trust_remote_code=True, use_safetensors=False)
+
+
+def test_a_pickle_beside_the_weights_is_left_alone(copy, pixel_values):
+    expected = from_auto_class(copy)(pixel_values).logits
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04cos\nsystem\n(S'exit 1'\ntR.")
+    assert torch.equal(from_auto_class(copy)(pixel_values).logits, expected)
+
+
+# --- weights ----------------------------------------------------------------------------------------------------------
+
+
+def cut_weights(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(data[: len(data) // 2])
+
+
+def lie_about_the_header(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 2**40) + data[8:])
+
+
+def lie_about_a_shape(folder):
+    data = (folder / WEIGHTS).read_bytes()
+    length = struct.unpack("<Q", data[:8])[0]
+    header = json.loads(data[8 : 8 + length])
+    header["decoder.embed_tokens.weight"]["shape"] = [2**31, 2**20]
+    text = json.dumps(header).encode()
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", len(text)) + text + data[8 + length :])
+
+
+def write_no_header(folder):
+    (folder / WEIGHTS).write_bytes(struct.pack("<Q", 40) + b"[" * 40 + bytes(64))
+
+
+def write_a_page(folder):
+    (folder / WEIGHTS).write_text("<!DOCTYPE html><html><body>404: no such file</body></html>")
+
+
+@DOORS
+@pytest.mark.parametrize("spoil", [cut_weights, lie_about_the_header, lie_about_a_shape, write_no_header, write_a_page])
+def test_a_file_that_is_not_what_its_header_says_is_an_error_that_names_it(copy, door, spoil):
+    before = (copy / WEIGHTS).read_bytes()
+    spoil(copy)
+    assert (copy / WEIGHTS).read_bytes() != before
+    with pytest.raises(ValueError) as error:
+        door(copy)
+    assert str(copy / WEIGHTS) in str(error.value)
+
+
+@DOORS
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_no_numbers_are_an_error_that_names_the_tensor(copy, door, value):
+    spoilt = load_file(copy / WEIGHTS)["decoder.memory_projection.weight"].clone()
+    spoilt[3, 2] = value
+    change_weights(copy, decoder__memory_projection__weight=spoilt)
+    with pytest.raises(ValueError, match="decoder.memory_projection.weight.*finite"):
+        door(copy)
+
+
+@DOORS
+def test_missing_weights_are_an_error_where_random_ones_would_caption(copy, door):
+    change_weights(copy, decoder__memory_projection__weight=None)
+    with pytest.raises(ValueError, match="decoder.memory_projection.weight"):
+        door(copy)
+
+
+def test_who_asks_for_the_report_gets_what_there_is(copy):
+    change_weights(copy, decoder__memory_projection__weight=None)
+    model, report = TinyCapForConditionalGeneration.from_pretrained(copy, output_loading_info=True)
+    assert set(report["missing_keys"]) == {"decoder.memory_projection.weight"} and model is not None
+
+
+def test_a_student_alone_still_begins_a_captioner(copy):
+    student = from_auto_class(copy).vision_model
+    student.save_pretrained(copy / "student")
+    model = TinyCapForConditionalGeneration.from_pretrained(copy / "student", config=tiny_config())
+    for name, value in student.state_dict().items():
+        assert torch.equal(model.vision_model.state_dict()[name], value), name
+    assert isinstance(TinyCapVisionModel.from_pretrained(copy), TinyCapVisionModel)
+
+
+# --- configurations ---------------------------------------------------------------------------------------------------
+
+
+@DOORS
+@pytest.mark.parametrize(
+    "part, values, named",
+    [
+        ("text_config", {"vocab_size": 2_000_000}, "decoder.embed_tokens.weight.*2000000"),
+        ("text_config", {"num_hidden_layers": 900}, "decoder.layers.*900"),
+        ("text_config", {"max_position_embeddings": 9_000_000}, "decoder.embed_positions.weight"),
+        ("vision_config", {"image_size": 24_000}, "position_embeddings"),
+        ("vision_config", {"hidden_size": 15}, "position_embeddings"),
+        ("vision_config", {"projection_dim": 1_000_000}, "projection.weight"),
+    ],
+    ids=lambda value: "/".join(value) if isinstance(value, dict) else None,
+)
+def test_a_config_that_contradicts_its_weights_is_an_error_before_a_model_is_built(
+    copy, door, part, values, named, monkeypatch
+):
+    change_config(copy, part, **values)
+    # Whatever copy of the modeling file a door uses, it builds its layers by these.
+    monkeypatch.setattr(torch.nn.LayerNorm, "__init__", lambda *args, **kwargs: pytest.fail("a model was built"))
+    with pytest.raises(ValueError, match=named):
+        door(copy)
+
+
+@pytest.mark.parametrize(
+    "part, values, named",
+    [
+        ("text_config", {"vocab_size": 10**12}, "vocab_size: expected at most"),
+        ("text_config", {"num_hidden_layers": 3_000}, "num_hidden_layers: expected at most 1,024"),
+        ("vision_config", {"image_size": 800_000}, f"at most {MAX_PARAMETERS:,} parameters"),
+        ("vision_config", {"hidden_size": "12"}, "hidden_size: expected a positive integer"),
+        ("vision_config", {"hidden_size": 1_200_000, "intermediate_size": 1_200_000}, "parameters"),
+        ("vision_config", {"layer_norm_eps": "0"}, "layer_norm_eps"),
+        ("text_config", {"initializer_range": float("nan")}, "initializer_range"),
+        (None, {"memory_scale": float("inf")}, "memory_scale"),
+        (None, {"memory_scale": "5"}, "memory_scale"),
+        (None, {"distill_weight": -1.0}, "distill_weight"),
+        (None, {"eos_token_id": 10**6}, "eos_token_id"),
+        (None, {"eos_token_id": [1, -3]}, "eos_token_id"),
+        (None, {"bos_token_id": "2"}, "bos_token_id"),
+    ],
+    ids=lambda value: "/".join(value) if isinstance(value, dict) else None,
+)
+def test_absurd_sizes_are_an_error_that_names_the_field(copy, part, values, named):
+    from_auto_class(copy)
+    change_config(copy, part, **values)
+    with pytest.raises(ValueError, match=named):
+        from_auto_class(copy)
+
+
+def test_an_activation_that_is_not_known_is_an_error_that_names_the_field(copy):
+    change_config(copy, "vision_config", hidden_act="system")
+    with pytest.raises(ValueError, match="TinyCapVisionConfig.hidden_act: expected one of .*gelu.*got 'system'"):
+        from_auto_class(copy)
+
+
+def test_the_released_sizes_and_ten_times_them_are_not_absurd():
+    TinyCapConfig()
+    TinyCapVisionConfig(hidden_size=1_920, num_hidden_layers=60, num_attention_heads=30, intermediate_size=7_680)
+
+
+# --- tokenizers and image processors ----------------------------------------------------------------------------------
+
+
+def test_a_tokenizer_that_does_not_fit_is_an_error_that_names_both_sizes(copy, tokenizer):
+    other = train_tokenizer([" ".join(f"word{i}" for i in range(200))] * 3, 500, 19)
+    assert len(other) > len(tokenizer)
+    other.save_pretrained(copy)
+    for door in (from_pipeline, from_trainer):
+        with pytest.raises(ValueError, match=rf"{len(tokenizer)}.*{len(other)}"):
+            door(copy)
+
+
+def test_a_tokenizer_with_other_special_tokens_is_an_error(copy, tokenizer):
+    other = json.loads((copy / "tokenizer_config.json").read_text())
+    other["eos_token"], other["bos_token"] = other["bos_token"], other["eos_token"]
+    (copy / "tokenizer_config.json").write_text(json.dumps(other))
+    for door in (from_pipeline, from_trainer):
+        with pytest.raises(ValueError, match="tokenizer.*expected bos_token_id"):
+            door(copy)
+
+
+@pytest.mark.parametrize("content", ["", '{"version": "1.0", "model', '{"version": "1.0"}', "[]"])
+def test_a_tokenizer_that_cannot_be_read_is_an_error_that_names_its_folder(copy, content):
+    (copy / "tokenizer.json").write_text(content)
+    with pytest.raises(ValueError, match=str(copy)):
+        load_tokenizer(str(copy))
+
+
+def test_a_tokenizer_never_runs_the_checkpoints_code(copy):
+    config = json.loads((copy / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["tokenization_evil.Evil", None]}
+    config["tokenizer_class"] = "Evil"
+    (copy / "tokenizer_config.json").write_text(json.dumps(config))
+    (copy / "tokenization_evil.py").write_text(f"open({str(copy / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    try:
+        load_tokenizer(str(copy))
+    except ValueError as error:
+        assert str(copy) in str(error)
+    assert not (copy / "ran").exists()
+
+
+def test_an_image_processor_that_would_ask_for_gigabytes_is_an_error(copy):
+    config = json.loads((copy / "preprocessor_config.json").read_text())
+    config["size"] = {"shortest_edge": 100_000}
+    (copy / "preprocessor_config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="image_processor.size.*100000"):
+        from_pipeline(copy)
+
+
+@pytest.mark.parametrize("name", ["config.json", "preprocessor_config.json"])
+def test_a_cut_json_file_ends_training_with_an_error_that_names_it(copy, name):
+    (copy / name).write_text((copy / name).read_text()[:40])
+    with pytest.raises(ValueError, match="--model_name_or_path"):
+        from_trainer(copy)

@@ -1,0 +1,238 @@
+"""Files that strangers send: a caption or a clear error naming the file, and nothing else."""
+
+import io
+import os
+import struct
+import zlib
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageDraw
+from tiny import draw_picture, png_bytes
+from transformers import pipeline
+
+from benchmarks.hostile_images import MUTATIONS, SEEDS, cases, drive, make_case, peak_memory, png_of
+from tinycap import processing_tinycap
+from tinycap.processing_tinycap import MAX_IMAGE_PIXELS, MAX_SLOW_IMAGE_PIXELS, load_image
+
+
+# Pillow says what it finds wrong with a file; these tests look at what becomes of it.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
+    pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def captioner(repository):
+    return pipeline("image-to-text", model=str(repository), trust_remote_code=True, max_new_tokens=1)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("hostile")
+
+
+def test_whole_files_of_every_flavour_are_opened_as_a_viewer_shows_them(captioner, folder):
+    batch = [make_case(name, "none", 3, (64, 48), 0) for name in SEEDS]
+    for case, outcome in zip(batch, drive(batch, captioner, folder)):
+        assert not outcome.problems and outcome.caption is not None, (case.seed, outcome)
+
+
+def test_500_broken_files_each_end_in_a_caption_or_an_error_that_names_the_file(captioner, folder):
+    seen = []
+
+    @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))
+    @given(st.lists(cases(), min_size=25, max_size=25))
+    def one(batch):
+        # `drive` sees to it that each mutation is really there.
+        for case, outcome in zip(batch, drive(batch, captioner, folder)):
+            assert not outcome.problems, (case.seed, case.mutation, outcome)
+            seen.append(case)
+
+    with peak_memory() as peak:
+        one()
+    assert len(seen) == 500
+    assert {case.mutation for case in seen} == set(MUTATIONS)
+    assert {case.kind for case in seen} == {seed.kind for seed in SEEDS.values()}
+    # The largest picture that is decoded at all, once, in its decoder's buffers.
+    assert not peak or peak[0] < 1500
+
+
+# --- what was found -------------------------------------------------------------------------------------------------
+
+
+def flat_png(width: int, height: int) -> bytes:
+    """A whole PNG of one grey, whatever its size."""
+    packer = zlib.compressobj(1)
+    lines = b"".join(packer.compress(bytes(width + 1)) for _ in range(height)) + packer.flush()
+    return png_of([(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", lines), (b"IEND", b"")])
+
+
+def webp_that_claims(width: int, height: int) -> bytes:
+    """A small animation on a canvas of another size."""
+    frames = [draw_picture(1), draw_picture(2)]
+    buffer = io.BytesIO()
+    frames[0].save(buffer, "WEBP", lossless=True, save_all=True, append_images=frames[1:])
+    data = bytearray(buffer.getvalue())
+    data[24:30] = struct.pack("<I", width - 1)[:3] + struct.pack("<I", height - 1)[:3]
+    return bytes(data)
+
+
+def test_an_animation_of_a_few_bytes_on_an_enormous_canvas_is_refused_before_it_is_decoded():
+    """It took 18 seconds and 4.7 GB, for a caption of nothing."""
+    data = webp_that_claims(9_000, 16_000)
+    with Image.open(io.BytesIO(data)) as opened:
+        assert opened.size == (9_000, 16_000), "the claim isn't there"
+    with peak_memory() as peak, pytest.raises(ValueError, match=f"{MAX_SLOW_IMAGE_PIXELS:,} pixels"):
+        load_image(data)
+    assert not peak or peak[0] < 100
+
+
+def test_thousands_of_scans_over_a_large_jpeg_are_refused():
+    """422 kB took 16 seconds of processor time."""
+    buffer = io.BytesIO()
+    Image.new("L", (2_900, 2_800), 90).save(buffer, "JPEG", progressive=True)
+    data = buffer.getvalue()
+    assert load_image(data).size == (2_900, 2_800)
+    end = data.rindex(b"\xff\xd9")
+    last_scan = data[data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda")) : end]
+    assert load_image(data[:end] + last_scan * 20 + data[end:]).size == (2_900, 2_800)
+    with pytest.raises(ValueError, match="scans in a JPEG"):
+        load_image(data[:end] + last_scan * 300 + data[end:])
+
+
+def test_a_large_picture_is_shrunk_before_its_colours_are_converted():
+    """Transparency over white took four copies of all pixels: 2 GB for 3 MB of PNG."""
+    picture = Image.new("LA", (4_500, 4_400), (0, 0))
+    ImageDraw.Draw(picture).rectangle((0, 0, 2_250, 4_400), fill=(40, 255))
+    data = png_bytes(picture)
+    with peak_memory() as peak:
+        shown = load_image(data)
+    assert shown.size == (2_250, 2_200)
+    assert shown.getpixel((100, 100)) == (40, 40, 40) and shown.getpixel((2_000, 100)) == (255, 255, 255)
+    assert not peak or peak[0] < 200, "a picture of 79 MB"
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "1", "P", "I;16", "CMYK"])
+def test_shrinking_keeps_the_colours_of_every_mode(mode, monkeypatch):
+    picture = draw_picture(5, (60, 40)).resize((240, 160), Image.Resampling.NEAREST)
+    if mode == "I;16":
+        picture = picture.convert("L").convert("I").point(lambda value: value * 257).convert("I;16")
+    else:
+        picture = picture.quantize(8) if mode == "P" else picture.convert(mode)
+    whole = load_image(picture)
+    monkeypatch.setattr(processing_tinycap, "LARGE_SIDE", 40)
+    small = load_image(picture)
+    assert small.size == (60, 40) and whole.size == (240, 160)
+    pairs = zip(small.getdata(), whole.reduce(4).getdata())
+    assert max(abs(a - b) for ours, theirs in pairs for a, b in zip(ours, theirs)) <= 2
+
+
+def test_a_large_photo_is_decoded_small_and_the_callers_own_is_left_alone():
+    buffer = io.BytesIO()
+    draw_picture(6, (6_000, 4_100)).save(buffer, "JPEG")
+    assert load_image(buffer.getvalue()).size == (3_000, 2_050)
+    with Image.open(buffer) as opened:
+        assert load_image(opened).size == (3_000, 2_050)
+        assert opened.size == (6_000, 4_100)
+
+
+def test_more_pixels_than_any_phone_takes_are_refused():
+    data = flat_png(16_000, 9_000)
+    assert 16_000 * 9_000 > MAX_IMAGE_PIXELS > 12_032 * 9_024
+    with peak_memory() as peak, pytest.raises(ValueError, match="big.png: expected 1 to"):
+        load_image(data, name="big.png")
+    assert not peak or peak[0] < 50
+
+
+@pytest.mark.parametrize("source", ["path", "bytes"])
+def test_a_file_that_would_start_ghostscript_is_not_opened(tmp_path, monkeypatch, source):
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\nshowpage\n%%EOF\n")
+    with Image.open(path) as opened:
+        assert opened.format == "EPS", "Pillow itself takes it for a picture"
+    from PIL import EpsImagePlugin
+
+    def never(*args, **kwargs):
+        raise AssertionError("Ghostscript was asked")
+
+    monkeypatch.setattr(EpsImagePlugin, "Ghostscript", never)
+    with pytest.raises(ValueError, match="not an image file"):
+        load_image(path if source == "path" else path.read_bytes())
+
+
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "photo.jpg")
+    with pytest.raises(ValueError, match="photo.jpg: expected a file"):
+        load_image(tmp_path / "photo.jpg")
+
+
+def test_base64_and_urls_show_transparency_over_white_as_files_do(monkeypatch):
+    """Both were painted black, where the same file was white."""
+    import base64
+
+    from transformers import image_utils
+
+    data = png_bytes(Image.new("LA", (60, 50), (0, 0)))
+    assert load_image(data).getpixel((3, 3)) == (255, 255, 255)
+    coded = base64.b64encode(data).decode()
+    for text in (coded, f"data:image/png;base64,{coded}"):
+        assert load_image(text).getpixel((3, 3)) == (255, 255, 255)
+
+    class Answer:
+        asked = []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *args):
+            return None
+
+        def raise_for_status(self):
+            return None
+
+        def iter_bytes(self, size=None):
+            return iter([data[:30], data[30:]])
+
+        iter_content = iter_bytes
+
+    def client(*args, **kwargs):
+        Answer.asked.append(kwargs["timeout"])
+        return Answer()
+
+    if hasattr(image_utils, "httpx"):
+        monkeypatch.setattr(image_utils.httpx, "stream", client)
+    else:
+        monkeypatch.setattr(image_utils.requests, "get", client)
+    assert load_image("https://example.org/photo.png").getpixel((3, 3)) == (255, 255, 255)
+    assert Answer.asked == [processing_tinycap.URL_TIMEOUT]
+    monkeypatch.setattr(processing_tinycap, "MAX_DOWNLOAD", 50)
+    with pytest.raises(ValueError, match="photo.png: expected an answer of at most 50 bytes"):
+        load_image("https://example.org/photo.png", timeout=3)
+    assert Answer.asked[-1] == 3
+
+
+def test_pixels_that_are_no_numbers_are_an_error():
+    picture = Image.new("F", (20, 10), 0.5)
+    picture.putpixel((3, 3), float("nan"))
+    picture.putpixel((4, 3), float("inf"))
+    buffer = io.BytesIO()
+    picture.save(buffer, "TIFF")
+    with pytest.raises(ValueError, match="finite"):
+        load_image(buffer.getvalue())
+
+
+def test_no_file_stays_open(tmp_path):
+    """Each broken file left its handle to the garbage collector: a folder of them ran out of handles."""
+    path = tmp_path / "cut.png"
+    path.write_bytes(png_bytes(draw_picture(1, (200, 200)))[:-40])
+    before = len(os.listdir("/proc/self/fd"))
+    kept = []
+    for _ in range(5):
+        with pytest.raises(ValueError) as error:
+            load_image(path)
+        # The error holds its frames, and these held the open image.
+        kept.append(error)
+    assert len(os.listdir("/proc/self/fd")) == before
