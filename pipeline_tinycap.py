@@ -86,9 +86,12 @@ class ImageToTextPipeline(Pipeline):
         if return_confidence or min_confidence is not None:
             if min_confidence is not None and not 0 <= min_confidence <= 1:
                 raise ValueError(f"min_confidence: expected a probability from 0 to 1, got {min_confidence!r}")
-            if generate_kwargs.get("do_sample", self.generation_config.do_sample):
+            # What `generate` will go by: its own arguments, a config given to it, the model's.
+            configs = (generate_kwargs.get("generation_config"), self.model.generation_config)
+            settings = [generate_kwargs, *(config.to_dict() for config in configs if config is not None)]
+            if next((found["do_sample"] for found in settings if found.get("do_sample") is not None), False):
                 raise ValueError("confidence: it is calibrated for greedy and beam search, got do_sample=True")
-            num_beams = generate_kwargs.get("num_beams", self.generation_config.num_beams) or 1
+            num_beams = next((found["num_beams"] for found in settings if found.get("num_beams")), 1)
             # Read now, so that a model without one is an error before the first image.
             self.calibration  # noqa: B018
             forward_params["return_log_probs"] = True

@@ -178,19 +178,27 @@ def main(argv: Sequence[str] | None = None) -> int:
 class Processes:
     """This process among those that `accelerate launch` or `torchrun` started; alone where they didn't.
 
-    `accelerate` is imported only where there are several.
+    PyTorch and `accelerate` are imported only where there are several.
+
+    Args:
+        on_cpu: run there although there may be GPUs.
     """
 
-    def __init__(self):
+    def __init__(self, on_cpu: bool = False):
         self.index, self.count, self.state = 0, 1, None
-        if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        started = int(os.environ.get("WORLD_SIZE", 1))
+        if started > 1:
             import datetime
 
+            import torch
             from accelerate import PartialState
 
             # Shares of a big folder end hours apart, and the first waits for the last.
-            self.state = PartialState(timeout=datetime.timedelta(days=7))
+            timeout = datetime.timedelta(days=7)
+            self.state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=timeout)
             self.index, self.count = self.state.process_index, self.state.num_processes
+            if self.count != started:
+                raise ValueError(f"expected {started} processes, as WORLD_SIZE says, got {self.count} that talk")
 
     @property
     def is_main(self) -> bool:
@@ -216,6 +224,12 @@ class Processes:
         yield
         if self.is_main:
             self.wait()
+
+    def end(self) -> None:
+        """Waits for everybody's end: a launcher ends all processes when the first one fails."""
+        if self.state is not None:
+            self.wait()
+            self.state.destroy_process_group()
 
     def device(self, given: str | None) -> str | None:
         """The device that was asked for, or this process's own."""
@@ -304,7 +318,7 @@ def run_caption(args: argparse.Namespace) -> int:
     Raises:
         ValueError: something about the command makes no sense; says what.
     """
-    processes = Processes()
+    processes = Processes(on_cpu=args.backend == "onnx" or args.device == "cpu")
     format = check_format(args)
     images = find_inputs(args, processes)
     options = options_of(args, processes)
@@ -338,7 +352,9 @@ def run_caption(args: argparse.Namespace) -> int:
         output.settle(keep_errors=True)
     if processes.is_main:
         report(args, len(images), len(pending), bad)
-    return BAD_IMAGES if bad else DONE
+    processes.end()
+    # One process's status is the command's; a launcher would report each that isn't 0.
+    return BAD_IMAGES if bad and processes.is_main else DONE
 
 
 def caption_all(

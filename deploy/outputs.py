@@ -208,17 +208,20 @@ class RowFile:
         dealt = (row for turn in turns for row in turn if row is not None)
         aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
         seen: set[str] = set()
-        with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-            if self.kind == "csv":
-                file.write(csv_line(self.shape.columns()))
-            for text, image, is_error in itertools.chain(self.rows(self.path), dealt):
-                # A part is removed after its rows are in the file: killed in between, both have them.
-                if image not in seen and (keep_errors or not is_error):
-                    file.write(text)
-                    seen.add(image)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, self.path)
+        try:
+            with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+                if self.kind == "csv":
+                    file.write(csv_line(self.shape.columns()))
+                for text, image, is_error in itertools.chain(self.rows(self.path), dealt):
+                    # A part is removed after its rows are in the file: killed in between, both have them.
+                    if image not in seen and (keep_errors or not is_error):
+                        file.write(text)
+                        seen.add(image)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, self.path)
+        finally:
+            aside.unlink(missing_ok=True)
         for part in parts:
             part.unlink()
 
