@@ -34,7 +34,12 @@ def test_what_trust_remote_code_runs_imports_the_standard_library_torch_and_tran
 
 @pytest.mark.parametrize(
     "folder, forbidden",
-    [("evaluation", "tinycap.train_"), ("training", "tinycap.evaluation"), ("training", "tinycap.train_")],
+    [
+        ("evaluation", "tinycap.train_"),
+        ("training", "tinycap.evaluation"),
+        ("training", "tinycap.train_"),
+        ("training", "tinycap.deploy"),
+    ],
 )
 def test_arrows_go_one_way(folder, forbidden):
     for path in (ROOT / folder).rglob("*.py"):
