@@ -2,19 +2,20 @@
 
 The tensors themselves are made by transformers' own `CLIPImageProcessor` and the tokenizer, joined in a
 `GitProcessor` (see `preprocessor_config.json`); this file covers what these leave to the caller. Training,
-evaluation and the pipeline all open their images here, so that a file looks the same to each of them.
+evaluation, the pipeline and the captioner without PyTorch all open their images here, so that a file looks the same to
+each of them.
 """
 
+import importlib
 import io
 import os
 import warnings
 from typing import Any
 
-from transformers import image_utils
 
-
-# Pillow, as transformers itself imports it: a remote-code file may name no package but torch and transformers.
-Image, ImageOps = image_utils.PIL.Image, image_utils.PIL.ImageOps
+# Pillow, by its name: an import statement of a remote-code file may name no package but torch and transformers, and
+# transformers would bring PyTorch to those who caption without it.
+Image, ImageOps = (importlib.import_module(f"PIL.{module}") for module in ("Image", "ImageOps"))
 
 # About 180 million pixels (540 MB as RGB), where Pillow itself begins to refuse.
 MAX_IMAGE_PIXELS = 178_956_970
@@ -100,7 +101,10 @@ def _open(image: Any, timeout: float | None) -> "Image.Image":
     if os.path.exists(image):
         return Image.open(image)
     if image.startswith(("http://", "https://", "data:image/")) or _may_be_base64(image):
-        return image_utils.load_image(image, timeout=timeout)
+        # Only here, since it imports PyTorch: a file on the disk needs neither.
+        from transformers.image_utils import load_image as load_from_url
+
+        return load_from_url(image, timeout=timeout)
     raise FileNotFoundError(image)
 
 
