@@ -19,6 +19,7 @@ from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import cached_file
 
+from tinycap.confidence_tinycap import CONFIDENCE_NAME
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
@@ -105,9 +106,12 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
     model = TinyCapForConditionalGeneration.from_pretrained(model_name_or_path, dtype=torch.float32).eval()
     output_dir = Path(output_dir)
     (output_dir / "onnx").mkdir(parents=True, exist_ok=True)
-    for name in COMPANIONS:
-        source = Path(cached_file(model_name_or_path, name))
-        if source.resolve() != (output_dir / name).resolve():
+    for name in (*COMPANIONS, CONFIDENCE_NAME):
+        # Only the calibration may be missing.
+        source = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=name in COMPANIONS)
+        if source is None:
+            (output_dir / name).unlink(missing_ok=True)
+        elif Path(source).resolve() != (output_dir / name).resolve():
             shutil.copyfile(source, output_dir / name)
 
     paths = {name: output_dir / "onnx" / f"{name}.onnx" for name in ("encoder_model", "decoder_model_merged")}

@@ -349,3 +349,34 @@ def test_options_reach_generate():
     options = CaptionOptions("model", num_beams=4, num_captions=2, max_new_tokens=7)
     assert options.generation() == {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 7}
     assert CaptionOptions("model").generation() == {}
+
+
+def test_without_pytorch_the_same_captions_and_confidences(repository, photos, tmp_path):
+    """`tinycap export`, then `--backend onnx` in a process that never imports PyTorch."""
+    model = shutil.copytree(repository, tmp_path / "model")
+    coefficients = {"mean_log_prob": 1.0, "num_tokens": 0.1}
+    calibration = {"num_beams": 1, "intercept": 0.5, "coefficients": coefficients}
+    (model / "confidence.json").write_text(json.dumps({"calibrations": [calibration]}))
+    (photos / "bad.jpg").write_bytes(b"no picture")
+    assert cli.main(["export", "--model", str(model), "--output", "exported", "--no-quantize"]) == 0
+    flags = ["caption", "photos", "--confidence", "--num-beams", "2", "--num-captions", "2", "--batch-size", "4"]
+    assert cli.main([*flags, "--model", str(model), "--output", "torch.jsonl"]) == 1
+    code = (
+        "import sys; from tinycap.deploy import cli; status = cli.main(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(status)"
+    )
+    onnx = ["--model", "exported", "--backend", "onnx", "--num-threads", "1", "--num-workers", "2"]
+    process = subprocess.run(
+        [sys.executable, "-c", code, *flags, *onnx, "--output", "onnx.jsonl"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 1 and "photos/bad.jpg" in process.stderr, process.stderr
+    expected, found = read_rows(tmp_path / "torch.jsonl"), read_rows(tmp_path / "onnx.jsonl")
+    for row, other in zip(expected, found, strict=True):
+        assert row.pop("confidence") == pytest.approx(other.pop("confidence"), abs=2e-4)
+        assert row == other
+    assert cli.main(["embed", "photos", "--model", str(model), "--output", "torch.npy"]) == 1
+    assert cli.main(["embed", "photos", *onnx, "--output", "onnx.npy"]) == 1
+    np.testing.assert_allclose(np.load("torch.npy"), np.load("onnx.npy"), atol=1e-5)
