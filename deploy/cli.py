@@ -137,17 +137,28 @@ def create_parser() -> argparse.ArgumentParser:
         description="Makes a smaller model with the same captions from one with a big vocabulary.",
         allow_abbrev=False,
     )
+    trim.add_argument(
+        "images", nargs="*", help="files, folders or patterns of photos whose captions must stay the same"
+    )
     trim.add_argument("--model", metavar="FOLDER", required=True, help="a TinyCap repository")
     trim.add_argument("--output", metavar="FOLDER", required=True, help="where the smaller one goes")
-    trim.add_argument("--dataset-name", help="captioned photos: a name on the Hub, a folder of parquet, an imagefolder")
-    trim.add_argument("--split", default="validation", help="split whose photos are captioned (default: %(default)s)")
-    trim.add_argument("--corpus", nargs="+", default=[], metavar="FILE", help="more texts to keep, one a line")
     trim.add_argument(
-        "--corpus-splits",
-        nargs="+",
+        "--dataset-name", help="captioned photos as well: a name on the Hub, a folder of parquet, an imagefolder"
+    )
+    trim.add_argument("--split", default="validation", help="split whose photos are captioned (default: %(default)s)")
+    trim.add_argument(
+        "--corpus",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="texts whose tokens to keep, one a line; repeatable",
+    )
+    trim.add_argument(
+        "--corpus-split",
+        action="append",
         default=[],
         metavar="SPLIT",
-        help="more splits of the data set whose captions to keep",
+        help="another split of the data set whose captions' tokens to keep; repeatable",
     )
     trim.add_argument("--max-samples", type=positive, help="caption only the first so many photos")
     trim.add_argument("--batch-size", type=positive, default=16, help="photos run together (default: %(default)s)")
@@ -437,16 +448,20 @@ def run_export(args: argparse.Namespace) -> int:
 
 def run_trim(args: argparse.Namespace) -> int:
     """`tinycap trim-vocab`; returns the exit status."""
-    from tinycap.deploy.trim_vocab import trim_repository
+    import json
+    import logging
 
-    trim_repository(
-        args.model,
-        args.output,
-        dataset_name=args.dataset_name,
-        split=args.split,
-        corpus_splits=args.corpus_splits,
-        corpus_files=args.corpus,
-        max_samples=args.max_samples,
-        batch_size=args.batch_size,
-    )
+    from tinycap.deploy.trim_vocab import load_corpus, read_texts, trim_repository
+
+    logging.basicConfig(format="%(message)s", level=logging.INFO)
+    if args.corpus_split and args.dataset_name is None:
+        raise ValueError("--corpus-split: expected --dataset-name with it")
+    texts = [text for path in args.corpus for text in read_texts(path)]
+    images = list_images(args.images)[: args.max_samples]
+    if args.dataset_name is not None:
+        captions, photos = load_corpus(args.dataset_name, args.split, args.corpus_split, args.max_samples)
+        texts += captions
+        images += photos
+    report = trim_repository(args.model, args.output, texts, images, args.batch_size)
+    print(json.dumps(report, indent=2))
     return DONE
