@@ -37,6 +37,7 @@ from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisi
 if TYPE_CHECKING:
     # `save_pretrained` copies the files it finds in relative imports: this brings the pipeline along. transformers 4
     # looks no further than this file, so that what the pipeline imports stands here too.
+    from .confidence_tinycap import ConfidenceCalibration  # noqa: F401
     from .pipeline_tinycap import ImageToTextPipeline  # noqa: F401
     from .processing_tinycap import load_image  # noqa: F401
 

@@ -8,8 +8,33 @@ from typing import Any
 
 import torch
 from transformers.pipelines.base import GenericTensor, Pipeline
+from transformers.utils import cached_file
 
+from .confidence_tinycap import CONFIDENCE_NAME, HOW_TO_CALIBRATE, ConfidenceCalibration
 from .processing_tinycap import load_image
+
+
+def caption_log_probs(model, generated) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the model thought of the captions that it generated, however they were searched for.
+
+    Args:
+        model: the captioner.
+        generated: what `generate(return_dict_in_generate=True, output_logits=True)` returned for N captions.
+
+    Returns:
+        (N,) float32, the sum of the log-probabilities (nats) of each caption's tokens, its end token included and a
+        prompt's left out; (N,) int64, how many these are.
+    """
+    # From the logits, not the scores: processors (a repetition penalty, a temperature) change the latter, and the
+    # scores of a beam search are sums. `beam_indices` says which beam each token of a returned caption came from.
+    tokens_log_probs = model.compute_transition_scores(
+        generated.sequences, generated.logits, getattr(generated, "beam_indices", None), normalize_logits=True
+    ).float()
+    tokens = generated.sequences[:, -tokens_log_probs.shape[1] :]
+    ends = torch.isin(tokens, torch.as_tensor(model.generation_config.eos_token_id, device=tokens.device))
+    # What follows the first end token is padding.
+    counted = ends.cumsum(dim=1) - ends.long() == 0
+    return tokens_log_probs.masked_fill(~counted, 0.0).sum(dim=1), counted.sum(dim=1)
 
 
 class ImageToTextPipeline(Pipeline):
@@ -21,6 +46,9 @@ class ImageToTextPipeline(Pipeline):
 
     An image that can't be read is a `ValueError` naming it. Among several, it yields
     `[{"generated_text": None, "error": <what is wrong with it>}]` instead, and the others get their captions.
+
+    With `return_confidence=True` each entry carries `confidence`, the probability that the caption is right by the
+    model's `confidence.json`; with `min_confidence` a caption below it is `None`.
     """
 
     _load_processor = False
@@ -61,6 +89,8 @@ class ImageToTextPipeline(Pipeline):
         generate_kwargs: dict | None = None,
         prompt: str | None = None,
         timeout: float | None = None,
+        return_confidence: bool = False,
+        min_confidence: float | None = None,
         **generate_parameters,
     ):
         generate_kwargs = dict(generate_kwargs or {})
@@ -77,7 +107,38 @@ class ImageToTextPipeline(Pipeline):
         preprocess_params = {
             name: value for name, value in (("prompt", prompt), ("timeout", timeout)) if value is not None
         }
-        return preprocess_params, {"generate_kwargs": generate_kwargs} if generate_kwargs else {}, {}
+        forward_params = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
+        postprocess_params = {}
+        if return_confidence or min_confidence is not None:
+            if min_confidence is not None and not 0 <= min_confidence <= 1:
+                raise ValueError(f"min_confidence: expected a probability from 0 to 1, got {min_confidence!r}")
+            # What `generate` will go by: its own arguments, a config given to it, the model's.
+            configs = (generate_kwargs.get("generation_config"), self.model.generation_config)
+            settings = [generate_kwargs, *(config.to_dict() for config in configs if config is not None)]
+            if next((found["do_sample"] for found in settings if found.get("do_sample") is not None), False):
+                raise ValueError("confidence: it is calibrated for greedy and beam search, got do_sample=True")
+            num_beams = next((found["num_beams"] for found in settings if found.get("num_beams")), 1)
+            # Read now, so that a model without one is an error before the first image.
+            self.calibration  # noqa: B018
+            forward_params["return_log_probs"] = True
+            postprocess_params = {"min_confidence": min_confidence, "num_beams": num_beams}
+        return preprocess_params, forward_params, postprocess_params
+
+    @property
+    def calibration(self) -> ConfidenceCalibration:
+        """The model's own, from the folder or repository that it was loaded from.
+
+        Raises:
+            ValueError: it has none.
+        """
+        if not hasattr(self, "_calibration"):
+            name = self.model.config._name_or_path
+            options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+            path = cached_file(name, CONFIDENCE_NAME, **options) if name else None
+            if path is None:
+                raise ValueError(f"model {name!r} has no {CONFIDENCE_NAME}; {HOW_TO_CALIBRATE}")
+            self._calibration = ConfidenceCalibration.from_file(path)
+        return self._calibration
 
     def __call__(self, images: Any = None, **kwargs) -> list:
         """Captions one image or many; see the class for what goes in and what comes out.
@@ -89,9 +150,13 @@ class ImageToTextPipeline(Pipeline):
             generate_kwargs: the same as a dict.
             batch_size: images run through the model together.
             timeout: seconds to wait for a URL.
+            return_confidence: add `confidence` to each entry, the probability that the caption is right.
+            min_confidence: no caption (`None`) rather than one that is right with a lower probability; implies
+                `return_confidence`.
 
         Raises:
-            ValueError: the image can't be read; names it.
+            ValueError: the image can't be read; names it. The model has no `confidence.json`, or captions are sampled,
+                where a confidence is asked for.
         """
         images = kwargs.pop("inputs", images)
         if images is None:
@@ -130,25 +195,42 @@ class ImageToTextPipeline(Pipeline):
             ).input_ids
         return model_inputs
 
-    def _forward(self, model_inputs: dict[str, Any], generate_kwargs: dict | None = None) -> dict[str, Any]:
+    def _forward(
+        self, model_inputs: dict[str, Any], generate_kwargs: dict | None = None, return_log_probs: bool = False
+    ) -> dict[str, Any]:
         errors = model_inputs.pop("error")
         generate_kwargs = dict(generate_kwargs or {})
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         elif "generation_config" not in generate_kwargs:
             generate_kwargs["generation_config"] = self.generation_config
-        sequences = self.model.generate(**model_inputs, **generate_kwargs)
-        if not isinstance(sequences, torch.Tensor):
-            sequences = sequences.sequences
+        if return_log_probs:
+            generate_kwargs.update(return_dict_in_generate=True, output_logits=True)
+        generated = self.model.generate(**model_inputs, **generate_kwargs)
+        sequences = generated if isinstance(generated, torch.Tensor) else generated.sequences
         # (images, captions of one image, tokens): the iterator takes batches apart along the first axis.
-        sequences = sequences.reshape(model_inputs["pixel_values"].shape[0], -1, sequences.shape[-1])
-        return {"sequences": sequences, "error": errors}
+        num_images = model_inputs["pixel_values"].shape[0]
+        outputs = {"sequences": sequences.reshape(num_images, -1, sequences.shape[-1]), "error": errors}
+        if return_log_probs:
+            log_probs, num_tokens = caption_log_probs(self.model, generated)
+            outputs["log_probs"] = log_probs.reshape(num_images, -1)
+            outputs["num_tokens"] = num_tokens.reshape(num_images, -1)
+        return outputs
 
-    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, str | None]]:
+    def postprocess(
+        self, model_outputs: dict[str, Any], min_confidence: float | None = None, num_beams: int | None = None
+    ) -> list[dict[str, str | float | None]]:
         if model_outputs["error"]:
             return [{"generated_text": None, "error": model_outputs["error"]}]
         texts = self.tokenizer.batch_decode(model_outputs["sequences"].flatten(0, 1), skip_special_tokens=True)
-        return [{"generated_text": text.strip()} for text in texts]
+        entries = [{"generated_text": text.strip()} for text in texts]
+        if "log_probs" in model_outputs:
+            scores = zip(model_outputs["log_probs"].flatten().tolist(), model_outputs["num_tokens"].flatten().tolist())
+            for entry, (log_prob, num_tokens) in zip(entries, scores):
+                entry["confidence"] = self.calibration(log_prob, num_tokens, num_beams)
+                if min_confidence is not None and entry["confidence"] < min_confidence:
+                    entry["generated_text"] = None
+        return entries
 
 
 __all__ = ["ImageToTextPipeline"]

@@ -2,11 +2,13 @@
 
 The tensors themselves are made by transformers' own `CLIPImageProcessor` and the tokenizer, joined in a
 `GitProcessor` (see `preprocessor_config.json`); this file covers what these leave to the caller. Training,
-evaluation and the pipeline all open their images here, so that a file looks the same to each of them.
+evaluation, the pipeline and the captioner without PyTorch all open their images here, so that a file looks the same to
+each of them.
 """
 
 import base64
 import binascii
+import importlib
 import io
 import math
 import os
@@ -14,11 +16,10 @@ import struct
 from collections.abc import Iterable
 from typing import Any
 
-from transformers import image_utils
 
-
-# Pillow, as transformers itself imports it: a remote-code file may name no package but torch and transformers.
-Image = image_utils.PIL.Image
+# Pillow, by its name: an import statement of a remote-code file may name no package but torch and transformers, and
+# transformers would bring PyTorch to those who caption without it.
+Image, ImageOps = (importlib.import_module(f"PIL.{module}") for module in ("Image", "ImageOps"))
 
 # What photos and drawings come in. Pillow opens more: EPS starts Ghostscript, and what hardly anybody uses hardly
 # anybody has attacked yet.
@@ -174,6 +175,9 @@ def _download(url: str, timeout: float) -> bytes:
 
     transformers' own `load_image` would also convert the picture, and paint transparency black.
     """
+    # Only here, since it imports PyTorch: a file on the disk needs neither.
+    from transformers import image_utils
+
     if hasattr(image_utils, "httpx"):
         with image_utils.httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as answer:
             return _read_answer(answer, answer.iter_bytes())

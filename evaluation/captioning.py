@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
+from tinycap.pipeline_tinycap import caption_log_probs
 from tinycap.processing_tinycap import load_image
 
 
@@ -25,6 +26,8 @@ class Captions:
         rows: numbers of the rows that were captioned.
         captions: one for each.
         tokens: of each caption, without the start token and padding, with the end token where it came.
+        log_probs: for each caption the sum of its tokens' log-probabilities (nats), where it was asked for.
+        num_tokens: and how many tokens these are, the end token included.
         image_embeds: (len(rows), D), the student's, unit norm.
         teacher_embeds: the same of the teacher, where there is one.
         skipped: (row, reason) of the pictures that can't be read.
@@ -33,6 +36,8 @@ class Captions:
     rows: list[int] = field(default_factory=list)
     captions: list[str] = field(default_factory=list)
     tokens: list[list[int]] = field(default_factory=list)
+    log_probs: list[float] = field(default_factory=list)
+    num_tokens: list[int] = field(default_factory=list)
     image_embeds: torch.Tensor | None = None
     teacher_embeds: torch.Tensor | None = None
     skipped: list[tuple[int, str]] = field(default_factory=list)
@@ -60,6 +65,7 @@ def caption_dataset(
     batch_size: int = 32,
     accelerator: Accelerator | None = None,
     teacher: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    return_log_probs: bool = False,
     progress: bool = False,
     **generate_kwargs: Any,
 ) -> Captions:
@@ -72,6 +78,7 @@ def caption_dataset(
         batch_size: pictures run through the model together.
         accelerator: whose device and processes to use.
         teacher: embeds the same pixels to (B, D), unit norm.
+        return_log_probs: keep what the model thought of its captions.
         progress: show a bar.
         generate_kwargs: for `generate()`, over the model's generation config.
 
@@ -87,6 +94,8 @@ def caption_dataset(
         # Decoded here, row by row, so that a bad one is a bad row and not the end.
         dataset = dataset.cast_column(image_column, datasets.Image(decode=False))
     model.eval()
+    if return_log_probs:
+        generate_kwargs.update(return_dict_in_generate=True, output_logits=True)
     found = Captions()
     embeds, targets, batch = [], [], []
 
@@ -98,6 +107,11 @@ def caption_dataset(
         )
         encoded = model.get_encoder()(pixels, return_dict=True)
         sequences = model.generate(encoder_outputs=encoded, **generate_kwargs)
+        if return_log_probs:
+            log_probs, num_tokens = caption_log_probs(model, sequences)
+            found.log_probs.extend(log_probs.tolist())
+            found.num_tokens.extend(num_tokens.tolist())
+            sequences = sequences.sequences
         texts = processor.batch_decode(sequences, skip_special_tokens=True)
         if len(texts) != len(batch):
             raise ValueError(f"expected one caption a picture, got num_return_sequences={len(texts) // len(batch)}")
@@ -132,9 +146,9 @@ def caption_dataset(
     found.image_embeds = torch.cat(embeds)[order]
     if targets:
         found.teacher_embeds = torch.cat(targets)[order]
-    found.captions = [found.captions[position] for position in order]
-    found.tokens = [found.tokens[position] for position in order]
-    found.rows = [found.rows[position] for position in order]
+    for name in ("rows", "captions", "tokens", "log_probs", "num_tokens"):
+        values = getattr(found, name)
+        setattr(found, name, [values[position] for position in order] if values else values)
     found.skipped.sort()
     return found
 
@@ -144,6 +158,8 @@ def _gather(found: Captions, embeds: list, targets: list) -> None:
     found.rows = gather_object(found.rows)
     found.captions = gather_object(found.captions)
     found.tokens = gather_object(found.tokens)
+    found.log_probs = gather_object(found.log_probs)
+    found.num_tokens = gather_object(found.num_tokens)
     found.skipped = gather_object(found.skipped)
     embeds[:] = gather_object(embeds)
     targets[:] = gather_object(targets)

@@ -145,3 +145,24 @@ def plot_bars(values: dict[str, float], path: str | Path, label: str) -> None:
     axes.margins(x=0.12)
     figure.tight_layout()
     _save(figure, path)
+
+
+def plot_reliability(bins: dict[str, list[dict[str, float]]], path: str | Path) -> None:
+    """Draws the share of right captions against their confidence, a line for each name, to a PNG.
+
+    Args:
+        bins: for each name its bins, with `confidence`, `share` and `count` (see `tinycap.evaluation.confidence`); bars
+            are one binomial standard error.
+    """
+    pyplot = _pyplot()
+    figure, axes = pyplot.subplots(figsize=(4.6, 4.4))
+    axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1, label="perfect")
+    for name, found in bins.items():
+        confidence, share = [bin["confidence"] for bin in found], [bin["share"] for bin in found]
+        errors = [(bin["share"] * (1 - bin["share"]) / bin["count"]) ** 0.5 for bin in found]
+        axes.errorbar(confidence, share, yerr=errors, marker="o", markersize=4, capsize=2, label=name)
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share of right captions")
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    _save(figure, path)

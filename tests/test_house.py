@@ -15,7 +15,10 @@ from tinycap import train_distill
 
 
 ROOT = Path(tinycap.__file__).resolve().parent
-MODEL_FILES = ("configuration_tinycap.py", "modeling_tinycap.py", "processing_tinycap.py", "pipeline_tinycap.py")
+MODEL_FILES = (
+    *("configuration_tinycap.py", "modeling_tinycap.py", "processing_tinycap.py", "pipeline_tinycap.py"),
+    "confidence_tinycap.py",
+)
 
 
 def imports_of(path: Path) -> set[str]:
@@ -121,7 +124,10 @@ def test_the_hub_is_not_asked_where_it_is_said_to_be_offline(tmp_path):
 
 @pytest.mark.parametrize(
     "folder, forbidden",
-    [("evaluation", "tinycap.train_"), ("training", "tinycap.evaluation"), ("training", "tinycap.train_")],
+    [
+        *(("evaluation", "tinycap.train_"), ("training", "tinycap.evaluation"), ("training", "tinycap.train_")),
+        *(("evaluation", "tinycap.deploy"), ("training", "tinycap.deploy"), ("deploy", "tinycap.train_")),
+    ],
 )
 def test_arrows_go_one_way(folder, forbidden):
     for path in (ROOT / folder).rglob("*.py"):

@@ -1,0 +1,91 @@
+"""How far a caption can be trusted: the probability that it is right, from what the model itself thought of it.
+
+`confidence.json` beside the weights holds a logistic regression, fitted by `python -m tinycap.evaluation.confidence` on
+captioned photos. What "right" means stands in that file. Only the standard library is imported, so that the PyTorch
+pipeline and the ONNX captioner read the same file by the same code.
+"""
+
+import json
+import math
+import os
+from typing import Any
+
+
+CONFIDENCE_NAME = "confidence.json"
+# What a caption's confidence is computed from; the names of the coefficients in `confidence.json`.
+FEATURES = ("mean_log_prob", "num_tokens")
+
+
+def caption_features(log_prob: float, num_tokens: int) -> dict[str, float]:
+    """What the regression sees of a caption.
+
+    Args:
+        log_prob: sum of the log-probabilities (nats) of its tokens, the end token included.
+        num_tokens: how many they are.
+
+    Raises:
+        ValueError: there is no token.
+    """
+    if num_tokens < 1:
+        raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
+    return {"mean_log_prob": log_prob / num_tokens, "num_tokens": float(num_tokens)}
+
+
+class ConfidenceCalibration:
+    """From a caption's log-probability to the probability that the caption is right.
+
+    Args:
+        content: what `confidence.json` holds: `calibrations`, a list with `num_beams`, `intercept` and a coefficient
+            for each of `FEATURES`, one entry for each way of decoding that was calibrated.
+        name: what to call it in an error.
+
+    Raises:
+        ValueError: a part is missing; names it.
+    """
+
+    def __init__(self, content: dict[str, Any], name: str = CONFIDENCE_NAME):
+        self.content = content
+        self.by_num_beams = {}
+        for entry in content.get("calibrations", []):
+            missing = {"num_beams", "intercept", "coefficients"} - set(entry)
+            missing |= set(FEATURES) - set(entry.get("coefficients", FEATURES))
+            if missing:
+                raise ValueError(f"{name}: expected {', '.join(sorted(missing))} in each of its calibrations")
+            self.by_num_beams[entry["num_beams"]] = entry
+        if not self.by_num_beams:
+            raise ValueError(f"{name}: expected a list of calibrations, got {sorted(content)}")
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike) -> "ConfidenceCalibration":
+        """Reads `confidence.json`, given itself or its folder.
+
+        Raises:
+            ValueError: it isn't there, or isn't such a file; names it.
+        """
+        path = os.path.join(path, CONFIDENCE_NAME) if os.path.isdir(path) else os.fspath(path)
+        try:
+            with open(path, encoding="utf-8") as file:
+                return cls(json.load(file), path)
+        except FileNotFoundError:
+            raise ValueError(f"{path}: no such file; {HOW_TO_CALIBRATE}") from None
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: expected JSON: {error}") from error
+
+    def __call__(self, log_prob: float, num_tokens: int, num_beams: int = 1) -> float:
+        """Probability, from 0 to 1, that a caption is right.
+
+        Args:
+            log_prob, num_tokens: see `caption_features`.
+            num_beams: how it was found; the calibration for the nearest number of beams is used.
+        """
+        entry = self.by_num_beams[min(self.by_num_beams, key=lambda beams: (abs(beams - num_beams), beams))]
+        features = caption_features(log_prob, num_tokens)
+        logit = entry["intercept"] + sum(entry["coefficients"][name] * features[name] for name in FEATURES)
+        # Both ends without overflow.
+        return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
+
+
+HOW_TO_CALIBRATE = "python -m tinycap.evaluation.confidence calibrates a model on captioned photos and writes it"
+
+
+__all__ = ["CONFIDENCE_NAME", "FEATURES", "ConfidenceCalibration", "caption_features"]

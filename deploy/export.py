@@ -1,0 +1,228 @@
+"""Writes a TinyCap as two ONNX graphs that need no PyTorch, in float32 and in int8.
+
+    onnx/encoder_model.onnx          pixel_values -> last_hidden_state, image_embeds
+    onnx/decoder_model_merged.onnx   input_ids, encoder_hidden_states, past_key_values.* -> logits, present.*
+
+Names and folder are Optimum's and transformers.js's, the int8 ones end in `_quantized`. What is the encoder's
+`last_hidden_state` here is all that the decoder's cross-attention ever reads of an image, already projected: with one
+memory vector the constant that each layer adds, (B, 1, layers * hidden_size); with patches the keys and values of each
+layer, (B, tokens, layers * 2 * hidden_size). One decoder serves the first step, with a cache of length 0, and all
+others.
+"""
+
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+from torch import nn
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.utils import cached_file
+
+from tinycap.confidence_tinycap import CONFIDENCE_NAME
+from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+
+
+# Beside the graphs, what a captioner reads.
+COMPANIONS = (
+    *("config.json", "generation_config.json", "preprocessor_config.json"),
+    *("tokenizer.json", "tokenizer_config.json"),
+)
+# Largest difference of an exported graph's outputs to the model's: what other orders of summation come to.
+TOLERANCE = 1e-3
+
+
+class EncoderGraph(nn.Module):
+    """Student, memory, and the part of cross-attention that depends on the image alone."""
+
+    def __init__(self, model: TinyCapForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = self.model.get_encoder()(pixel_values, return_dict=True)
+        memory, _ = self.model.get_memory(encoded)
+        memory = self.model.decoder.project_memory(memory)
+        states = []
+        for layer in self.model.decoder.layers:
+            keys, values = layer.cross_attn.memory_states(memory, memory.shape[1], None)
+            # With one memory vector the constant stands in the keys' place, and nobody reads the values.
+            states += [keys] if memory.shape[1] == 1 else [keys, values]
+        return torch.cat([state.transpose(1, 2).flatten(2) for state in states], dim=-1), encoded.image_embeds
+
+
+class DecoderGraph(nn.Module):
+    """The decoder over the tokens that aren't in the cache yet, and the head over the last of them."""
+
+    def __init__(self, model: TinyCapForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, input_ids: torch.Tensor, encoder_hidden_states: torch.Tensor, past_key_values: list[torch.Tensor]
+    ) -> tuple[torch.Tensor, ...]:
+        layers = self.model.decoder.layers
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        states = encoder_hidden_states.chunk(encoder_hidden_states.shape[-1] // layers[0].mlp.fc1.in_features, dim=-1)
+        a_layer = len(states) // len(layers)
+        for index, layer in enumerate(layers):
+            cache.self_attention_cache.update(past_key_values[2 * index], past_key_values[2 * index + 1], index)
+            split = [layer.cross_attn.split_heads(state) for state in states[a_layer * index : a_layer * (index + 1)]]
+            cache.cross_attention_cache.update(split[0], split[-1], index)
+            cache.is_updated[index] = True
+        # Of the memory, only its length is still looked at.
+        hidden_states = self.model.decoder(input_ids, encoder_hidden_states, cache=cache).last_hidden_state
+        logits = self.model.lm_head(hidden_states[:, -1:])
+        present = [tensor for layer in cache.self_attention_cache.layers for tensor in (layer.keys, layer.values)]
+        return logits, *present
+
+
+def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize: bool = True) -> dict[str, Path]:
+    """Writes the ONNX graphs of a checkpoint, and the configs and tokenizer that go with them.
+
+    Args:
+        model_name_or_path: a TinyCap repository, local or on the Hub.
+        output_dir: gets `onnx/` and the small files; may be the repository itself.
+        quantize: write the int8 graphs too.
+
+    Returns:
+        The graphs written, by name: `encoder_model`, `decoder_model_merged`, and both with `_quantized`.
+
+    Raises:
+        ValueError: the checkpoint isn't a TinyCap's.
+        ImportError: one of the packages of `tinycap[export]` is missing.
+        RuntimeError: an exported graph computes something else than the model.
+    """
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime  # noqa: F401
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise ImportError("exporting needs onnx, onnxscript and onnxruntime: pip install 'tinycap[export]'") from error
+    model_type = TinyCapConfig.get_config_dict(model_name_or_path)[0].get("model_type")
+    if model_type != TinyCapConfig.model_type:
+        raise ValueError(f"{model_name_or_path}: expected model_type {TinyCapConfig.model_type}, got {model_type}")
+    model = TinyCapForConditionalGeneration.from_pretrained(model_name_or_path, dtype=torch.float32).eval()
+    output_dir = Path(output_dir)
+    (output_dir / "onnx").mkdir(parents=True, exist_ok=True)
+    for name in (*COMPANIONS, CONFIDENCE_NAME):
+        # Only the calibration may be missing.
+        source = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=name in COMPANIONS)
+        if source is None:
+            (output_dir / name).unlink(missing_ok=True)
+        elif Path(source).resolve() != (output_dir / name).resolve():
+            shutil.copyfile(source, output_dir / name)
+
+    paths = {name: output_dir / "onnx" / f"{name}.onnx" for name in ("encoder_model", "decoder_model_merged")}
+    _export_encoder(model, paths["encoder_model"])
+    _export_decoder(model, paths["decoder_model_merged"])
+    if quantize:
+        for name, path in list(paths.items()):
+            paths[f"{name}_quantized"] = path.with_name(f"{name}_quantized.onnx")
+            quantize_graph(path, paths[f"{name}_quantized"])
+    return paths
+
+
+def quantize_graph(path: Path, quantized_path: Path) -> None:
+    """Weights of linear layers and embeddings to int8, activations at run time.
+
+    A scale for each output channel. Seven bits and not eight: processors without VNNI add two products of bytes in 16
+    bits, and eight bits would overflow there; where VNNI is, the seventh bit costs nothing in time.
+    """
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    prepared = quantized_path.with_name(f".{quantized_path.name}")
+    try:
+        # Folds the head's transposition, so that the tied table becomes a matrix that can be quantised.
+        quant_pre_process(path, prepared, skip_symbolic_shape=True)
+        quantize_dynamic(
+            prepared,
+            quantized_path,
+            op_types_to_quantize=["MatMul", "Gemm", "Gather"],
+            per_channel=True,
+            reduce_range=True,
+            weight_type=QuantType.QInt8,
+        )
+    finally:
+        prepared.unlink(missing_ok=True)
+
+
+def _export_encoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
+    vision = model.config.vision_config
+    pixel_values = torch.randn(2, vision.num_channels, vision.image_size, vision.image_size)
+    batch = torch.export.Dim("batch")
+    _export(
+        EncoderGraph(model),
+        {"pixel_values": pixel_values},
+        path,
+        output_names=["last_hidden_state", "image_embeds"],
+        dynamic_shapes={"pixel_values": {0: batch}},
+    )
+
+
+def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
+    text, layers = model.config.text_config, model.decoder.layers
+    patches = model.vision_model.embeddings.num_patches
+    length, a_layer = (1, 1) if model.config.memory == "embedding" else (1 + patches, 2)
+    states = torch.randn(2, length, len(layers) * a_layer * text.hidden_size)
+    heads, head_dim = text.num_attention_heads, text.hidden_size // text.num_attention_heads
+    # Sizes other than 0 and 1, so that the trace takes nothing for granted that holds only for them.
+    past = [torch.randn(2, heads, 3, head_dim) for _ in range(2 * len(layers))]
+    names = [f"{index}.decoder.{part}" for index in range(len(layers)) for part in ("key", "value")]
+    batch, new, before = (torch.export.Dim(name) for name in ("batch", "sequence_length", "past_sequence_length"))
+    _export(
+        DecoderGraph(model),
+        {"input_ids": torch.tensor([[1, 2], [2, 1]]), "encoder_hidden_states": states, "past_key_values": past},
+        path,
+        input_names=["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)],
+        output_names=["logits", *(f"present.{name}" for name in names)],
+        dynamic_shapes={
+            "input_ids": {0: batch, 1: new},
+            "encoder_hidden_states": {0: batch},
+            "past_key_values": [{0: batch, 2: before}] * len(past),
+        },
+    )
+
+
+@torch.no_grad()
+def _export(module: nn.Module, inputs: dict, path: Path, input_names: list[str] | None = None, **options) -> None:
+    """Exports a module and holds the graph to it on its example inputs."""
+    import onnxruntime
+
+    input_names = input_names or list(inputs)
+    with warnings.catch_warnings():
+        # Two inputs share an axis, which is what was asked for.
+        warnings.filterwarnings("ignore", message="# The axis name")
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        torch.onnx.export(
+            module.eval(),
+            kwargs=inputs,
+            f=path,
+            input_names=input_names,
+            dynamo=True,
+            external_data=False,
+            verbose=False,
+            **options,
+        )
+    _strip_source(path)
+    flat = [tensor for value in inputs.values() for tensor in (value if isinstance(value, list) else [value])]
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(options["output_names"], {name: tensor.numpy() for name, tensor in zip(input_names, flat)})
+    for name, output, expected in zip(options["output_names"], found, module(**inputs)):
+        difference = (torch.from_numpy(output) - expected).abs().max().item()
+        if not difference <= TOLERANCE:
+            raise RuntimeError(f"{path.name}: expected the model's {name}, got one that differs by {difference:.2g}")
+
+
+def _strip_source(path: Path) -> None:
+    """Takes out what the exporter notes of the source files of each node, the paths of this machine among it."""
+    import onnx
+
+    graph = onnx.load(path)
+    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+        del part.metadata_props[:]
+    for part in (*graph.graph.input, *graph.graph.output):
+        del part.metadata_props[:]
+    onnx.save(graph, path)

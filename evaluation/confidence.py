@@ -1,0 +1,390 @@
+"""Calibrates a model's confidence in its captions, and shows what a threshold on it brings.
+
+    python -m tinycap.evaluation.confidence --model_name_or_path . --dataset_name my_photos --split validation
+
+A caption counts as right when its CIDEr against the human captions of its photo is at least what the lowest quarter of
+human captions get against the others' (`--human_percentile`). A logistic regression on the mean log-probability of the
+caption's tokens and on their number says how probable that is. It is judged on photos that it wasn't fitted on: half
+against half, and by cross-validation; the one that is stored is fitted on all of them.
+
+Writes `confidence.json` into the model's folder, where the pipeline and the command line look for it, and to
+`--output_dir` the figures (`confidence_results.json`) and a report with its plot (`confidence.md`, `confidence.png`).
+"""
+
+import argparse
+import datetime
+import hashlib
+import json
+import logging
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from accelerate import Accelerator
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from tinycap.confidence_tinycap import CONFIDENCE_NAME, FEATURES, ConfidenceCalibration, caption_features
+from tinycap.evaluation.__main__ import references_of
+from tinycap.evaluation.captioning import Captions, caption_dataset
+from tinycap.evaluation.metrics import caption_ciders
+from tinycap.evaluation.reports import plot_reliability
+from tinycap.training.data import load_split, resolve_columns
+from tinycap.training.logs import write_json, write_text
+
+
+logger = logging.getLogger(__name__)
+
+THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+# Below this many captions of a kind a regression says nothing, and neither does a row of the table.
+MIN_CAPTIONS = 10
+FOLDS = 10
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tinycap.evaluation.confidence",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = argparse.BooleanOptionalAction
+    parser.add_argument("--model_name_or_path", required=True, help="a TinyCap repository")
+    parser.add_argument("--dataset_name", required=True, help="Hub id, folder of parquet, or imagefolder")
+    parser.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
+    parser.add_argument("--split", default="validation", help="split to calibrate on; not one it was trained on")
+    parser.add_argument("--image_column", help="column of the images; found by its type if not given")
+    parser.add_argument("--caption_column", help="column of the captions; found by its name if not given")
+    parser.add_argument("--max_samples", type=int, help="use only the first so many pictures")
+    parser.add_argument("--batch_size", type=int, default=32, help="pictures run through the model together")
+    parser.add_argument(
+        "--num_beams", type=int, nargs="+", help="ways of decoding to calibrate; 1 and the model's own if not given"
+    )
+    parser.add_argument(
+        "--human_percentile",
+        type=float,
+        default=25.0,
+        help="a caption is right from this percentile of the human captions' own CIDEr on",
+    )
+    parser.add_argument("--min_cider", type=float, help="a caption is right from this CIDEr (times 100) on, instead")
+    parser.add_argument("--seed", type=int, default=0, help="of the halves and folds")
+    parser.add_argument(
+        "--save_to_model", action=flag, default=True, help="write confidence.json into the model's folder"
+    )
+    parser.add_argument("--output_dir", default="outputs/confidence", help="where figures, report and plot go")
+    return parser.parse_args(argv)
+
+
+# --- fitting and judging ----------------------------------------------------------------------------------------------
+
+
+def logistic_regression():
+    try:
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("calibration needs scikit-learn: pip install 'tinycap[evaluation]'") from error
+    return make_pipeline(StandardScaler(), LogisticRegression())
+
+
+def fit_calibration(features: np.ndarray, right: np.ndarray, num_beams: int) -> dict:
+    """An entry of `confidence.json`'s `calibrations`.
+
+    Args:
+        features: (N, len(FEATURES)), in their order.
+        right: (N,) bool.
+
+    Raises:
+        ValueError: there are too few right or too few wrong captions to fit anything.
+    """
+    check_captions(right)
+    scaler, regression = logistic_regression().fit(features, right)
+    # Back to the features as they are, so that who reads the file needn't scale them.
+    coefficients = regression.coef_[0] / scaler.scale_
+    intercept = regression.intercept_[0] - float(coefficients @ scaler.mean_)
+    return {
+        "num_beams": num_beams,
+        "intercept": float(intercept),
+        "coefficients": dict(zip(FEATURES, map(float, coefficients))),
+    }
+
+
+def check_captions(right: np.ndarray) -> None:
+    """Raises `ValueError` where there are too few right or too few wrong captions."""
+    kinds = {"right": int(right.sum()), "wrong": int((~right).sum())}
+    for kind, count in kinds.items():
+        if count < 2 * MIN_CAPTIONS:
+            raise ValueError(
+                f"expected at least {2 * MIN_CAPTIONS} {kind} captions to calibrate with, got {count} of {len(right)}; "
+                "more pictures, or another --human_percentile or --min_cider?"
+            )
+
+
+def calibrated(entry: dict, features: np.ndarray) -> np.ndarray:
+    """(N,) probabilities, by the very code that a user's pipeline runs."""
+    calibration = ConfidenceCalibration({"calibrations": [entry]})
+    return np.array([calibration(mean * tokens, round(tokens), entry["num_beams"]) for mean, tokens in features])
+
+
+def reliability(predicted: np.ndarray, right: np.ndarray, num_bins: int = 10) -> list[dict[str, float]]:
+    """Bins of equally many captions: their mean `confidence`, the `share` of them that is right, and their `count`."""
+    bins = np.array_split(np.argsort(predicted, kind="stable"), min(num_bins, len(predicted)))
+    return [
+        {"confidence": float(predicted[bin].mean()), "share": float(right[bin].mean()), "count": len(bin)}
+        for bin in bins
+    ]
+
+
+def expected_calibration_error(bins: list[dict[str, float]]) -> float:
+    """Mean distance between confidence and share over all captions (Naeini et al., 2015), in equally full bins."""
+    total = sum(bin["count"] for bin in bins)
+    return sum(bin["count"] * abs(bin["confidence"] - bin["share"]) for bin in bins) / total
+
+
+def judge(predicted: np.ndarray, right: np.ndarray, seed: int) -> dict:
+    """How good probabilities are on captions that they weren't fitted on.
+
+    Returns:
+        `ece`; `ece_by_chance`, what perfect probabilities would show on so few captions; `auc`; `brier` and
+        `brier_of_base_rate`, that of one probability for all; `bins`.
+    """
+    from sklearn.metrics import brier_score_loss, roc_auc_score
+
+    bins = reliability(predicted, right)
+    draws = np.random.default_rng(seed).random((200, len(predicted))) < predicted
+    return {
+        "num_captions": len(predicted),
+        "share_right": float(right.mean()),
+        "ece": expected_calibration_error(bins),
+        "ece_by_chance": float(np.mean([expected_calibration_error(reliability(predicted, draw)) for draw in draws])),
+        "auc": float(roc_auc_score(right, predicted)),
+        "brier": float(brier_score_loss(right, predicted)),
+        "brier_of_base_rate": float(right.mean() * (1 - right.mean())),
+        "bins": bins,
+    }
+
+
+def threshold_table(predicted: np.ndarray, right: np.ndarray, ciders: np.ndarray) -> list[dict[str, float]]:
+    """For each threshold: `share_left` of the captions, their `cider`, and the `share_right` among them."""
+    rows = []
+    for threshold in THRESHOLDS:
+        left = predicted >= threshold
+        if left.sum() < MIN_CAPTIONS:
+            break
+        rows.append(
+            {
+                "min_confidence": threshold,
+                "share_left": float(left.mean()),
+                "cider": float(ciders[left].mean()),
+                "share_right": float(right[left].mean()),
+            }
+        )
+    return rows
+
+
+@dataclass
+class Decoding:
+    """What was found for one number of beams: the `entry` to store, and the `figures` of its report."""
+
+    entry: dict
+    figures: dict
+
+
+def calibrate(found: Captions, ciders: np.ndarray, min_cider: float, num_beams: int, seed: int) -> Decoding:
+    """Fits and judges one way of decoding.
+
+    Raises:
+        ValueError: too few captions are right, or wrong.
+    """
+    from sklearn.model_selection import StratifiedKFold, cross_val_predict, train_test_split
+
+    features = np.array(
+        [
+            [caption_features(log_prob, num_tokens)[name] for name in FEATURES]
+            for log_prob, num_tokens in zip(found.log_probs, found.num_tokens)
+        ]
+    )
+    right = ciders >= min_cider
+    check_captions(right)
+    fitted, judged = train_test_split(np.arange(len(right)), test_size=0.5, random_state=seed, stratify=right)
+    half = logistic_regression().fit(features[fitted], right[fitted])
+    folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
+    crossed = cross_val_predict(logistic_regression(), features, right, cv=folds, method="predict_proba")[:, 1]
+    entry = fit_calibration(features, right, num_beams)
+    figures = {
+        "num_beams": num_beams,
+        "cider": float(ciders.mean()),
+        "share_right": float(right.mean()),
+        "half_against_half": judge(half.predict_proba(features[judged])[:, 1], right[judged], seed),
+        "cross_validated": judge(crossed, right, seed),
+        "thresholds": threshold_table(crossed, right, ciders),
+        # How far the stored one, seen by a user, is from those that were judged.
+        "largest_difference_to_cross_validated": float(np.abs(calibrated(entry, features) - crossed).max()),
+    }
+    return Decoding(entry, figures)
+
+
+# --- the run ----------------------------------------------------------------------------------------------------------
+
+
+def human_ciders(references: list[list[str]]) -> np.ndarray:
+    """CIDEr of every human caption against the other ones of its photo.
+
+    Raises:
+        ValueError: no photo has several captions.
+    """
+    several = [group for group in references if len(group) > 1]
+    if not several:
+        raise ValueError("expected several captions a photo; with one each, say from which --min_cider on one is right")
+    found = []
+    for position in range(max(map(len, several))):
+        groups = [group for group in several if position < len(group)]
+        others = [group[:position] + group[position + 1 :] for group in groups]
+        found.extend(caption_ciders([group[position] for group in groups], others))
+    return np.array(found)
+
+
+def weights_sha256(folder: str) -> str | None:
+    """The digest of a local model's weights, which says whose calibration it is; `None` of a model on the Hub."""
+    path = Path(folder) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
+
+
+def report(args: argparse.Namespace, results: dict) -> str:
+    """The Markdown of `confidence.md`."""
+    beams = ", ".join(str(figures["num_beams"]) for figures in results["decodings"])
+    lines = [
+        "# How far a caption can be trusted",
+        "",
+        f"Written by `python -m tinycap.evaluation.confidence` on {results['date']} with torch {results['torch']} and "
+        f"transformers {results['transformers']}; {results['num_images']:,} photos of the {results['split']} split, "
+        f"{beams} beams.",
+        "",
+        f"A caption counts as *right* when its CIDEr is at least {results['min_cider']:.1f}: {results['right_means']}.",
+        "",
+        "The confidence is the probability of that, by a logistic regression on the mean log-probability of the "
+        "caption's tokens and on their number. Every figure here is on captions that the regression wasn't fitted on.",
+        "",
+        "![Reliability](confidence.png)",
+        "",
+        "| beams | judged on | captions | right | calibration error | by chance | AUC | Brier | of the base rate |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for figures in results["decodings"]:
+        for name, label in (("half_against_half", "the other half"), ("cross_validated", f"{FOLDS} folds")):
+            found = figures[name]
+            lines.append(
+                f"| {figures['num_beams']} | {label} | {found['num_captions']:,} | {found['share_right']:.1%} "
+                f"| {found['ece']:.3f} | {found['ece_by_chance']:.3f} | {found['auc']:.3f} | {found['brier']:.3f} "
+                f"| {found['brier_of_base_rate']:.3f} |"
+            )
+    lines += [
+        "",
+        "*Calibration error*: the mean distance between confidence and share of right captions over ten equally full "
+        "bins; *by chance*: what perfect probabilities would show on so few captions.",
+    ]
+    for figures in results["decodings"]:
+        lines += [
+            "",
+            f"## What a threshold brings, {figures['num_beams']} beam{'s' * (figures['num_beams'] > 1)}",
+            "",
+            "| `min_confidence` | captions left | their CIDEr | right among them |",
+            "|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['min_confidence']:.2f} | {row['share_left']:.1%} | {row['cider']:.1f} | {row['share_right']:.1%} |"
+            for row in figures["thresholds"]
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs the calibration; returns what it writes to `confidence_results.json`.
+
+    Raises:
+        ValueError: model or data don't fit, or too few captions are right or wrong.
+    """
+    args = parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    logistic_regression()  # before the captions, which take minutes
+    accelerator = Accelerator()
+    dataset = load_split(args.dataset_name, args.split, args.dataset_config_name)
+    columns = resolve_columns(dataset, args.image_column, args.caption_column)
+    if args.max_samples is not None:
+        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    decodings, min_cider = [], args.min_cider
+    for num_beams in sorted(set(args.num_beams or [1, model.generation_config.num_beams or 1])):
+        found = caption_dataset(
+            model.to(accelerator.device),
+            processor,
+            dataset,
+            image_column=columns.image,
+            batch_size=args.batch_size,
+            accelerator=accelerator,
+            return_log_probs=True,
+            progress=True,
+            num_beams=num_beams,
+            do_sample=False,
+        )
+        references = references_of(dataset, columns, found)
+        if min_cider is None:
+            min_cider = float(np.percentile(human_ciders(references), args.human_percentile))
+        ciders = np.array(caption_ciders(found.captions, references))
+        decodings.append(calibrate(found, ciders, min_cider, num_beams, args.seed))
+    right_means = f"chosen by --min_cider {args.min_cider}"
+    if args.min_cider is None:
+        right_means = (
+            f"what {100 - args.human_percentile:g} % of human captions reach against the other human captions "
+            "of their photo"
+        )
+    origin = {
+        "split": args.split,
+        "num_images": len(found.rows),
+        "min_cider": min_cider,
+        "right_means": right_means,
+        "date": datetime.date.today().isoformat(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+    results = {
+        "model": args.model_name_or_path,
+        "dataset": args.dataset_name,
+        **origin,
+        "num_skipped": len(found.skipped),
+        "decodings": [decoding.figures for decoding in decodings],
+    }
+    stored = {
+        "calibrations": [decoding.entry for decoding in decodings],
+        **origin,
+        "weights_sha256": weights_sha256(args.model_name_or_path),
+    }
+    if accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
+        output_dir.mkdir(parents=True, exist_ok=True)
+        write_json(output_dir / "confidence_results.json", results)
+        write_json(output_dir / CONFIDENCE_NAME, stored)
+        write_text(output_dir / "confidence.md", report(args, results))
+        plot_reliability(
+            {
+                f"{figures['num_beams']} beam{'s' * (figures['num_beams'] > 1)}": figures["cross_validated"]["bins"]
+                for figures in results["decodings"]
+            },
+            output_dir / "confidence.png",
+        )
+        if args.save_to_model and os.path.isdir(args.model_name_or_path):
+            write_json(Path(args.model_name_or_path) / CONFIDENCE_NAME, stored)
+        print(json.dumps(results, indent=2))
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"python -m tinycap.evaluation.confidence: error: {error}")

@@ -1,0 +1,382 @@
+"""`tinycap caption` and `tinycap embed`, as a user calls them, on the tiny repository."""
+
+import csv
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from safetensors import safe_open
+from tiny import draw_picture
+from transformers import pipeline
+
+from tinycap.deploy import cli
+from tinycap.deploy.captioners import CaptionOptions, Found, read_ahead
+from tinycap.deploy.inputs import list_images
+from tinycap.deploy.outputs import RowFile, RowShape, Sidecars, alt_attribute
+
+
+NAMES = ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png"]
+
+
+@pytest.fixture
+def photos(tmp_path, monkeypatch):
+    """A folder of five pictures, the current one."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "photos" / "deep").mkdir(parents=True)
+    for seed, name in enumerate(NAMES):
+        draw_picture(seed).save(tmp_path / "photos" / name)
+    (tmp_path / "photos" / "notes.md").write_text("no picture")
+    return tmp_path / "photos"
+
+
+@pytest.fixture(scope="module")
+def expected(repository):
+    """The pipeline's captions of the pictures."""
+    captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
+    captions = [captioner(draw_picture(seed))[0]["generated_text"] for seed in range(len(NAMES))]
+    assert len(set(captions)) > 1
+    return {f"photos/{name}": caption for name, caption in zip(NAMES, captions)}
+
+
+@pytest.fixture
+def run(repository):
+    def run(*arguments) -> int:
+        return cli.main([*map(str, arguments), "--model", str(repository)])
+
+    return run
+
+
+def read_rows(path) -> list[dict]:
+    text = path.read_text(encoding="utf-8", errors="surrogateescape")
+    if path.suffix == ".csv":
+        return list(csv.DictReader(io.StringIO(text)))
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def test_a_photo_gives_its_caption_and_nothing_else(run, photos, expected, capsys):
+    assert run("caption", "photos/b.png") == 0
+    assert capsys.readouterr().out == expected["photos/b.png"] + "\n"
+
+
+def test_several_photos_give_lines_of_name_and_caption_in_order(run, photos, expected, capsys, monkeypatch):
+    lines = "".join(f"{image}\t{caption}\n" for image, caption in expected.items())
+    assert run("caption", "photos", "--batch-size", "2", "--quiet") == 0
+    assert capsys.readouterr().out == lines
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(expected) + "\n\n"))
+    assert run("caption", "-", "photos/a.png", "--quiet") == 0
+    assert capsys.readouterr().out == lines, "each once"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_bad_files_are_named_and_the_others_get_their_captions(run, photos, expected, tmp_path, capsys, kind):
+    (photos / "bad.jpg").write_bytes(b"\xff\xd8 no picture")
+    output = tmp_path / f"captions.{kind}"
+    assert run("caption", "photos", "photos/nowhere.png", "--output", output, "--batch-size", "3") == 1
+    rows = {row["image"]: row for row in read_rows(output)}
+    assert {image: row["caption"] for image, row in rows.items() if not row.get("error")} == expected
+    errors = capsys.readouterr().err
+    for image in ("photos/bad.jpg", "photos/nowhere.png"):
+        assert image in errors and image in rows[image]["error"] and not rows[image]["caption"]
+    assert "5 of 7 images done, 2 could not be read" in errors
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_stopped_run_goes_on_after_the_last_whole_row(run, photos, expected, tmp_path, kind):
+    (photos / "b.png").rename(tmp_path / "later.png")
+    (photos / "b.png").write_bytes(b"not yet copied")
+    output = tmp_path / f"captions.{kind}"
+    assert run("caption", "photos", "--output", output) == 1
+    whole = output.read_text()
+    kept = whole[: whole.index("photos/deep/e.png")].rsplit("\n", 1)[0] + "\n"
+    # What a kill leaves, and a caption by which to tell that its row was not made again.
+    kept = kept.replace(expected["photos/a.png"], "as it was", 1)
+    output.write_text(kept + whole[len(kept) : len(kept) + 9])
+    (tmp_path / "later.png").rename(photos / "b.png")
+    assert run("caption", "photos", "--output", output) == 0
+    rows = {row["image"]: row["caption"] for row in read_rows(output)}
+    assert rows == expected | {"photos/a.png": "as it was"}
+    assert len(read_rows(output)) == len(expected)
+    before = output.read_bytes()
+    assert run("caption", "photos", "--output", output) == 0
+    assert output.read_bytes() == before
+    assert run("caption", "photos", "--output", output, "--overwrite") == 0
+    assert {row["image"]: row["caption"] for row in read_rows(output)} == expected
+
+
+def test_what_was_found_before_an_interruption_is_kept(run, photos, expected, tmp_path, monkeypatch, capsys):
+    class Interrupted:
+        def __init__(self, options):
+            pass
+
+        def __call__(self, images):
+            yield from (Found(image, [expected[image]]) for image in images[:3])
+            raise KeyboardInterrupt
+
+    output = tmp_path / "captions.jsonl"
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "create_captioner", lambda backend, options: Interrupted(options))
+        assert run("caption", "photos", "--output", output, "--batch-size", "2") == 130
+    assert len(read_rows(output)) == 3 and "goes on from here" in capsys.readouterr().err
+    assert run("caption", "photos", "--output", output) == 0
+    assert {row["image"]: row["caption"] for row in read_rows(output)} == expected
+
+
+def test_another_programs_file_is_left_as_it_is(run, photos, tmp_path, capsys):
+    for name, content, words in (
+        ("mine.jsonl", '{"picture": "x"}\n{"image": "y"}\n', "line 1"),
+        ("mine.csv", "name,text\nx,y\n", "columns"),
+    ):
+        (tmp_path / name).write_text(content)
+        assert run("caption", "photos", "--output", tmp_path / name) == 2
+        assert words in capsys.readouterr().err and (tmp_path / name).read_text() == content
+        assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_parts_that_processes_left_are_put_in_whatever_their_number(tmp_path, kind):
+    shape = RowShape()
+    found = [Found(f"{number}.png", [f'a "{number}", line\nbreak']) for number in range(7)]
+    found.append(Found("bad\n.png", error="broken"))
+    whole = RowFile(tmp_path / f"c.{kind}", shape)
+    whole.append(found[:1])
+    whole.close()
+    for index in range(3):
+        part = RowFile(tmp_path / f"c.{kind}", shape, index, 3)
+        part.append(found[1:][index::3])
+        part.close()
+    # Killed while it put the parts in: a row is in the file and in a part.
+    whole.append(found[2:3])
+    whole.close()
+    assert len(whole.parts()) == 3
+    whole.settle(keep_errors=True)
+    assert whole.parts() == []
+    assert [row["image"] for row in read_rows(whole.path)] == [f"{n}.png" for n in (0, 2, 1, 3, 4, 5, 6)] + [
+        "bad\n.png"
+    ]
+    whole.settle(keep_errors=False)
+    assert whole.done() == {f"{number}.png" for number in range(7)}
+
+
+def test_two_processes_share_the_folder_and_leave_one_file(repository, photos, expected, tmp_path):
+    (photos / "bad.jpg").write_bytes(b"no picture")
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    command = ["-m", "tinycap.deploy", "caption", "photos", "--output", "captions.jsonl", "--model", str(repository)]
+    process = subprocess.run(
+        [*launcher, "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", *command],
+        capture_output=True,
+        text=True,
+        env=environment,
+        check=False,
+    )
+    assert process.returncode != 0 and "5 of 6 images done, 1 could not be read" in process.stderr, process.stderr
+    rows = read_rows(tmp_path / "captions.jsonl")
+    assert [row["image"] for row in rows] == sorted([*expected, "photos/bad.jpg"], key=list_images(["photos"]).index)
+    assert {row["image"]: row["caption"] for row in rows if "error" not in row} == expected
+    assert [path.name for path in tmp_path.glob("*.jsonl")] == ["captions.jsonl"]
+
+
+def test_a_text_file_beside_each_photo_and_those_that_are_there_left_alone(run, photos, expected):
+    (photos / "a.txt").write_text("somebody's own words\n")
+    (photos / "bad.jpg").write_bytes(b"no picture")
+    assert run("caption", "photos", "--sidecar") == 1
+    assert (photos / "a.txt").read_text() == "somebody's own words\n"
+    assert (photos / "deep" / "d.txt").read_text() == expected["photos/deep/d.png"] + "\n"
+    assert not (photos / "bad.txt").exists()
+    (photos / "bad.jpg").unlink()
+    assert run("caption", "photos", "--sidecar", "--overwrite", "--format", "alt") == 0
+    assert (photos / "a.txt").read_text() == alt_attribute(expected["photos/a.png"]) + "\n"
+
+
+def test_photos_that_would_share_a_text_file_are_an_error_that_names_both(run, photos, capsys):
+    draw_picture(0).save(photos / "a.bmp")
+    assert run("caption", "photos", "--sidecar") == 2
+    errors = capsys.readouterr().err
+    assert "photos/a.png" in errors and "photos/a.bmp" in errors
+    assert not list(photos.glob("*.txt"))
+    with pytest.raises(ValueError, match="http://x/y.png"):
+        Sidecars(["http://x/y.png"], "text")
+
+
+def test_an_alt_attribute_says_the_caption_whatever_is_in_it():
+    seen = []
+
+    class Reader(HTMLParser):
+        def handle_starttag(self, tag, attributes):
+            seen.append(attributes)
+
+    caption = 'He said "A & B" <b>, it\'s &amp; 5" wide >'
+    Reader().feed(f"<img {alt_attribute(caption)}>")
+    assert seen == [[("alt", caption)]]
+
+
+def test_alt_on_the_screen_and_in_rows(run, photos, expected, tmp_path, capsys):
+    assert run("caption", "photos/a.png", "--format", "alt") == 0
+    assert capsys.readouterr().out == alt_attribute(expected["photos/a.png"]) + "\n"
+    assert run("caption", "photos", "--format", "alt", "--output", tmp_path / "c.csv") == 0
+    assert {row["alt"] for row in read_rows(tmp_path / "c.csv")} == set(map(alt_attribute, expected.values()))
+
+
+def test_several_captions_of_a_photo_the_best_first(run, repository, photos, tmp_path, capsys):
+    captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
+    best = [entry["generated_text"] for entry in captioner("photos/c.png", num_beams=4, num_return_sequences=3)]
+    flags = ("--num-beams", 4, "--num-captions", 3)
+    assert run("caption", "photos/c.png", *flags) == 0
+    assert capsys.readouterr().out.split("\n")[:-1] == best
+    assert run("caption", "photos/c.png", *flags, "--format", "jsonl") == 0
+    row = json.loads(capsys.readouterr().out)
+    assert [row["caption"], *row["alternatives"]] == best
+    assert run("caption", "photos/c.png", *flags, "--format", "csv") == 0
+    row = next(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert [row["caption"], row["caption_2"], row["caption_3"]] == best
+    assert run("caption", "photos/c.png", "--num-captions", 3) == 2
+    assert "--num-captions" in capsys.readouterr().err
+
+
+def test_a_caption_below_the_confidence_is_no_caption(repository, photos, expected, tmp_path, capsys):
+    model = shutil.copytree(repository, tmp_path / "model")
+    assert cli.main(["caption", "photos", "--confidence", "--model", str(model)]) == 2
+    assert "confidence.json" in capsys.readouterr().err
+    # Confidence by length alone, so that it is known without the model's probabilities.
+    coefficients = {"mean_log_prob": 0.0, "num_tokens": 1.0}
+    calibration = {"num_beams": 1, "intercept": -9.0, "coefficients": coefficients}
+    (model / "confidence.json").write_text(json.dumps({"calibrations": [calibration]}))
+    flags = ["--model", str(model), "--output", str(tmp_path / "c.jsonl")]
+    assert cli.main(["caption", "photos", "--min-confidence", "0.4", *flags, "--max-new-tokens", "9"]) == 0
+    rows = read_rows(tmp_path / "c.jsonl")
+    assert all((row["caption"] is None) == (row["confidence"] < 0.4) for row in rows)
+    # Captions of nine tokens get 0.5, one shorter less than 0.3.
+    assert {round(row["confidence"], 2) for row in rows} >= {0.5}
+    assert cli.main(["caption", "photos", "--min-confidence", "0.51", "--model", str(model), "--confidence"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == "photos/a.png\t0.50\t"
+
+
+def test_embeddings_are_the_models_with_the_id_of_each(run, repository, photos, tmp_path):
+    (photos / "bad.jpg").write_bytes(b"no picture")
+    assert run("embed", "photos", "--output", tmp_path / "e.safetensors", "--batch-size", 2) == 1
+    with safe_open(tmp_path / "e.safetensors", "np") as file:
+        embeds, ids = file.get_tensor("image_embeds"), json.loads(file.metadata()["ids"])
+    assert ids == [f"photos/{name}" for name in NAMES] and embeds.shape == (5, 14)
+    np.testing.assert_allclose(np.linalg.norm(embeds, axis=1), 1, rtol=1e-5)
+    captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
+    pixels = captioner.preprocess(str(photos / "c.png"))["pixel_values"]
+    np.testing.assert_allclose(embeds[2], captioner.model.get_image_features(pixels)[0].detach().numpy(), atol=1e-5)
+    assert run("embed", "photos/c.png", "photos/a.png", "--output", tmp_path / "e.npy") == 0
+    np.testing.assert_allclose(np.load(tmp_path / "e.npy"), embeds[[2, 0]], atol=1e-5)
+    assert json.loads((tmp_path / "e.ids.json").read_text()) == ["photos/c.png", "photos/a.png"]
+    assert run("embed", "photos/c.png", "--output", tmp_path / "e.npy") == 2, "it is there"
+
+
+def test_patterns_hidden_files_and_what_is_not_there(photos):
+    (photos / ".hidden").mkdir()
+    draw_picture(0).save(photos / ".hidden" / "x.png")
+    draw_picture(0).save(photos / "._a.png")
+    assert list_images(["photos"]) == [f"photos/{name}" for name in NAMES]
+    assert list_images(["photos/**/*.png"]) == [f"photos/{name}" for name in NAMES]
+    assert list_images(["photos/[ab].png", "photos/a.png", "gone.png", "https://x/y"]) == [
+        *("photos/a.png", "photos/b.png", "gone.png", "https://x/y")
+    ]
+    draw_picture(0).save(photos / "what [is] it?.png")
+    assert list_images(["photos/what [is] it?.png"]) == ["photos/what [is] it?.png"], "a file is no pattern"
+    for entry in ("photos/*.gif", ".git*"):
+        with pytest.raises(ValueError, match="expected images"):
+            list_images([entry])
+    with pytest.raises(ValueError, match="--input-list"):
+        list_images(["-"], None)
+
+
+def test_a_file_name_that_is_no_text_goes_through(run, photos, tmp_path):
+    name = os.fsdecode(b"photos/caf\xe9.png")
+    shutil.copy(photos / "a.png", name)
+    (tmp_path / "list.txt").write_bytes(os.fsencode(name) + b"\n")
+    for kind in ("jsonl", "csv"):
+        flags = ("--input-list", tmp_path / "list.txt", "--output", tmp_path / f"c.{kind}")
+        assert run("caption", *flags) == run("caption", *flags) == 0
+        assert [row["image"] for row in read_rows(tmp_path / f"c.{kind}")] == [name]
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["caption"], "expected images"),
+        (["caption", "photos", "--output", "c.xml"], ".jsonl or .csv"),
+        (["caption", "photos", "--output", "c.csv", "--format", "jsonl"], "--format"),
+        (["caption", "photos", "--quantized"], "--backend onnx"),
+        (["caption", "photos", "--model", "nowhere"], "nowhere"),
+        (["caption", "--input-list", "nowhere.txt"], "nowhere.txt"),
+        (["embed", "photos", "--output", "e.txt"], ".safetensors or .npy"),
+    ],
+)
+def test_a_command_that_makes_no_sense_says_why_and_writes_nothing(photos, tmp_path, capsys, arguments, words):
+    assert cli.main(arguments) == 2
+    assert words in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ["photos"]
+
+
+def test_images_are_read_ahead_in_order_and_not_without_end():
+    read, asked = [], []
+
+    def images():
+        for number in range(50):
+            asked.append(number)
+            yield number
+
+    for number in read_ahead(lambda number: number, images(), num_workers=3, ahead=4):
+        read.append(number)
+        assert len(asked) - len(read) <= 5
+    assert read == list(range(50))
+
+
+def test_help_and_the_list_of_images_need_no_torch():
+    code = (
+        "import sys; from tinycap.deploy import cli, inputs, outputs\n"
+        "try: cli.main(['caption', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules"
+    )
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+    assert "--min-confidence" in process.stdout
+
+
+def test_options_reach_generate():
+    options = CaptionOptions("model", num_beams=4, num_captions=2, max_new_tokens=7)
+    assert options.generation() == {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 7}
+    assert CaptionOptions("model").generation() == {}
+
+
+def test_without_pytorch_the_same_captions_and_confidences(repository, photos, tmp_path):
+    """`tinycap export`, then `--backend onnx` in a process that never imports PyTorch."""
+    model = shutil.copytree(repository, tmp_path / "model")
+    coefficients = {"mean_log_prob": 1.0, "num_tokens": 0.1}
+    calibration = {"num_beams": 1, "intercept": 0.5, "coefficients": coefficients}
+    (model / "confidence.json").write_text(json.dumps({"calibrations": [calibration]}))
+    (photos / "bad.jpg").write_bytes(b"no picture")
+    assert cli.main(["export", "--model", str(model), "--output", "exported", "--no-quantize"]) == 0
+    flags = ["caption", "photos", "--confidence", "--num-beams", "2", "--num-captions", "2", "--batch-size", "4"]
+    assert cli.main([*flags, "--model", str(model), "--output", "torch.jsonl"]) == 1
+    code = (
+        "import sys; from tinycap.deploy import cli; status = cli.main(sys.argv[1:])\n"
+        "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(status)"
+    )
+    onnx = ["--model", "exported", "--backend", "onnx", "--num-threads", "1", "--num-workers", "2"]
+    process = subprocess.run(
+        [sys.executable, "-c", code, *flags, *onnx, "--output", "onnx.jsonl"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 1 and "photos/bad.jpg" in process.stderr, process.stderr
+    expected, found = read_rows(tmp_path / "torch.jsonl"), read_rows(tmp_path / "onnx.jsonl")
+    for row, other in zip(expected, found, strict=True):
+        assert row.pop("confidence") == pytest.approx(other.pop("confidence"), abs=2e-4)
+        assert row == other
+    assert cli.main(["embed", "photos", "--model", str(model), "--output", "torch.npy"]) == 1
+    assert cli.main(["embed", "photos", *onnx, "--output", "onnx.npy"]) == 1
+    np.testing.assert_allclose(np.load("torch.npy"), np.load("onnx.npy"), atol=1e-5)
