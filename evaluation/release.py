@@ -1,7 +1,8 @@
 """Puts a trained model at the repository's root, and its figures into `model_card.md`.
 
-    python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --evaluation outputs/evaluation \\
-        --teacher outputs/teacher --agreement outputs/tokenizer_agreement --earlier_stages outputs/flickr8k-112px
+    python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
+        --evaluation outputs/evaluation --teacher outputs/teacher --agreement outputs/tokenizer_agreement \\
+        --earlier_stages outputs/flickr8k-112px
 
 The card is `docs/model_card_template.md`, filled: no figure in it is written by hand. Its front matter, which the Hub
 reads from `README.md`, goes there too, and the training's curves and what the model says to pictures that aren't photos
@@ -22,6 +23,7 @@ import torch
 import transformers
 from PIL import Image
 
+from tinycap.evaluation.__main__ import main as run_evaluation
 from tinycap.evaluation.failures import FAILURES
 from tinycap.evaluation.reports import plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -55,6 +57,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         required=True,
         help="output folder of tinycap.evaluation, with a teacher, --baselines and --failures",
     )
+    parser.add_argument("--dataset_name", help="evaluate on its validation split first, and write that to --evaluation")
     parser.add_argument("--teacher", required=True, help="output folder of train_teacher.py")
     parser.add_argument("--agreement", required=True, help="output folder of benchmarks/tokenizer_agreement.py")
     parser.add_argument("--earlier_stages", nargs="*", default=[], help="output folders that the run continued from")
@@ -224,9 +227,24 @@ def split_front_matter(text: str) -> tuple[str, str]:
     return (match[0], text[match.end() :]) if match else ("", text)
 
 
+def evaluate(args: argparse.Namespace) -> None:
+    """Runs the evaluation that the card quotes, with the teacher's feature that the student learnt."""
+    train_args = read_json(Path(args.model_name_or_path) / "train_args.json")
+    run_evaluation(
+        [
+            *("--model_name_or_path", args.model_name_or_path, "--dataset_name", args.dataset_name),
+            *("--split", "validation", "--baselines", "--failures"),
+            *("--teacher_name_or_path", args.teacher, "--teacher_feature", train_args["teacher_feature"]),
+            *("--output_dir", args.evaluation, "--overwrite_output_dir"),
+        ]
+    )
+
+
 def main(argv: list[str] | None = None) -> None:
     """Fills the card, then copies the model: a figure that is missing leaves the root as it was."""
     args = parse_args(argv)
+    if args.dataset_name is not None:
+        evaluate(args)
     card = fill_card(args)
     missing = [name for name in RELEASED if not (Path(args.model_name_or_path) / name).is_file()]
     if missing:
