@@ -1,7 +1,9 @@
+import pytest
 import torch
 from tiny import tiny_config
 
 from benchmarks import saliency_faithfulness
+from benchmarks.peers import PEERS
 from benchmarks.reference import ReferenceCaptioner, as_pairs, reference_losses
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import joint_losses
@@ -58,3 +60,14 @@ def test_the_gradient_at_the_photo_is_integrated_gradients_last_point(model, pix
     expected = torch.nn.functional.avg_pool2d((point.grad * pixel_values).sum(1, keepdim=True), 8)[:, 0] * 64
     found = saliency_faithfulness.gradient_times_pixel(model, pixel_values, tokens)
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [("Florence-2", 232), ("SmolVLM", 256), ("BLIP", 224), ("vit-gpt2", 239), ("GIT", 177), ("distilvit", 182)],
+)
+def test_peers_have_their_published_sizes(name, millions):
+    peer = next(peer for full_name, peer in PEERS.items() if full_name.startswith(name))
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in peer.model_class(peer.config()).parameters())
+    assert parameters / 1e6 == pytest.approx(millions, rel=0.01)
