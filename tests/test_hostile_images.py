@@ -3,6 +3,7 @@
 import io
 import os
 import struct
+import sys
 import zlib
 
 import pytest
@@ -12,6 +13,7 @@ from PIL import Image, ImageDraw
 from tiny import draw_picture, png_bytes
 from transformers import pipeline
 
+from benchmarks.fuzz_images import command_door
 from benchmarks.hostile_images import MUTATIONS, SEEDS, cases, drive, make_case, peak_memory, png_of
 from tinycap import processing_tinycap
 from tinycap.processing_tinycap import MAX_IMAGE_PIXELS, MAX_SLOW_IMAGE_PIXELS, load_image
@@ -58,6 +60,23 @@ def test_500_broken_files_each_end_in_a_caption_or_an_error_that_names_the_file(
     assert {case.kind for case in seen} == {seed.kind for seed in SEEDS.values()}
     # The largest picture that is decoded at all, once, in its decoder's buffers.
     assert not peak or peak[0] < 1500
+
+
+def test_a_command_line_is_a_door_like_the_others(captioner, folder, tmp_path):
+    """What `fuzz_images.py --command` drives: here a program that reads the files, and one that crashes on them."""
+    program = tmp_path / "command.py"
+    program.write_text(
+        "import sys, PIL.Image\n"
+        "try:\n    PIL.Image.open(sys.argv[1]).load()\n"
+        "except OSError as error:\n    sys.exit(f'{sys.argv[1]}: {error}')\n"
+        "print('a caption')\n"
+    )
+    batch = [make_case("png", mutation, 3, (64, 48), 1) for mutation in ("none", "truncated")]
+    door = command_door(f"{sys.executable} {program}")
+    good, bad = drive(batch, captioner, folder, (door,))
+    assert not good.problems and not bad.problems and good.caption is not None and bad.caption is None
+    program.write_text("raise KeyError('no such thing')")
+    assert all("KeyError" in outcome.problems[0] for outcome in drive(batch, captioner, folder, (door,)))
 
 
 # --- what was found -------------------------------------------------------------------------------------------------
