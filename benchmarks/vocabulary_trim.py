@@ -3,9 +3,8 @@
     python benchmarks/vocabulary_trim.py --dataset_name my_photos --output_dir outputs/vocabulary_trim
 
 GPT-2's own tokenizer is a download; this one is made of the data set's captions and Python's own sources, 50,257 tokens
-by the same algorithm. The model begins as a given captioner: student and decoder are its own, and a token's embedding
-is that of the same token, or the mean of those that spell it. Then the decoder is trained on the captions for a while,
-so that it says words of the big vocabulary. Writes the model, the trimmed one, JSON and a Markdown table.
+by the same algorithm. The model is a given captioner moved to that vocabulary (see `moved_embeddings`), its decoder
+then trained on the captions for a while. Writes the model, the trimmed one, JSON and a Markdown table.
 """
 
 import argparse
@@ -63,16 +62,24 @@ def python_sources(megabytes: int = 60) -> Iterator[str]:
         yield text
 
 
-def spelled_embeddings(
-    table: torch.Tensor, small: PreTrainedTokenizerFast, big: PreTrainedTokenizerFast
+def moved_embeddings(
+    table: torch.Tensor, small: PreTrainedTokenizerFast, big: PreTrainedTokenizerFast, texts: list[str]
 ) -> torch.Tensor:
-    """(len(big), width): each token's row of `table`, or the mean of the rows of those that spell it."""
+    """(len(big), width): what a long training with the big vocabulary would come near to.
+
+    A token that the texts use gets the row of the same token, or the mean of the rows of those that spell it. All
+    others are drawn round the rows of tokens that the texts don't use with the small vocabulary either (bytes of other
+    alphabets): these were in every step's softmax and never the answer.
+    """
+    used_small, used_big = ({id for ids in encode_captions(one, texts, 99) for id in ids} for one in (small, big))
+    unused = sorted(set(range(len(small))) - used_small - set(small.all_special_ids))
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(len(big), table.shape[1], generator=generator) * table[unused].std(dim=0) + table[unused].mean(0)
     small_vocab = small.get_vocab()
-    rows = torch.empty(len(big), table.shape[1])
     for token, number in big.get_vocab().items():
-        if token in small_vocab:
+        if token in small_vocab and (number in used_big or token in small.all_special_tokens):
             rows[number] = table[small_vocab[token]]
-        else:
+        elif number in used_big:
             pieces = [piece.id for piece in small.backend_tokenizer.model.tokenize(token)]
             rows[number] = table[pieces].mean(dim=0)
     return rows
@@ -98,7 +105,7 @@ def build_big_model(args: argparse.Namespace) -> Path:
     content.update(decoder_start_token_id=tokenizer.bos_token_id, **ids)
     model = TinyCapForConditionalGeneration(TinyCapConfig(**content))
     state = small.state_dict()
-    table = spelled_embeddings(state["decoder.embed_tokens.weight"], small_tokenizer, tokenizer)
+    table = moved_embeddings(state["decoder.embed_tokens.weight"], small_tokenizer, tokenizer, texts)
     state.update({"decoder.embed_tokens.weight": table, "lm_head.weight": table})
     model.load_state_dict(state)
 
