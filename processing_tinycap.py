@@ -8,18 +8,23 @@ each of them.
 
 import base64
 import binascii
-import importlib
 import io
 import math
 import os
 import struct
+import sys
 from collections.abc import Iterable
 from typing import Any
 
 
-# Pillow, by its name: an import statement of a remote-code file may name no package but torch and transformers, and
-# transformers would bring PyTorch to those who caption without it.
-Image, ImageOps = (importlib.import_module(f"PIL.{module}") for module in ("Image", "ImageOps"))
+# Pillow. A remote-code file may name no package but torch and transformers, which imports Pillow, and PyTorch with it;
+# those who caption without PyTorch have imported Pillow before.
+if "PIL.Image" in sys.modules:
+    Image = sys.modules["PIL.Image"]
+else:
+    from transformers import image_utils
+
+    Image = image_utils.PIL.Image
 
 # What photos and drawings come in. Pillow opens more: EPS starts Ghostscript, and what hardly anybody uses hardly
 # anybody has attacked yet.
