@@ -67,22 +67,22 @@ def test_a_map_is_the_same_in_chunks_and_leaves_no_gradient(model, pixel_values,
 
 
 def pictures_with_a_spot(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Grey noise with one patch, anywhere, of one of two colours: pictures, where it is, and which."""
+    """Grey noise with one patch, anywhere, of one of two colours, or (2) without: pictures, where it is, and which."""
     generator = torch.Generator().manual_seed(seed)
     pixels = 0.5 * torch.randn(num, 3, 24, 24, generator=generator)
     place = torch.randint(9, (num,), generator=generator)
-    color = torch.randint(2, (num,), generator=generator)
+    color = torch.randint(3, (num,), generator=generator)
     for index in range(num):
         row, column = divmod(place[index].item(), 3)
-        value = torch.tensor([1.5, -1.5, 0.0] if color[index] else [-1.5, 1.5, 0.0])
+        value = torch.tensor([[1.5, -1.5, 0.0], [-1.5, 1.5, 0.0], [0.0, 0.0, 0.0]][color[index]])
         pixels[index, :, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8] += value[:, None, None]
     return pixels, place, color
 
 
 def test_saliency_peaks_where_the_information_is():
-    """A model learns to name the colour of a spot that may be anywhere: its maps point at the spot."""
+    """A model learns to name the colour of a spot that may be anywhere or nowhere: its maps point at the spot."""
     model = tiny_model(vision_config={"projection_dim": 14}).train()
-    words = torch.tensor([[10, 2], [20, 2]])
+    words = torch.tensor([[10, 2], [20, 2], [30, 2]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     for step in range(150):
         pixels, _, color = pictures_with_a_spot(32, seed=step)
@@ -93,8 +93,9 @@ def test_saliency_peaks_where_the_information_is():
     model.eval()
     pixels, place, color = pictures_with_a_spot(60, seed=999)
     tokens = tokens_of(model.generate(pixels, max_new_tokens=2, num_beams=1), model.generation_config)
-    right = [index for index in range(60) if tokens[index][0] == words[color[index], 0]]
-    assert len(right) >= 55, "it has learnt to tell the colours apart"
+    spots = [index for index in range(60) if color[index] < 2]
+    right = [index for index in spots if tokens[index][0] == words[color[index], 0]]
+    assert len(right) > 0.9 * len(spots) > 30, "it has learnt to tell the colours apart"
     maps = saliency(model, pixels[right], [tokens[index] for index in right])
     hits = maps.flatten(1).argmax(dim=1) == place[right]
     assert hits.float().mean().item() > 0.8, f"{hits.float().mean():.2f}, where chance is 0.11"
