@@ -456,6 +456,19 @@ class TinyCapDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm3(hidden_states)))
         return hidden_states, self_weights, cross_weights
 
+    def next_token(self, hidden_states: torch.Tensor, cache: EncoderDecoderCache) -> torch.Tensor:
+        """`forward` for (B, 1, hidden_size) and a single memory vector, see `TinyCapDecoder.next_token`."""
+        attention, shape = self.self_attn, hidden_states.shape
+        normed = self.layer_norm1(hidden_states)
+        query = attention.split_heads(attention.q_proj(normed))
+        key, value = attention.split_heads(attention.k_proj(normed)), attention.split_heads(attention.v_proj(normed))
+        key, value = cache.self_attention_cache.update(key, value, attention.layer_idx)
+        attended = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
+        hidden_states = hidden_states + attention.out_proj(attended.view(shape))
+        constant = cache.cross_attention_cache.layers[attention.layer_idx].keys
+        hidden_states = hidden_states + constant.reshape(shape)
+        return hidden_states + self.mlp(self.layer_norm3(hidden_states))
+
 
 class TinyCapDecoder(TinyCapPreTrainedModel):
     """Memory and tokens -> hidden states. Pre-norm, learned positions, causal self-attention, cross-attention."""
@@ -593,6 +606,47 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
             cross_attentions=tuple(all_cross_attentions) if output_attentions else None,
         )
 
+    def next_token(self, input_ids: torch.LongTensor, cache: EncoderDecoderCache) -> torch.Tensor:
+        """What `forward` computes for one more token of each row, and nothing else.
+
+        At this size the flags, masks and output objects around a step cost as much as its arithmetic. Single layers and
+        projections are still called as modules, so that adapters and quantised ones stay in force.
+
+        Args:
+            input_ids: (B, 1).
+            cache: dynamic, of the unpadded tokens before; a single memory vector's constants in it.
+
+        Returns:
+            The last hidden states (B, 1, hidden_size).
+        """
+        position = self.embed_positions.weight[cache.get_seq_length()]
+        hidden_states = self.embed_tokens(input_ids) + position
+        for layer in self.layers:
+            hidden_states = layer.next_token(hidden_states, cache)
+        return self.final_layer_norm(hidden_states)
+
+    def serves_next_token(self, input_ids: torch.LongTensor | None, cache: EncoderDecoderCache | None) -> bool:
+        """Whether `next_token` may take `forward`'s place: an inference step, and nobody listens to whole layers."""
+        if cache is None or input_ids is None or input_ids.shape[1] != 1 or self.training or torch.is_grad_enabled():
+            return False
+        if not isinstance(cache, EncoderDecoderCache) or not cache.is_updated.get(len(self.layers) - 1):
+            return False
+        # One key of cross-attention for each token is one memory vector; a static cache is masked.
+        single = cache.cross_attention_cache.layers[0].keys.shape[2] == 1 and not cache.is_compileable
+        config = self.config
+        if (
+            not single
+            or config._attn_implementation != "sdpa"
+            or config.output_attentions
+            or config.output_hidden_states
+        ):
+            return False
+        for layer in self.layers:
+            for module in (self, layer, layer.self_attn, layer.cross_attn):
+                if module._forward_hooks or module._forward_pre_hooks:
+                    return False
+        return cache.get_seq_length() < self.config.max_position_embeddings
+
 
 # --- the captioner --------------------------------------------------------------------------------------------------
 
@@ -641,6 +695,26 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
 
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head = value
+
+    @torch.no_grad()
+    def store_head_transposed(self) -> "TinyCapForConditionalGeneration":
+        """Lays the head's weight out column by column, which a CPU reads over twice as fast for a single row.
+
+        Shape, values and tying stay as they are, and it takes no memory. Looking tokens up takes longer, some
+        microseconds each: right for inference, not for training. Saving lays the weight out as usual again.
+
+        Returns:
+            The model itself.
+        """
+        weight = self.lm_head.weight
+        weight.data = weight.t().contiguous().t()
+        return self
+
+    def save_pretrained(self, *args, **kwargs):
+        # safetensors stores row by row only. Copied only where the head was transposed.
+        weight = self.lm_head.weight
+        weight.data = weight.data.contiguous()
+        return super().save_pretrained(*args, **kwargs)
 
     def get_image_features(
         self, pixel_values: torch.FloatTensor, interpolate_pos_encoding: bool = False
@@ -761,14 +835,23 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an argument has the wrong shape or is missing; names it, what was expected and what came.
         """
-        output_attentions, output_hidden_states, return_dict = self._flags(
-            output_attentions, output_hidden_states, return_dict
-        )
         if past_key_values is not None:
             cache = past_key_values
             if "cache" in TinyCapOutput.__dataclass_fields__:
                 # Only where `generate` doesn't use this name itself.
                 warnings.warn("`past_key_values` is deprecated, expected `cache`", FutureWarning, stacklevel=2)
+        config = self.config
+        shown = output_attentions or output_hidden_states or config.output_attentions or config.output_hidden_states
+        is_plain = (
+            labels is None and teacher_embeds is None and decoder_attention_mask is None and not (shown or kwargs)
+        )
+        if is_plain and encoder_outputs is not None and use_cache and return_dict:
+            if self.decoder.serves_next_token(decoder_input_ids, cache):
+                logits = self.lm_head(self.decoder.next_token(decoder_input_ids, cache))
+                return Seq2SeqLMOutput(None, logits, cache, encoder_last_hidden_state=encoder_outputs[0])
+        output_attentions, output_hidden_states, return_dict = self._flags(
+            output_attentions, output_hidden_states, return_dict
+        )
         for name in ("input_ids", "attention_mask"):
             if kwargs.pop(name, None) is not None:
                 raise ValueError(f"{name}: the text goes into the decoder; expected it as decoder_{name}")
@@ -855,7 +938,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         """Decoder inputs (N, T) for `labels` (N, T), as `DataCollatorForSeq2Seq` asks for them."""
         return shift_tokens_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
 
-    # --- generation: everything is GenerationMixin's; these two fit prompts and lengths to the decoder ---
+    # --- generation: everything is GenerationMixin's; these fit prompts, steps and lengths to the decoder ---
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
@@ -886,6 +969,17 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
                     f"got {kwargs['decoder_input_ids'].shape[1]}"
                 )
         return super().generate(inputs, *args, **kwargs)
+
+    def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
+        """GenerationMixin's, without what it looks up anew for every token (a fifth of such a short step): after the
+        first step with a dynamic cache, one more token is all that changes."""
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        first = kwargs.get("is_first_iteration", False) or kwargs.get("next_sequence_length") != 1
+        if first or cache is None or cache.is_compileable:
+            return super().prepare_inputs_for_generation(input_ids, **kwargs)
+        for name in ("next_sequence_length", "is_first_iteration", "labels"):
+            kwargs.pop(name, None)
+        return {"decoder_input_ids": input_ids[:, -1:], **kwargs}
 
     def _start_prompts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None

@@ -141,6 +141,10 @@ class ImageToTextPipeline(Pipeline):
             return []
         return super().__call__(images, **kwargs)
 
+    def get_inference_context(self):
+        # Lighter than the base class's `no_grad`, which tells for a model this small; only text leaves the pipeline.
+        return torch.inference_mode
+
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         preprocess_params = {**preprocess_params, "keep_going": True}
         return super().get_iterator(

@@ -1,6 +1,8 @@
+import pytest
 import torch
 from tiny import tiny_config
 
+from benchmarks.peers import PEERS
 from benchmarks.reference import ReferenceCaptioner, as_pairs, reference_losses
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import joint_losses
@@ -28,3 +30,14 @@ def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
     theirs["loss"].backward()
     torch.testing.assert_close(model.decoder.embed_tokens.weight.grad, reference.tokens.weight.grad)
     torch.testing.assert_close(model.vision_model.projection.weight.grad, reference.projection.weight.grad)
+
+
+@pytest.mark.parametrize(
+    "name, millions",
+    [("Florence-2", 232), ("SmolVLM", 256), ("BLIP", 224), ("vit-gpt2", 239), ("GIT", 177), ("distilvit", 182)],
+)
+def test_peers_have_their_published_sizes(name, millions):
+    peer = next(peer for full_name, peer in PEERS.items() if full_name.startswith(name))
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in peer.model_class(peer.config()).parameters())
+    assert parameters / 1e6 == pytest.approx(millions, rel=0.01)
