@@ -354,7 +354,8 @@ def main(argv: list[str] | None = None) -> dict:
     }
     results = {
         "model": args.model_name_or_path,
-        "dataset": args.dataset_name,
+        # A report is read elsewhere: where the data lay here says nothing there.
+        "dataset": Path(args.dataset_name).name if os.path.isdir(args.dataset_name) else args.dataset_name,
         **origin,
         "num_skipped": len(found.skipped),
         "decodings": [decoding.figures for decoding in decodings],

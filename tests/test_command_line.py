@@ -319,6 +319,22 @@ def test_a_command_that_makes_no_sense_says_why_and_writes_nothing(photos, tmp_p
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 
+def test_the_recipe_for_datasets_in_the_documentation_works(repository, photos, expected):
+    """As it stands there, but for the names of model and data and the number of processes."""
+    (photos / "bad.jpg").write_bytes(b"no picture")
+    text = (cli.RELEASED_MODEL / "docs" / "command_line.md").read_text(encoding="utf-8")
+    code = text.split("<!-- recipe: datasets -->")[1].split("```python\n")[1].split("```")[0]
+    changes = {'model="."': f'model="{repository}"', '"my_photos"': '"photos"', "num_proc=8": "num_proc=None"}
+    for old, new in changes.items():
+        assert old in code
+        code = code.replace(old, new)
+    names: dict = {}
+    exec(code, names)
+    rows = [row for row in names["photos"] if not row["caption_error"]]
+    assert {os.path.relpath(row["image"]["path"]): row["caption"] for row in rows} == expected
+    assert len(names["photos"]) == len(expected) + 1
+
+
 def test_images_are_read_ahead_in_order_and_not_without_end():
     read, asked = [], []
 
