@@ -29,8 +29,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinycap.confidence_tinycap import CONFIDENCE_NAME, FEATURES, ConfidenceCalibration, caption_features
 from tinycap.evaluation.__main__ import references_of
+from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.captioning import Captions, caption_dataset
-from tinycap.evaluation.metrics import caption_ciders
 from tinycap.evaluation.reports import plot_reliability
 from tinycap.training.data import load_split, resolve_columns
 from tinycap.training.logs import write_json, write_text
@@ -244,7 +244,7 @@ def human_ciders(references: list[list[str]]) -> np.ndarray:
     for position in range(max(map(len, several))):
         groups = [group for group in several if position < len(group)]
         others = [group[:position] + group[position + 1 :] for group in groups]
-        found.extend(caption_ciders([group[position] for group in groups], others))
+        found.extend(cider_of_each([group[position] for group in groups], others))
     return np.array(found)
 
 
@@ -332,10 +332,10 @@ def main(argv: list[str] | None = None) -> dict:
             num_beams=num_beams,
             do_sample=False,
         )
-        references = references_of(dataset, columns, found)
+        references = references_of(dataset, columns, found.rows)
         if min_cider is None:
             min_cider = float(np.percentile(human_ciders(references), args.human_percentile))
-        ciders = np.array(caption_ciders(found.captions, references))
+        ciders = np.array(cider_of_each(found.captions, references))
         decodings.append(calibrate(found, ciders, min_cider, num_beams, args.seed))
     right_means = f"chosen by --min_cider {args.min_cider}"
     if args.min_cider is None:

@@ -13,8 +13,9 @@ from transformers import GenerationConfig, pipeline
 
 from tinycap.confidence_tinycap import ConfidenceCalibration
 from tinycap.evaluation import confidence
+from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.captioning import caption_dataset
-from tinycap.evaluation.metrics import caption_ciders, score_captions
+from tinycap.evaluation.metrics import score_captions
 from tinycap.pipeline_tinycap import caption_log_probs
 
 
@@ -202,7 +203,7 @@ def test_a_threshold_leaves_the_captions_above_it():
 def test_the_mean_of_the_captions_ciders_is_the_corpus_cider():
     captions = ["a dog runs on grass", "two men walk", "a red car"]
     references = [["a dog runs fast", "dogs run on grass"], ["two men walk home"], ["the car is blue", "a red car"]]
-    found = caption_ciders(captions, references)
+    found = cider_of_each(captions, references)
     assert np.mean(found) == pytest.approx(score_captions(captions, references)["cider"])
     humans = confidence.human_ciders(references)
     assert len(humans) == 4, "those of pictures with several captions"

@@ -88,9 +88,17 @@ def cider_of_each(predictions: list[str], references: list[list[str]]) -> list[f
     """CIDEr (times 100) of each of N captions; their mean is the `cider` of `compute_caption_metrics`.
 
     Words are weighed by how many of these N pictures' references have them: a caption's score depends on the others'.
+
+    Raises:
+        ValueError: the lists don't match, or are empty.
     """
     from pycocoevalcap.cider.cider import Cider
 
+    if len(predictions) != len(references) or not predictions:
+        raise ValueError(
+            f"expected references for each of at least one caption, got {len(predictions)} captions and "
+            f"{len(references)} lists of references"
+        )
     return [100 * float(score) for score in Cider().compute_score(*_tokenize(predictions, references))[1]]
 
 
