@@ -114,10 +114,12 @@ def png_with_clear_colour(picture: Image.Image, mode: str) -> bytes:
 
 def shown_without_colour(picture: Image.Image) -> Image.Image:
     """The picture, white where it has the colour of its first pixel."""
-    key = picture.getpixel((0, 0))
-    shown = picture.copy()
-    shown.putdata([(255, 255, 255) if pixel == key else pixel for pixel in picture.getdata()])
-    return shown
+    pixels = bytearray(picture.tobytes())
+    key = bytes(pixels[:3])
+    for start in range(0, len(pixels), 3):
+        if pixels[start : start + 3] == key:
+            pixels[start : start + 3] = b"\xff\xff\xff"
+    return Image.frombytes("RGB", picture.size, bytes(pixels))
 
 
 def as_grey(picture: Image.Image) -> Image.Image:
