@@ -182,7 +182,10 @@ class ImageToTextPipeline(Pipeline):
     ) -> dict[str, GenericTensor]:
         error = ""
         try:
-            pixel_values = self.image_processor(load_image(image, timeout=timeout), return_tensors="pt").pixel_values
+            # Otherwise transformers 4 takes a picture three pixels high for one whose channels come first.
+            pixel_values = self.image_processor(
+                load_image(image, timeout=timeout), input_data_format="channels_last", return_tensors="pt"
+            ).pixel_values
         except (ValueError, TypeError) as problem:
             if not keep_going:
                 raise

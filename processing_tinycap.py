@@ -134,7 +134,8 @@ def _to_rgb(image: "Image.Image", may_draft: bool) -> "Image.Image":
             # Decodes every second, fourth or eighth pixel. It changes the opened image, which must not be a caller's.
             image.draft(None, (width // shrinking, height // shrinking))
     image.load()
-    orientation = _exif_orientation(image)
+    # Decoding a TIFF turns it; older releases of Pillow leave the tag, which would turn it once more.
+    orientation = 1 if image.format == "TIFF" else _exif_orientation(image)
     image = _crop_to_aspect_ratio(image, MAX_ASPECT_RATIO)
     image = _shrink(image)
     if orientation in TRANSPOSITIONS:

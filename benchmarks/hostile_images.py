@@ -108,8 +108,13 @@ def grey_16_bits(picture: Image.Image) -> Image.Image:
 
 def png_with_clear_colour(picture: Image.Image, mode: str) -> bytes:
     """Without alpha, but with one value that means transparent: that of the first pixel."""
-    picture = grey_16_bits(picture) if mode == "I;16" else picture.convert(mode)
-    return encoded(picture, "PNG", transparency=picture.getpixel((0, 0)))
+    if mode != "I;16":
+        picture = picture.convert(mode)
+        return encoded(picture, "PNG", transparency=picture.getpixel((0, 0)))
+    picture = grey_16_bits(picture)
+    # Not all releases of Pillow write this one.
+    head, *chunks = png_chunks(encoded(picture, "PNG"))
+    return png_of([head, (b"tRNS", struct.pack(">H", picture.getpixel((0, 0)))), *chunks])
 
 
 def shown_without_colour(picture: Image.Image) -> Image.Image:

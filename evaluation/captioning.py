@@ -102,9 +102,10 @@ def caption_dataset(
     def run() -> None:
         if not batch:
             return
-        pixels = processor.image_processor([image for _, image in batch], return_tensors="pt")["pixel_values"].to(
-            device
-        )
+        images = [image for _, image in batch]
+        # Otherwise transformers 4 takes a picture three pixels high for one whose channels come first.
+        pixels = processor.image_processor(images, input_data_format="channels_last", return_tensors="pt")
+        pixels = pixels["pixel_values"].to(device)
         encoded = model.get_encoder()(pixels, return_dict=True)
         sequences = model.generate(encoder_outputs=encoded, **generate_kwargs)
         if return_log_probs:

@@ -99,3 +99,13 @@ def test_among_several_images_the_others_still_get_captions(captioner, pictures,
     assert [found[0], found[2]] == [captioner(pictures[0]), captioner(pictures[1])]
     for entries, name in ((found[1], str(empty)), (found[3], "nowhere.png")):
         assert entries[0]["generated_text"] is None and name in entries[0]["error"]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (60, 3), (3, 60), (1, 4), (50, 1)])
+def test_pictures_as_high_as_there_are_channels_are_not_mistaken_for_channels(captioner, size):
+    """transformers 4 guesses which axis holds the channels."""
+    from PIL import Image as Pillow
+
+    plain = captioner.preprocess(Pillow.new("RGB", size, (200, 30, 90)))["pixel_values"]
+    large = captioner.preprocess(Pillow.new("RGB", (60, 60), (200, 30, 90)))["pixel_values"]
+    assert (plain - large).abs().max() < 0.02
