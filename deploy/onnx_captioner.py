@@ -38,7 +38,7 @@ NEUTRAL = {
 }
 HONOURED = {
     *("num_beams", "max_new_tokens", "max_length", "length_penalty", "early_stopping"),
-    *("eos_token_id", "decoder_start_token_id"),
+    *("eos_token_id", "decoder_start_token_id", "suppress_tokens"),
 }
 
 
@@ -268,9 +268,10 @@ class OnnxCaptioner:
         def search(step, prompt: np.ndarray) -> Sequences:
             limit = choose("max_length", None, 20) - prompt.shape[1] if max_new_tokens is None else max_new_tokens
             limit = max(1, min(limit, self.max_positions - prompt.shape[1]))
+            suppressed = config.get("suppress_tokens") or []
             if num_beams == 1:
-                return greedy_search(step, prompt, self.eos_token_ids, limit)
-            return beam_search(step, prompt, self.eos_token_ids, limit, **beams)
+                return greedy_search(step, prompt, self.eos_token_ids, limit, suppressed)
+            return beam_search(step, prompt, self.eos_token_ids, limit, suppress_tokens=suppressed, **beams)
 
         return search
 

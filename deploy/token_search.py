@@ -4,7 +4,7 @@
 tests hold these two to them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -37,11 +37,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
 
 
-def greedy_search(step: Step, prompt: np.ndarray, eos_token_ids: list[int], max_new_tokens: int) -> Sequences:
+def greedy_search(
+    step: Step, prompt: np.ndarray, eos_token_ids: list[int], max_new_tokens: int, suppress_tokens: Sequence[int] = ()
+) -> Sequences:
     """Takes the likeliest token until the end token or the limit.
 
     Args:
         prompt: (B, L), the start token and what else the captions begin with.
+        suppress_tokens: ids that are never taken; they count in the probabilities of the others.
     """
     batch = len(prompt)
     found, scores = [[] for _ in range(batch)], np.zeros((batch, 1), np.float32)
@@ -49,7 +52,10 @@ def greedy_search(step: Step, prompt: np.ndarray, eos_token_ids: list[int], max_
     tokens = prompt
     for _ in range(max_new_tokens):
         logits = step(tokens, None)
-        best, log_probs = logits.argmax(axis=-1), log_softmax(logits)
+        log_probs = log_softmax(logits)
+        allowed = logits.copy()
+        allowed[:, list(suppress_tokens)] = -np.inf
+        best = allowed.argmax(axis=-1)
         for row in np.flatnonzero(~finished):
             found[row].append(int(best[row]))
             scores[row] += log_probs[row, best[row]]
@@ -70,6 +76,7 @@ def beam_search(
     num_return_sequences: int = 1,
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
+    suppress_tokens: Sequence[int] = (),
 ) -> Sequences:
     """Keeps the `num_beams` best beginnings of each caption and returns the best finished ones.
 
@@ -79,6 +86,7 @@ def beam_search(
         length_penalty: finished captions are compared by log-probability / length ** length_penalty.
         early_stopping: `True` ends with the first `num_beams` finished captions, `False` when the running ones are no
             longer better at their present length, `"never"` when they can't become better.
+        suppress_tokens: as in `greedy_search`.
     """
     batch, beams_to_keep = len(prompt), max(2, 1 + len(eos_token_ids)) * num_beams
     is_top = np.arange(beams_to_keep) < num_beams
@@ -96,6 +104,7 @@ def beam_search(
     for length in range(1, max_new_tokens + 1):
         log_probs = log_softmax(step(tokens, order)).reshape(batch, num_beams, -1)
         vocab_size = log_probs.shape[-1]
+        log_probs[..., list(suppress_tokens)] = -np.inf
         candidates = (log_probs + running_scores[:, :, None]).reshape(batch, -1)
         top = _top_k(candidates, beams_to_keep)
         sums, beams = candidates[rows, top], top // vocab_size

@@ -7,9 +7,12 @@ bytes, so that any text can still be written, and the merges that make kept toke
 Why texts are tokenised as before: byte-pair encoding applies, again and again, the first merge in its list that fits.
 All merges that it ever applied to the corpus are kept, in their order, so that each time the same one is the first.
 
-Why captions are the same: kept tokens keep their scores, so that a greedy search that only ever chose kept tokens
-chooses them again. A beam search compares sums of log-probabilities, and without the dropped tokens' share these grow a
-little: it is run again on every photo, and while a caption differs, the most probable dropped tokens are taken back.
+Why captions are the same: kept tokens keep their logits, so that a greedy search that only ever chose kept tokens
+chooses them again. A beam search compares sums of log-probabilities, and these grow by the dropped tokens' share, which
+label smoothing makes a tenth. Where that changes a caption, one token stands in for all that were dropped: its row is
+fitted so that its logit is the logarithm of their summed exponentials, and it is suppressed, so that it counts in every
+softmax and is never said. Every photo is captioned again, greedily and by beams; while a caption still differs, the
+most probable dropped tokens are taken back.
 """
 
 import json
@@ -22,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers import AddedToken, Tokenizer, pre_tokenizers
 from transformers import AutoImageProcessor, GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import ModelOutput
 
@@ -38,6 +41,8 @@ logger = logging.getLogger(__name__)
 REPORT_NAME = "trim_report.json"
 # Tokens taken back at first when a beam search ends otherwise; doubled each time.
 FIRST_TAKEN_BACK = 64
+# The token that stands in for all that were dropped, and how many steps of captions its row is fitted to at most.
+STAND_IN, MAX_FITTED = "<dropped>", 8192
 # Settings of a generation config that hold token ids in shapes of their own.
 UNSUPPORTED = ("sequence_bias", "force_words_ids", "forced_decoder_ids")
 
@@ -127,10 +132,16 @@ def _renumber_processor(processor: dict | None, numbers: dict[int, int]) -> dict
     return processor
 
 
-def trim_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int]) -> PreTrainedTokenizerFast:
-    """The tokenizer with these ids alone, numbered from 0 in their order; see `BytePairs.closure`."""
+def trim_tokenizer(
+    tokenizer: PreTrainedTokenizerFast, kept: Sequence[int], stand_in: bool = False
+) -> PreTrainedTokenizerFast:
+    """The tokenizer with these ids alone, numbered from 0 in their order; see `BytePairs.closure`.
+
+    Args:
+        stand_in: one more special token follows, which stands in for the dropped ones.
+    """
     content = BytePairs.of(tokenizer).trimmed(kept)
-    return PreTrainedTokenizerFast(
+    trimmed = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer.from_str(json.dumps(content)),
         **{name: str(token) for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)},
         model_max_length=tokenizer.model_max_length,
@@ -139,6 +150,9 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int]) -> P
         truncation_side=tokenizer.truncation_side,
         clean_up_tokenization_spaces=False,
     )
+    if stand_in:
+        trimmed.add_tokens([AddedToken(STAND_IN, special=True)], special_tokens=True)
+    return trimmed
 
 
 def tokens_of(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
@@ -189,18 +203,30 @@ def renumber_config(config: dict[str, Any], numbers: dict[int, int]) -> dict[str
     return config
 
 
-def trim_model(model: TinyCapForConditionalGeneration, kept: Sequence[int]) -> TinyCapForConditionalGeneration:
-    """A model whose embedding and head have these rows alone, in their order; ids in its configs are renumbered."""
+def trim_model(
+    model: TinyCapForConditionalGeneration, kept: Sequence[int], stand_in: torch.Tensor | None = None
+) -> TinyCapForConditionalGeneration:
+    """A model whose embedding and head have these rows alone, in their order; ids in its configs are renumbered.
+
+    Args:
+        stand_in: (hidden_size,), a row that follows them, of a token that is never said.
+    """
     numbers = {old: new for new, old in enumerate(kept)}
     config = renumber_config(model.config.to_dict(), numbers)
-    config["text_config"] = renumber_config({**config["text_config"], "vocab_size": len(kept)}, numbers)
+    vocab_size = len(kept) + (stand_in is not None)
+    config["text_config"] = renumber_config({**config["text_config"], "vocab_size": vocab_size}, numbers)
     trimmed = TinyCapForConditionalGeneration(TinyCapConfig(**config)).to(model.dtype)
     state = model.state_dict()
     rows = torch.tensor(kept, device=model.device)
     for name in ("decoder.embed_tokens.weight", "lm_head.weight"):
         state[name] = state[name][rows]
+        if stand_in is not None:
+            state[name] = torch.cat([state[name], stand_in[None].to(state[name])])
     trimmed.load_state_dict(state)
-    trimmed.generation_config = GenerationConfig(**renumber_config(model.generation_config.to_dict(), numbers))
+    generation = renumber_config(model.generation_config.to_dict(), numbers)
+    if stand_in is not None:
+        generation["suppress_tokens"] = [*(generation.get("suppress_tokens") or []), len(kept)]
+    trimmed.generation_config = GenerationConfig(**generation)
     return trimmed.eval().to(model.device)
 
 
@@ -253,30 +279,54 @@ def _without_padding(row: list[int], config: GenerationConfig) -> list[int]:
 
 
 @torch.inference_mode()
-def token_mass(model, encoded: list[ModelOutput], captions: list[list[int]]) -> torch.Tensor:
-    """(vocab_size,): how probable each token was, summed over all steps of the captions."""
-    mass = torch.zeros(model.config.text_config.vocab_size, dtype=torch.float64, device=model.device)
-    start = 0
+def decoding_states(model, encoded: list[ModelOutput], num_beams: int) -> torch.Tensor:
+    """(steps, hidden_size): what the head saw in steps of a search's captions, `MAX_FITTED` of them at most."""
+    found = []
     for batch in encoded:
-        group = captions[start : start + len(batch.image_embeds)]
-        start += len(group)
-        for row, caption in enumerate(group):
-            one = TinyCapVisionOutput(
-                last_hidden_state=batch.last_hidden_state[row : row + 1],
-                image_embeds=batch.image_embeds[row : row + 1],
-            )
-            tokens = torch.tensor([caption[:-1] or caption], device=model.device)
-            logits = model(encoder_outputs=one, decoder_input_ids=tokens, use_cache=False).logits
-            mass += logits[0].double().softmax(dim=-1).sum(dim=0)
-    return mass
+        options = {"num_beams": num_beams, "num_return_sequences": num_beams, "do_sample": False}
+        sequences = model.generate(encoder_outputs=batch, **options)
+        memory = model.get_memory(batch)[0].repeat_interleave(num_beams, dim=0)
+        states = model.decoder(sequences[:, :-1], encoder_hidden_states=memory).last_hidden_state
+        for row, caption in zip(states, sequences.tolist()):
+            found.append(row[: len(_without_padding(caption, model.generation_config)) - 1])
+    states = torch.cat(found)
+    # Drawn from all photos alike.
+    order = torch.randperm(len(states), generator=torch.Generator().manual_seed(0))[:MAX_FITTED]
+    return states[order.to(states.device)]
 
 
-def most_probable(mass: torch.Tensor | None, dropped: set[int], count: int) -> set[int]:
-    """The `count` most probable of the dropped ids, or all of them."""
-    if mass is None or not count:
+@torch.inference_mode()
+def token_mass(model, states: torch.Tensor) -> torch.Tensor:
+    """(vocab_size,): how probable each token was, summed over decoding states (steps, hidden_size)."""
+    return sum(model.lm_head(part).float().softmax(dim=-1).double().sum(dim=0) for part in states.split(256))
+
+
+@torch.inference_mode()
+def fit_stand_in(model, states: torch.Tensor, kept: Sequence[int]) -> torch.Tensor:
+    """A row (hidden_size,) whose logit is, at decoding states, the log of the dropped tokens' summed exponentials.
+
+    Ridge regression around the dropped rows' mean: rows that training only ever pushed away lie close together, so that
+    what is left to fit is little more than the logarithm of their number. A head has no bias, but the final layer norm
+    leads to one: its output, divided by its scale, has the same mean for every state.
+    """
+    dropped = torch.ones(model.config.text_config.vocab_size, dtype=torch.bool, device=model.device)
+    dropped[list(kept)] = False
+    rows = model.lm_head.weight[dropped].float()
+    target = torch.cat([(part @ rows.T).logsumexp(dim=-1) for part in states.float().split(256)]).double()
+    states, mean = states.double(), rows.double().mean(dim=0)
+    # Faint: along the direction that makes up for a bias the row is hundreds long, and that is what is wanted.
+    scale = 1e-9 * states.square().sum() / states.shape[1]
+    gram = states.T @ states + scale * torch.eye(states.shape[1], dtype=states.dtype, device=states.device)
+    return mean + torch.linalg.solve(gram, states.T @ (target - states @ mean))
+
+
+def most_probable(model, states: torch.Tensor | None, dropped: set[int], count: int) -> set[int]:
+    """The `count` most probable of the dropped ids at decoding states, or all of them."""
+    if not count:
         return set()
     candidates = torch.tensor(sorted(dropped))
-    return set(candidates[mass.cpu()[candidates].argsort(descending=True)[:count]].tolist())
+    mass = token_mass(model, states).cpu()[candidates]
+    return set(candidates[mass.argsort(descending=True)[:count]].tolist())
 
 
 def count_differences(
@@ -414,12 +464,13 @@ def trim_repository(
     by_configs = token_ids_of(model.generation_config.to_dict()) | token_ids_of(model.config.to_dict())
     used = by_texts | by_captions | by_configs
 
-    mass = token_mass(model, encoded, expected[max(expected)]) if encoded else None
-    taken_back, suspects = 0, []
+    taken_back, with_stand_in, states, suspects = 0, False, None, []
     while True:
-        back = most_probable(mass, set(pairs.vocab.values()) - set(pairs.closure(used)), taken_back)
+        back = most_probable(model, states, set(pairs.vocab.values()) - set(pairs.closure(used)), taken_back)
         kept = pairs.closure(used | back)
-        trimmed = trim_model(model, kept)
+        # With nothing dropped there is nothing to stand in for.
+        with_stand_in = with_stand_in and len(kept) < model.config.text_config.vocab_size
+        trimmed = trim_model(model, kept, fit_stand_in(model, states, kept) if with_stand_in else None)
         # Where captions differed before, first: only when they don't any more is the rest worth its time.
         for batches in (suspects, range(len(encoded))):
             differences = count_differences(trimmed, kept, encoded, expected, batches)
@@ -427,14 +478,22 @@ def trim_repository(
             if suspects:
                 break
         differences = {num_beams: sum(found.values()) for num_beams, found in differences.items()}
-        size = model.config.text_config.vocab_size
-        logger.info("%d of %d tokens kept: captions that differ, by beams: %s", len(kept), size, differences)
+        logger.info(
+            "%d of %d tokens kept%s: captions that differ, by beams: %s",
+            len(kept),
+            model.config.text_config.vocab_size,
+            " and a stand-in" if with_stand_in else "",
+            differences,
+        )
         if not suspects:
             break
         if len(back) < taken_back:
             raise ValueError(f"captions differ, by beams {differences}, with all tokens of the tokenizer kept")
-        taken_back = 2 * taken_back or FIRST_TAKEN_BACK
-    trimmed_tokenizer = trim_tokenizer(tokenizer, kept)
+        if states is not None:
+            taken_back = 2 * taken_back or FIRST_TAKEN_BACK
+        else:
+            with_stand_in, states = True, decoding_states(model, encoded, max(expected))
+    trimmed_tokenizer = trim_tokenizer(tokenizer, kept, with_stand_in)
     check_tokenisation(tokenizer, trimmed_tokenizer, kept, texts)
     said = [tokenizer.batch_decode(expected[n], skip_special_tokens=True) for n in expected]
     say = [
@@ -456,6 +515,7 @@ def trim_repository(
             "used_by_texts": len(by_texts),
             "used_by_captions_alone": len(by_captions - by_texts),
             "taken_back": len(back),
+            "stand_in": with_stand_in,
             "kept": len(kept),
         },
         "before": _sizes(model, tokenizer, Path(model_name_or_path)),

@@ -10,7 +10,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
 from tinycap.deploy import cli, trim_vocab
+from tinycap.deploy.export import export_onnx
+from tinycap.deploy.onnx_captioner import OnnxCaptioner
 from tinycap.deploy.trim_vocab import BytePairs, trim_model, trim_repository, trim_tokenizer
+from tinycap.pipeline_tinycap import caption_log_probs
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.tokenizer import encode_captions, train_tokenizer
 
@@ -29,11 +32,12 @@ def big_tokenizer():
     return tokenizer
 
 
-def save_big_repository(folder, tokenizer, penalty: float):
+def save_big_repository(folder, tokenizer, penalty: float, spread: float = 0.3):
     """A model with rows beyond its tokenizer, as padded vocabularies have them; what captions don't use is unlikely.
 
     Args:
         penalty: nats by which the logits of such tokens are lower.
+        spread: how far their rows lie from each other; training leaves them close together.
     """
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model = tiny_model(text_config={"vocab_size": 2519, **ids})
@@ -43,7 +47,8 @@ def save_big_repository(folder, tokenizer, penalty: float):
         # A layer norm's output has the mean of its bias, so that this moves a logit by the same for any image.
         model.decoder.final_layer_norm.bias.fill_(1.0)
         width = model.config.text_config.hidden_size
-        model.decoder.embed_tokens.weight[unused] -= penalty / width
+        weight = model.decoder.embed_tokens.weight
+        weight[unused] = weight[2000] * (spread < 0.3) + weight[unused] * spread / 0.3 - penalty / width
         # What the tokenizer can't write is never said.
         model.decoder.embed_tokens.weight[2500:] = -99.0 / width
     model.generation_config = create_generation_config(tokenizer, max_new_tokens=7, num_beams=3)
@@ -143,16 +148,48 @@ def test_tokens_are_taken_back_until_beam_search_ends_the_same(big_tokenizer, tm
     sizes = []
     original = trim_vocab.trim_model
 
-    def watched(model, kept):
+    def watched(model, kept, stand_in=None):
         sizes.append(len(kept))
-        return original(model, kept)
+        return original(model, kept, stand_in)
 
     monkeypatch.setattr(trim_vocab, "trim_model", watched)
-    pictures = [draw_picture(seed) for seed in range(12)]
-    big = save_big_repository(tmp_path / "unsure-model", big_tokenizer, 0.0)
-    report = trim_repository(str(big), tmp_path / "small", [], pictures, batch_size=6, rounds=0)
+    pictures = [draw_picture(seed) for seed in range(24)]
+    big = save_big_repository(tmp_path / "unsure-model", big_tokenizer, 5.0)
+    report = trim_repository(str(big), tmp_path / "small", CAPTIONS, pictures, batch_size=6, rounds=0)
     assert len(sizes) > 1 and sizes == sorted(sizes)
     assert report["captions_that_differ"] == {"1": 0, "3": 0} and report["tokens"]["taken_back"] > 0
+
+
+def test_a_token_stands_in_for_what_label_smoothing_gives_all_others(big_tokenizer, tmp_path, monkeypatch):
+    """With much of the probability on dropped tokens beam search would end otherwise; with the stand-in it doesn't."""
+    big = save_big_repository(tmp_path / "smoothed-model", big_tokenizer, 5.0, spread=0.01)
+    generation = json.loads((big / "generation_config.json").read_text())
+    # The captioner without PyTorch knows no such words.
+    del generation["bad_words_ids"]
+    (big / "generation_config.json").write_text(json.dumps(generation))
+    pictures = [draw_picture(seed) for seed in range(24)]
+    report = trim_repository(str(big), tmp_path / "small", CAPTIONS, pictures, batch_size=12, rounds=0)
+    assert report["tokens"]["stand_in"] and report["tokens"]["taken_back"] == 0
+    assert report["captions_that_differ"] == {"1": 0, "3": 0}
+    assert report["after"]["vocab_size"] == report["after"]["tokenizer_size"] < 1000
+    before, after = (
+        pipeline("image-to-text", model=str(path), trust_remote_code=True) for path in (big, tmp_path / "small")
+    )
+    assert after(pictures, batch_size=5) == before(pictures, batch_size=5)
+    assert after.tokenizer.get_vocab()["<dropped>"] in after.model.generation_config.suppress_tokens
+    # What the confidence of a caption is computed from is the same too.
+    pixels = torch.cat([before.preprocess(picture)["pixel_values"] for picture in pictures])
+    sums = []
+    for pipe in (before, after):
+        generated = pipe.model.generate(pixels, return_dict_in_generate=True, output_logits=True)
+        sums.append(caption_log_probs(pipe.model, generated)[0])
+    torch.testing.assert_close(sums[0], sums[1], rtol=0, atol=0.1)
+    # And without PyTorch.
+    export_onnx(tmp_path / "small", tmp_path / "exported", quantize=False)
+    found = OnnxCaptioner.from_pretrained(tmp_path / "exported", num_threads=1)(pictures)
+    assert [[caption.text for caption in captions] for captions in found] == [
+        [entry["generated_text"] for entry in entries] for entries in before(pictures)
+    ]
 
 
 def test_logits_of_kept_tokens_are_unchanged(pixel_values):
