@@ -42,14 +42,8 @@ logger = logging.getLogger(__name__)
 NUM_COMPARED, SHOWN_OF_A_KIND = 200, 2
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tinycap.evaluation",
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
-    flag = argparse.BooleanOptionalAction
+def add_data_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which model captions which pictures."""
     parser.add_argument("--model_name_or_path", required=True, help="a TinyCap repository")
     parser.add_argument("--dataset_name", required=True, help="Hub id, folder of parquet, or imagefolder")
     parser.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
@@ -58,6 +52,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--caption_column", help="column of the captions; found by its name if not given")
     parser.add_argument("--max_samples", type=int, help="use only the first so many pictures")
     parser.add_argument("--batch_size", type=int, default=32, help="pictures run through the model together")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m tinycap.evaluation",
+        description=__doc__.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    flag = argparse.BooleanOptionalAction
+    add_data_arguments(parser)
     parser.add_argument("--num_beams", type=int, help="beams; as the model's generation config says if not given")
     parser.add_argument("--length_penalty", type=float, help="above 0 favours longer captions of a beam search")
     parser.add_argument("--max_new_tokens", type=int, help="longest caption in tokens")

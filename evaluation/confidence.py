@@ -28,7 +28,7 @@ from accelerate import Accelerator
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinycap.confidence_tinycap import CONFIDENCE_NAME, FEATURES, ConfidenceCalibration, caption_features
-from tinycap.evaluation.__main__ import references_of
+from tinycap.evaluation.__main__ import add_data_arguments, references_of
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.captioning import Captions, caption_dataset
 from tinycap.evaluation.reports import plot_reliability
@@ -52,14 +52,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         allow_abbrev=False,
     )
     flag = argparse.BooleanOptionalAction
-    parser.add_argument("--model_name_or_path", required=True, help="a TinyCap repository")
-    parser.add_argument("--dataset_name", required=True, help="Hub id, folder of parquet, or imagefolder")
-    parser.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
-    parser.add_argument("--split", default="validation", help="split to calibrate on; not one it was trained on")
-    parser.add_argument("--image_column", help="column of the images; found by its type if not given")
-    parser.add_argument("--caption_column", help="column of the captions; found by its name if not given")
-    parser.add_argument("--max_samples", type=int, help="use only the first so many pictures")
-    parser.add_argument("--batch_size", type=int, default=32, help="pictures run through the model together")
+    add_data_arguments(parser)
     parser.add_argument(
         "--num_beams", type=int, nargs="+", help="ways of decoding to calibrate; 1 and the model's own if not given"
     )
