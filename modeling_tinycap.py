@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
@@ -705,6 +704,58 @@ def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int, pad_to
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """`F.cross_entropy(hidden_states @ weight.t(), labels)` that computes its gradients on the way forward.
+
+    Each chunk's logits become its gradient in place, so that the head runs once and not again in the backward pass.
+    `F.linear_cross_entropy` does the same from torch 2.13 on, but keeps all logits with label smoothing.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden_states, weight, labels, smoothing: float):
+        """(R, hidden_size), (vocab_size, hidden_size), (R,) int64 -> the mean over R rows, a float32 scalar."""
+        device = hidden_states.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
+        num_rows, vocab_size = len(labels), weight.shape[0]
+        total = hidden_states.new_zeros((), dtype=torch.float32)
+        needed = ctx.needs_input_grad[:2]
+        hidden_grad = torch.empty_like(hidden_states) if needed[0] else None
+        weight_grad = torch.zeros_like(weight) if needed[1] else None
+        with torch.autocast(device, enabled=False):
+            head = weight.to(dtype)
+            for start in range(0, num_rows, LOSS_CHUNK):
+                chunk = slice(start, start + LOSS_CHUNK)
+                hidden, target = hidden_states[chunk].to(dtype), labels[chunk, None]
+                logits = (hidden @ head.t()).float()
+                log_sum = logits.logsumexp(dim=1, keepdim=True)
+                picked = logits.gather(1, target) - log_sum
+                loss = -(1 - smoothing) * picked.sum()
+                if smoothing:
+                    loss -= smoothing * (logits.mean(dim=1, keepdim=True) - log_sum).sum()
+                total += loss
+                if not any(needed):
+                    continue
+                gradient = logits.sub_(log_sum).exp_()
+                if smoothing:
+                    gradient -= smoothing / vocab_size
+                gradient.scatter_add_(1, target, gradient.new_full(target.shape, smoothing - 1.0))
+                gradient = gradient.div_(num_rows).to(dtype)
+                if needed[0]:
+                    hidden_grad[chunk] = gradient @ head
+                if needed[1] and dtype == weight_grad.dtype:
+                    weight_grad.addmm_(gradient.t(), hidden)
+                elif needed[1]:
+                    weight_grad += gradient.t() @ hidden
+        ctx.save_for_backward(hidden_grad, weight_grad)
+        return total / num_rows
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, output_grad):
+        grads = (None if grad is None else grad * output_grad.to(grad.dtype) for grad in ctx.saved_tensors)
+        return *grads, None, None
+
+
 class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     """Student, decoder and joint objective: `L = caption_loss + distill_weight * distill_loss`."""
 
@@ -807,22 +858,15 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     def caption_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of `labels` (N, T) given the decoder's `hidden_states` (N, T, hidden_size).
 
-        Padding never reaches the head, and no more than `LOSS_CHUNK` rows of logits exist at a time: they are
-        computed again in the backward pass.
+        Padding never reaches the head, and no more than `LOSS_CHUNK` rows of logits exist at a time.
         """
         smoothing = self.config.label_smoothing if self.training else 0.0
         rows = labels != -100
         hidden_states, labels = hidden_states[rows], labels[rows]
-
-        def chunk_loss(hidden_states, labels):
-            logits = self.lm_head(hidden_states).float()
-            return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum")
-
-        losses = [
-            checkpoint(chunk_loss, *chunk, use_reentrant=False) if torch.is_grad_enabled() else chunk_loss(*chunk)
-            for chunk in zip(hidden_states.split(LOSS_CHUNK), labels.split(LOSS_CHUNK))
-        ]
-        return torch.stack(losses).sum() / labels.numel()
+        if type(self.lm_head) is nn.Linear and not (self.lm_head._forward_hooks or self.lm_head._forward_pre_hooks):
+            return ChunkedCrossEntropy.apply(hidden_states, self.lm_head.weight, labels, smoothing)
+        # Adapters, and whatever else may have taken the head's place, are called as modules.
+        return F.cross_entropy(self.lm_head(hidden_states).float(), labels, label_smoothing=smoothing)
 
     def distill_loss(self, image_embeds: torch.Tensor | None, teacher_embeds: torch.Tensor) -> torch.Tensor:
         """Mean of 1 - cos over the batch; both (B, projection_dim).
