@@ -11,6 +11,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCa
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
 
 from benchmarks.reference import copy_attention
+from tinycap import modeling_tinycap
 from tinycap.configuration_tinycap import TinyCapVisionConfig
 from tinycap.modeling_tinycap import (
     TinyCapForConditionalGeneration,
@@ -555,3 +556,49 @@ def test_initial_weights_are_small_and_layer_norms_neutral():
             limit = 1 if name == "vision_model.embeddings.position_embeddings" else 0.12
             assert parameter.abs().max() <= limit, name
             assert name.endswith("bias") or parameter.std() > 0.01, name
+
+
+# --- the loss in chunks -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.15])
+@pytest.mark.parametrize("rows", [1, 8, 11])
+def test_the_loss_in_chunks_has_the_value_and_gradients_of_the_plain_one(rows, smoothing, monkeypatch):
+    monkeypatch.setattr(modeling_tinycap, "LOSS_CHUNK", 4)
+    torch.manual_seed(0)
+    hidden, weight, labels = torch.randn(rows, 6), torch.randn(13, 6), torch.randint(0, 13, (rows,))
+    found = []
+    for loss in (
+        lambda a, b: modeling_tinycap.ChunkedCrossEntropy.apply(a, b, labels, smoothing),
+        lambda a, b: torch.nn.functional.cross_entropy(a @ b.t(), labels, label_smoothing=smoothing),
+    ):
+        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        value = loss(*inputs)
+        (3 * value).backward()
+        found.append((value.detach(), *(given.grad for given in inputs)))
+    for ours, plain in zip(*found):
+        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
+
+
+def test_the_loss_in_chunks_follows_autocast_and_keeps_float32_gradients():
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(9, 6, requires_grad=True), torch.randn(13, 6, requires_grad=True)
+    labels = torch.randint(0, 13, (9,))
+    plain = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels)
+    expected = torch.autograd.grad(plain, (hidden, weight))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        loss = modeling_tinycap.ChunkedCrossEntropy.apply(hidden.bfloat16(), weight, labels, 0.0)
+    loss.backward()
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(plain.item(), rel=0.02)
+    assert weight.grad.dtype == torch.float32
+    torch.testing.assert_close(hidden.grad, expected[0], atol=0.02, rtol=0.1)
+    torch.testing.assert_close(weight.grad, expected[1], atol=0.02, rtol=0.1)
+
+
+def test_an_adapter_in_the_heads_place_takes_part_in_the_loss(model, pixel_values, labels):
+    before = model(pixel_values=pixel_values, labels=labels, skip_logits=True).loss
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    after = model(pixel_values=pixel_values, labels=labels, skip_logits=True).loss
+    plain = model(pixel_values=pixel_values, labels=labels).loss
+    assert abs(after - before) > 1e-3
+    torch.testing.assert_close(after, plain, atol=1e-5, rtol=0)
