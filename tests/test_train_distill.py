@@ -364,7 +364,7 @@ def test_weights_that_do_not_fit_their_config_are_an_error(flags, tmp_path):
     config["text_config"]["num_hidden_layers"] = 4
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     args = train_distill.parse_args(["--model_name_or_path", str(tmp_path / "model")])
-    with pytest.raises(ValueError, match="decoder.layers.3"):
+    with pytest.raises(ValueError, match="decoder.layers.*4 layers, got 3"):
         train_distill.build_model(args, train_distill.read_config(args))
 
 
