@@ -2,7 +2,7 @@
 
     python cold_start.py REPOSITORY DATASET HOME
 
-Prints a JSON list: for each process what it captioned and decoded, or its error. Run by `test_concurrency.py`: in a
+Prints JSON: for each process what it captioned and what it decoded, or its error. Run by `test_concurrency.py`: in a
 process of its own, so that it forks before torch has threads, and imports are paid for once.
 """
 
@@ -32,35 +32,47 @@ from tinycap.training.data import SkippedRows, decode_dataset, load_split, resol
 PROCESSES = 8
 
 
-def load(barrier, results) -> None:
+def caption() -> str:
+    captioner = transformers.pipeline("image-to-text", model=sys.argv[1], trust_remote_code=True)
+    return captioner(Image.new("RGB", (40, 30), "red"))[0]["generated_text"]
+
+
+def decode() -> str:
+    rows = load_split(sys.argv[2], "train")
+    rows = decode_dataset(rows, resolve_columns(rows), 24, SkippedRows(), "train")
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(row["pixels"] + repr(row["captions"]).encode())
+    return f"{len(rows)} rows, {digest.hexdigest()}"
+
+
+def run(function, barrier, results) -> None:
     barrier.wait()
     try:
-        captioner = transformers.pipeline("image-to-text", model=sys.argv[1], trust_remote_code=True)
-        caption = captioner(Image.new("RGB", (40, 30), "red"))[0]["generated_text"]
-        barrier.wait()
-        rows = load_split(sys.argv[2], "train")
-        rows = decode_dataset(rows, resolve_columns(rows), 24, SkippedRows(), "train")
-        digest = hashlib.sha256()
-        for row in rows:
-            digest.update(row["pixels"] + repr(row["captions"]).encode())
-        results.put([caption, len(rows), digest.hexdigest()])
+        results.put({"found": function()})
     except Exception as error:
-        barrier.abort()
-        results.put([f"{type(error).__name__}: {error}"])
+        results.put({"error": f"{type(error).__name__}: {error}"})
+
+
+def at_once(function, number: int) -> list[dict]:
+    """What `number` new processes say that begin `function` at the same moment."""
+    context = multiprocessing.get_context("fork")
+    barrier, results = context.Barrier(number), context.Queue()
+    processes = [context.Process(target=run, args=(function, barrier, results)) for _ in range(number)]
+    for process in processes:
+        process.start()
+    found = [results.get(timeout=200) for _ in processes]
+    for process in processes:
+        process.join()
+    return found
 
 
 def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    context = multiprocessing.get_context("fork")
-    barrier, results = context.Barrier(PROCESSES), context.Queue()
-    processes = [context.Process(target=load, args=(barrier, results)) for _ in range(PROCESSES)]
-    for process in processes:
-        process.start()
-    found = [results.get(timeout=200) for _ in processes]
-    for process in processes:
-        process.join()
+    found = {"captions": at_once(caption, PROCESSES), "captions_later": at_once(caption, 2)}
+    found["rows"] = at_once(decode, PROCESSES)
     print(json.dumps(found))
 
 
