@@ -12,7 +12,6 @@ import argparse
 import copy
 import json
 import math
-import signal
 import sys
 import time
 from contextlib import nullcontext
@@ -50,7 +49,6 @@ from tinycap.training.checkpoints import (
     complete_checkpoints,
     load_checkpoint,
     resolve_resume,
-    save_checkpoint,
     seed_step,
 )
 from tinycap.training.data import (
@@ -68,16 +66,7 @@ from tinycap.training.data import (
     resolve_columns,
 )
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
-from tinycap.training.loop import (
-    Step,
-    StoppedError,
-    StopSignals,
-    TrainBatches,
-    check_finite,
-    set_up_logging,
-    steps_of,
-    use_all_cores,
-)
+from tinycap.training.loop import Step, TrainBatches, check_finite, run_steps, set_up_logging, use_all_cores
 from tinycap.training.model_card import write_model_card
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
@@ -658,71 +647,6 @@ def train_step(
     return named
 
 
-def train(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model,
-    optimizer,
-    scheduler,
-    batches: TrainBatches,
-    blank,
-    teacher: Teacher | None,
-    objective,
-    state: dict,
-    log: RunLog,
-    after_step,
-) -> None:
-    """Runs optimizer steps until `args.max_train_steps`.
-
-    Args:
-        batches: this process's.
-        blank: gives a batch that counts for nothing; see `steps_of`.
-        objective: gives the named losses of a batch, `loss` being the total; see `joint_losses`.
-        state: where the run stands: `step`, `epoch`, and `batch`, the batches of the epoch that are done.
-        after_step: called after every optimizer step, for validation and checkpoints, with whether it is the last that
-            there is time for.
-
-    Raises:
-        StoppedError: the run was asked to stop (SIGTERM); it stands behind the checkpoint that `after_step` wrote.
-        ValueError: an epoch held no photo at all.
-    """
-    model.train()
-    sums, images, waited, since = {}, 0, 0.0, time.perf_counter()
-    with StopSignals() as signals:
-        while state["step"] < args.max_train_steps:
-            epoch = batches.epoch(state["epoch"], state["batch"])
-            for step in steps_of(accelerator, epoch, args.gradient_accumulation_steps, signals, blank):
-                named = train_step(
-                    args, accelerator, model, optimizer, scheduler, teacher, objective, step, state["step"] + 1
-                )
-                state.update(step=state["step"] + 1, batch=state["batch"] + len(step.batches))
-                for name, value in named.items():
-                    sums.setdefault(name, []).append(value)
-                images, waited = images + step.num_photos, waited + step.waited
-                if state["step"] % args.logging_steps == 0 or state["step"] == args.max_train_steps:
-                    row = {
-                        name: accelerator.reduce(torch.stack(values).mean(), "mean").item()
-                        for name, values in sums.items()
-                    }
-                    row["learning_rate"] = scheduler.get_last_lr()[0]
-                    seconds = time.perf_counter() - since
-                    row.update(images_per_second=images / seconds, waiting_share=waited / seconds)
-                    log.train_row(state["step"], state["epoch"], row)
-                    sums, images, waited, since = {}, 0, 0.0, time.perf_counter()
-                paused = time.perf_counter()
-                after_step(stop=step.stop)
-                since += time.perf_counter() - paused
-                log.advance(state["step"])
-                if state["step"] >= args.max_train_steps:
-                    return
-                if step.stop:
-                    raise StoppedError(128 + signal.SIGTERM)
-            if state["batch"] == 0:
-                raise ValueError(f"split {args.train_split}: expected at least one usable photo, got none")
-            state.update(epoch=state["epoch"] + 1, batch=0)
-            batches.begin_epoch()
-
-
 # --- what is left behind ----------------------------------------------------------------------------------------------
 
 
@@ -894,25 +818,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     scored = (data.validation, tokenizer, teacher, data.scenes)
     log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
 
-    def after_step(stop: bool) -> None:
-        last = state["step"] == args.max_train_steps
-        if args.evaluation_steps and state["step"] % args.evaluation_steps == 0 and not last and not stop:
-            found = evaluate(accelerator, model, validation_loader, *scored)
-            log.eval_row(state["step"], state["epoch"], found.metrics)
-        if state["step"] % checkpointing_steps == 0 or last or stop:
-            save_checkpoint(accelerator, output_dir, state, args.checkpoints_total_limit, batches.state_dict())
-        if stop and not last:
-            logger.warning("Asked to stop: --resume_from_checkpoint latest goes on at step %d.", state["step"])
+    def validate() -> dict[str, float]:
+        return evaluate(accelerator, model, validation_loader, *scored).metrics
 
     objective = joint_losses
     if args.objective == "scst":
         logger.info("Counting the words of the training captions, for their CIDEr.")
         reward = CiderReward(data.train["captions"])
         objective = SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
-    train(
-        *(args, accelerator, model, optimizer, scheduler, batches),
-        *(lambda: collator.blank(image_size, args.captions_per_image), teacher, objective, state, log, after_step),
-    )
+
+    def take_step(step: Step, number: int) -> dict[str, torch.Tensor]:
+        return train_step(args, accelerator, model, optimizer, scheduler, teacher, objective, step, number)
+
+    def blank() -> dict:
+        return collator.blank(image_size, args.captions_per_image)
+
+    model.train()
+    run_steps(args, accelerator, batches, scheduler, state, log, take_step, validate, checkpointing_steps, blank)
     evaluation = evaluate(accelerator, model, validation_loader, *scored)
     log.eval_row(state["step"], state["epoch"], evaluation.metrics)
     log.close()

@@ -11,9 +11,7 @@ Reading order: arguments, model, objective, one evaluation, the loop.
 
 import argparse
 import math
-import signal
 import sys
-import time
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -36,7 +34,7 @@ from tinycap.training.arguments import (
     check_common_arguments,
     parse_flags,
 )
-from tinycap.training.checkpoints import load_checkpoint, resolve_resume, save_checkpoint, seed_step
+from tinycap.training.checkpoints import load_checkpoint, resolve_resume, seed_step
 from tinycap.training.data import (
     Augmentation,
     CaptionCollator,
@@ -49,15 +47,7 @@ from tinycap.training.data import (
 )
 from tinycap.training.locked_text import LockedTextModel
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
-from tinycap.training.loop import (
-    StoppedError,
-    StopSignals,
-    TrainBatches,
-    check_finite,
-    set_up_logging,
-    steps_of,
-    use_all_cores,
-)
+from tinycap.training.loop import Step, TrainBatches, check_finite, run_steps, set_up_logging, use_all_cores
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.scenes import scene_splits
@@ -288,67 +278,37 @@ def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> 
 # --- the loop ---------------------------------------------------------------------------------------------------------
 
 
-def train(
-    args,
-    accelerator,
-    model,
-    optimizer,
-    scheduler,
-    batches: TrainBatches,
-    tokenizer,
-    state: dict,
-    log: RunLog,
-    after_step,
-) -> None:
-    """Runs optimizer steps until `args.max_train_steps`; see `train_distill.train`."""
-    model.train()
+def train_step(
+    args: argparse.Namespace, accelerator: Accelerator, model, optimizer, scheduler, tokenizer, step: Step, number: int
+) -> dict[str, torch.Tensor]:
+    """One optimizer step, the `number`-th; returns the mean `contrastive_loss` of its batches and the `logit_scale`.
+
+    Raises:
+        NonFiniteLossError: the loss is infinite or no number; nothing has been changed then.
+    """
     logit_scale = accelerator.unwrap_model(model).logit_scale
-    losses, images, since = [], 0, time.perf_counter()
-    with StopSignals() as signals:
-        while state["step"] < args.max_train_steps:
-            epoch = batches.epoch(state["epoch"], state["batch"])
-            for step in steps_of(accelerator, epoch, args.gradient_accumulation_steps, signals):
-                for index, batch in enumerate(step.batches):
-                    number = (state["step"] + 1) * args.gradient_accumulation_steps + index
-                    seed_step(args.seed, number, accelerator.process_index)
-                    is_last = index == len(step.batches) - 1
-                    with nullcontext() if is_last else accelerator.no_sync(model):
-                        output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
-                        loss = contrastive_loss(
-                            gather_with_gradient(output.image_embeds.float(), accelerator),
-                            gather_with_gradient(output.text_embeds.float(), accelerator),
-                            logit_scale.exp(),
-                        )
-                        check_finite({"contrastive_loss": loss}, state["step"] + 1, batch["image_ids"])
-                        accelerator.backward(loss / len(step.batches))
-                    losses.append(loss.detach())
-                if args.max_grad_norm > 0:
-                    accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                scheduler.step()
-                optimizer.zero_grad()
-                with torch.no_grad():
-                    logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-                images += step.num_photos
-                state.update(step=state["step"] + 1, batch=state["batch"] + len(step.batches))
-                if state["step"] % args.logging_steps == 0 or state["step"] == args.max_train_steps:
-                    row = {
-                        "contrastive_loss": accelerator.reduce(torch.stack(losses).mean(), "mean").item(),
-                        "learning_rate": scheduler.get_last_lr()[0],
-                        "logit_scale": logit_scale.exp().item(),
-                        "images_per_second": images / (time.perf_counter() - since),
-                    }
-                    log.train_row(state["step"], state["epoch"], row)
-                    losses, images, since = [], 0, time.perf_counter()
-                paused = time.perf_counter()
-                after_step(stop=step.stop)
-                since += time.perf_counter() - paused
-                log.advance(state["step"])
-                if state["step"] >= args.max_train_steps:
-                    return
-                if step.stop:
-                    raise StoppedError(128 + signal.SIGTERM)
-            state.update(epoch=state["epoch"] + 1, batch=0)
+    losses = []
+    for index, batch in enumerate(step.batches):
+        seed_step(args.seed, number * args.gradient_accumulation_steps + index, accelerator.process_index)
+        is_last = index == len(step.batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
+            loss = contrastive_loss(
+                gather_with_gradient(output.image_embeds.float(), accelerator),
+                gather_with_gradient(output.text_embeds.float(), accelerator),
+                logit_scale.exp(),
+            )
+            check_finite({"contrastive_loss": loss}, number, batch["image_ids"])
+            accelerator.backward(loss / len(step.batches))
+        losses.append(loss.detach())
+    if args.max_grad_norm > 0:
+        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+    return {"contrastive_loss": torch.stack(losses).mean(), "logit_scale": logit_scale.detach().exp()}
 
 
 def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) -> dict[str, float]:
@@ -460,18 +420,17 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     )
     log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
 
-    def after_step(stop: bool) -> None:
-        last = state["step"] == args.max_train_steps
-        if args.evaluation_steps and state["step"] % args.evaluation_steps == 0 and not last and not stop:
-            log.eval_row(state["step"], state["epoch"], evaluate(accelerator, model, validation_loader, tokenizer))
-        if state["step"] % (args.checkpointing_steps or steps_per_epoch) == 0 or last or stop:
-            save_checkpoint(accelerator, output_dir, state, keep=args.checkpoints_total_limit)
-        if stop and not last:
-            logger.warning("Asked to stop: --resume_from_checkpoint latest goes on at step %d.", state["step"])
+    def take_step(step: Step, number: int) -> dict[str, torch.Tensor]:
+        return train_step(args, accelerator, model, optimizer, scheduler, tokenizer, step, number)
+
+    def validate() -> dict[str, float]:
+        return evaluate(accelerator, model, validation_loader, tokenizer)
 
     batches = TrainBatches(train_loader, accelerator.device)
-    train(args, accelerator, model, optimizer, scheduler, batches, tokenizer, state, log, after_step)
-    metrics = evaluate(accelerator, model, validation_loader, tokenizer)
+    checkpointing_steps = args.checkpointing_steps or steps_per_epoch
+    model.train()
+    run_steps(args, accelerator, batches, scheduler, state, log, take_step, validate, checkpointing_steps)
+    metrics = validate()
     log.eval_row(state["step"], state["epoch"], metrics)
     log.close()
 

@@ -10,10 +10,8 @@ Writes JSON, a Markdown table and a plot.
 
 import argparse
 import copy
-import datetime
 import gc
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -34,6 +32,7 @@ from peers import PEERS, caption
 from PIL import Image
 from reference import ReferenceCaptioner
 
+from benchmarks.results import run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.deploy.export import export_onnx
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
@@ -41,7 +40,6 @@ from tinycap.deploy.token_search import greedy_search
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.processing_tinycap import load_image
-from tinycap.training.logs import write_json, write_text
 
 
 NUM_TOKENS = 16
@@ -289,13 +287,8 @@ def main() -> None:
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     results = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, one thread",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **run_facts(),
         "onnxruntime": onnxruntime.__version__,
         "num_tokens": NUM_TOKENS,
         "rounds": args.rounds,
@@ -339,7 +332,6 @@ def prepare_peer(name: str, model) -> Callable[[int], Callable]:
 
 def write_results(output_dir: Path, results: dict) -> None:
     """JSON, a Markdown table and a plot."""
-    write_json(output_dir / "caption_latency.json", results)
     sizes = list(results["batches"])
     first = results["batches"][sizes[0]]
     head = [f"batch {size}: CPU ms an image, ratio to the floor" for size in sizes]
@@ -365,8 +357,7 @@ def write_results(output_dir: Path, results: dict) -> None:
             )
         else:
             lines.append(f"| {name} | {found['parameters'] / 1e6:.1f} M | - | - | - |")
-    write_text(output_dir / "caption_latency.md", "\n".join(lines) + "\n")
-    print("\n".join(lines), flush=True)
+    save_results(output_dir, "caption_latency", results, lines)
     bars = {name: found["cpu"]["ratio_to_floor"] for name, found in first.items() if "from a file" not in name}
     plot_bars(bars, output_dir / "caption_latency.png", "CPU time for one caption, as a multiple of the floor")
 

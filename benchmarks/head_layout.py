@@ -6,7 +6,6 @@ Both layouts take turns, the cache flushed in between, on one thread. Writes JSO
 """
 
 import argparse
-import datetime
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch import nn
 
-from tinycap.training.logs import write_json, write_text
+from benchmarks.results import run_facts, save_results
 
 
 def main() -> None:
@@ -32,7 +31,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     states, flush = torch.randn(1, 1, args.hidden_size), torch.zeros(2_000_000)
-    results = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "milliseconds": {}}
+    results = {**run_facts(), "milliseconds": {}}
     lines = ["| vocabulary | by rows, CPU ms | by columns, CPU ms |", "|---|---|---|"]
     for vocab_size in args.vocab_sizes:
         rows, columns = (nn.Linear(args.hidden_size, vocab_size, bias=False) for _ in range(2))
@@ -48,11 +47,7 @@ def main() -> None:
         medians = {name: statistics.median(times) for name, times in found.items()}
         results["milliseconds"][vocab_size] = medians
         lines.append(f"| {vocab_size:,} | {medians['rows']:.2f} | {medians['columns']:.2f} |")
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "head_layout.json", results)
-    write_text(output_dir / "head_layout.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    save_results(args.output_dir, "head_layout", results, lines)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ of the generation config. Writes JSON and a Markdown table.
 """
 
 import argparse
-import datetime
 import json
 import sys
 import tempfile
@@ -16,17 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import transformers
 from transformers import AutoProcessor
 
+from benchmarks.results import run_facts, save_results
 from tinycap.deploy.export import export_onnx
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
 from tinycap.evaluation.captioning import caption_dataset
 from tinycap.evaluation.metrics import score_captions
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.data import clean_captions, load_split, resolve_columns
-from tinycap.training.logs import write_json, write_text
 
 
 def parse_args() -> argparse.Namespace:
@@ -52,10 +49,7 @@ def main() -> None:
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path).eval()
     processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
     results = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        **run_facts(),
         "num_images": len(dataset),
         "num_beams": {},
     }
@@ -86,8 +80,6 @@ def main() -> None:
 
 def write_results(output_dir: Path, results: dict) -> None:
     """JSON and a Markdown table."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "onnx_agreement.json", results)
     lines = [
         f"| beams | captions by | same as PyTorch's, of {results['num_images']:,} | CIDEr | BLEU-4 |",
         "|---|---|---|---|---|",
@@ -98,8 +90,7 @@ def write_results(output_dir: Path, results: dict) -> None:
             f"| {row['cider']:.2f} | {row['bleu_4']:.2f} |"
             for name, row in found.items()
         ]
-    write_text(output_dir / "onnx_agreement.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    save_results(output_dir, "onnx_agreement", results, lines)
 
 
 if __name__ == "__main__":

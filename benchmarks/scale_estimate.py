@@ -9,9 +9,7 @@ node's time is that of the slower of its GPUs and its cores. Writes JSON and a M
 """
 
 import argparse
-import datetime
 import io
-import platform
 import random
 import statistics
 import sys
@@ -27,11 +25,11 @@ from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from benchmarks.results import run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import joint_losses
 from tinycap.training.data import Augmentation, Columns, decode_row, make_sample, stored_size_for
-from tinycap.training.logs import write_json, write_text
 from tinycap.training.optimization import create_optimizer
 
 
@@ -166,21 +164,14 @@ def main() -> None:
         f"{args.cores} cores, {args.price:.0f} dollars an hour. Start-up, validation and checkpoints come on top.",
     ]
     results = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        **run_facts(),
         "assumed": {name: value for name, value in vars(args).items() if name != "output_dir"},
         "flops": {"photo": per_photo, "caption": per_caption, "teacher": per_teaching},
         "cpu": cpu,
         "photos_a_core": core,
         "runs": runs,
     }
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "scale_estimate.json", results)
-    write_text(output_dir / "scale_estimate.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    save_results(args.output_dir, "scale_estimate", results, lines)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,8 @@ that it really happened. Linux; the full disk needs the right to mount a tmpfs. 
 """
 
 import argparse
-import datetime
 import json
 import os
-import platform
 import random
 import shutil
 import signal
@@ -29,8 +27,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from benchmarks.results import run_facts, save_results
 from tinycap.training.checkpoints import complete_checkpoints
-from tinycap.training.logs import write_json, write_text
+from tinycap.training.logs import write_json
 from tinycap.training.scenes import scene_splits
 
 
@@ -350,13 +349,7 @@ def main() -> None:
         "clock set back by a day": lambda: repeated(args.times, lambda n: jumping_clock(bench, n)),
         "data gone, then changed": lambda: repeated(args.times, lambda n: changed_data(bench, n)),
     }
-    results = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "faults": {},
-    }
+    results = {**run_facts(), "faults": {}}
     lines = ["| fault | times | survived | lost | what was seen |", "|---|---|---|---|---|"]
     for fault, inject in faults.items():
         started = time.monotonic()
@@ -365,9 +358,7 @@ def main() -> None:
         lost = found["times"] - found["survived"]
         lines.append(f"| {fault} | {found['times']} | {found['survived']} | {lost} | {found['note']} |")
         print(lines[-1], flush=True)
-    output_dir = Path(args.output_dir)
-    write_json(output_dir / "training_faults.json", results)
-    write_text(output_dir / "training_faults.md", "\n".join(lines) + "\n")
+    save_results(args.output_dir, "training_faults", results, lines)
     shutil.rmtree(bench.folder)
 
 

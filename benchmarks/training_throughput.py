@@ -9,9 +9,7 @@ loop. Writes JSON, a Markdown table and a plot.
 """
 
 import argparse
-import datetime
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -28,6 +26,7 @@ from reference import ReferenceCaptioner, as_pairs, reference_losses
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, get_scheduler
 
+from benchmarks.results import run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -43,7 +42,6 @@ from tinycap.training.data import (
     load_split,
     resolve_columns,
 )
-from tinycap.training.logs import write_json, write_text
 from tinycap.training.loop import StopSignals, TrainBatches, steps_of
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor
@@ -279,10 +277,7 @@ def main() -> None:
         return
 
     results = {
-        "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "torch": torch.__version__,
+        **run_facts(),
         "vocab_sizes": {},
     }
     for vocab_size in args.vocab_sizes:
@@ -311,8 +306,6 @@ def main() -> None:
 
 def write_results(output_dir: Path, results: dict) -> None:
     """JSON, a Markdown table and a plot."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "training_throughput.json", results)
     reference, ours = results["memory"]["reference"], results["memory"]["tinycap"]
     lines = [
         "| vocabulary | published loop, pairs/s | TinyCap, pairs/s | speed-up | waiting for data | losses differ by |",
@@ -334,8 +327,7 @@ def write_results(output_dir: Path, results: dict) -> None:
         f"Peak memory: {reference['peak_mb']:,.0f} MB published, {ours['peak_mb']:,.0f} MB ours; of the steps alone "
         f"{reference['steps_mb']:,.0f} MB and {ours['steps_mb']:,.0f} MB.",
     ]
-    write_text(output_dir / "training_throughput.md", "\n".join(lines) + "\n")
-    print("\n".join(lines))
+    save_results(output_dir, "training_throughput", results, lines)
     bars = {
         f"{name}, {vocab_size:,} tokens": found[name]["pairs_per_second"]
         for vocab_size, found in results["vocab_sizes"].items()

@@ -8,8 +8,6 @@ then trained on the captions for a while. Writes the model, the trimmed one, JSO
 """
 
 import argparse
-import datetime
-import platform
 import random
 import sys
 import sysconfig
@@ -21,14 +19,13 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-import transformers
 from transformers import PreTrainedTokenizerFast
 
+from benchmarks.results import run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.deploy.trim_vocab import encode_photos, load_corpus, trim_repository
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.data import clean_captions, load_split, resolve_columns
-from tinycap.training.logs import write_json, write_text
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.tokenizer import encode_captions, train_tokenizer
@@ -184,15 +181,9 @@ def main() -> None:
         **report,
         "arguments": vars(args),
         "seconds": round(time.perf_counter() - started),
-        "threads": torch.get_num_threads(),
-        "machine": f"{platform.machine()}, {platform.processor() or 'unknown processor'}",
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-        "date": datetime.date.today().isoformat(),
+        **run_facts(),
     }
-    write_json(Path(args.output_dir) / "vocabulary_trim.json", results)
-    write_text(Path(args.output_dir) / "vocabulary_trim.md", table_of(report))
-    print(table_of(report))
+    save_results(args.output_dir, "vocabulary_trim", results, table_of(report).splitlines())
 
 
 if __name__ == "__main__":

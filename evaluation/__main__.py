@@ -54,6 +54,21 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch_size", type=int, default=32, help="pictures run through the model together")
 
 
+def open_model_and_data(args: argparse.Namespace) -> tuple:
+    """The model, its processor, the rows to caption and their `Columns`, as `add_data_arguments`'s flags say.
+
+    Raises:
+        ValueError: there is no such split or column; names what there is.
+    """
+    dataset = load_split(args.dataset_name, args.split, args.dataset_config_name)
+    columns = resolve_columns(dataset, args.image_column, args.caption_column)
+    if args.max_samples is not None:
+        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    return model, processor, dataset, columns
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tinycap.evaluation",
@@ -110,12 +125,8 @@ def main(argv: list[str] | None = None) -> dict:
             f"--output_dir: expected an empty folder, got {output_dir}, which isn't; "
             "pass --overwrite_output_dir to write over it"
         )
-    dataset = load_split(args.dataset_name, args.split, args.dataset_config_name)
-    columns = resolve_columns(dataset, args.image_column, args.caption_column)
-    if args.max_samples is not None:
-        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
-    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    model, processor, dataset, columns = open_model_and_data(args)
+    model.to(accelerator.device)
     teacher = None
     if args.teacher_name_or_path is not None:
         statistics = processor.image_processor.image_mean, processor.image_processor.image_std
@@ -128,7 +139,7 @@ def main(argv: list[str] | None = None) -> dict:
         if getattr(args, name) is not None
     }
     found = caption_dataset(
-        model.to(accelerator.device),
+        model,
         processor,
         dataset,
         image_column=columns.image,

@@ -25,14 +25,12 @@ import numpy as np
 import torch
 import transformers
 from accelerate import Accelerator
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinycap.confidence_tinycap import CONFIDENCE_NAME, FEATURES, ConfidenceCalibration, caption_features
-from tinycap.evaluation.__main__ import add_data_arguments, references_of
+from tinycap.evaluation.__main__ import add_data_arguments, open_model_and_data, references_of
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.captioning import Captions, caption_dataset
 from tinycap.evaluation.reports import plot_reliability
-from tinycap.training.data import load_split, resolve_columns
 from tinycap.training.logs import write_json, write_text
 
 
@@ -305,16 +303,12 @@ def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     logistic_regression()  # before the captions, which take minutes
     accelerator = Accelerator()
-    dataset = load_split(args.dataset_name, args.split, args.dataset_config_name)
-    columns = resolve_columns(dataset, args.image_column, args.caption_column)
-    if args.max_samples is not None:
-        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
-    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    model, processor, dataset, columns = open_model_and_data(args)
+    model.to(accelerator.device)
     decodings, min_cider = [], args.min_cider
     for num_beams in sorted(set(args.num_beams or [1, model.generation_config.num_beams or 1])):
         found = caption_dataset(
-            model.to(accelerator.device),
+            model,
             processor,
             dataset,
             image_column=columns.image,

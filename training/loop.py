@@ -1,5 +1,6 @@
 """The pieces of a training loop that both training scripts share."""
 
+import argparse
 import logging
 import os
 import signal
@@ -13,10 +14,16 @@ import datasets
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
+from tinycap.training.checkpoints import save_checkpoint
 from tinycap.training.data import StreamingCaptionDataset
+from tinycap.training.logs import RunLog
+
+
+logger = get_logger(__name__)
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -171,6 +178,75 @@ class StopSignals:
 
     def _receive(self, number: int, frame) -> None:
         self.received = number
+
+
+def run_steps(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    batches: TrainBatches,
+    scheduler,
+    state: dict,
+    log: RunLog,
+    take_step: Callable[[Step, int], dict[str, torch.Tensor]],
+    validate: Callable[[], dict[str, float]],
+    checkpointing_steps: int,
+    blank: Callable[[], dict] | None = None,
+) -> None:
+    """The loop: optimizer steps until `args.max_train_steps`, with log rows, validations and checkpoints between them.
+
+    Args:
+        args: of either script; `max_train_steps` is set by now.
+        batches: this process's.
+        scheduler: for the learning rate that is logged.
+        state: where the run stands: `step`, `epoch`, and `batch`, the batches of the epoch that are done.
+        take_step: takes the optimizer step of this number; returns this process's named scalars, whose mean over
+            the processes is the step's.
+        validate: gives the figures of a validation.
+        checkpointing_steps: steps between checkpoints.
+        blank: gives a batch that counts for nothing; see `steps_of`.
+
+    Raises:
+        StoppedError: the run was asked to stop (SIGTERM); it stands behind a checkpoint.
+        ValueError: an epoch held no photo at all.
+    """
+    sums, images, waited, since = {}, 0, 0.0, time.perf_counter()
+    with StopSignals() as signals:
+        while state["step"] < args.max_train_steps:
+            epoch = batches.epoch(state["epoch"], state["batch"])
+            for step in steps_of(accelerator, epoch, args.gradient_accumulation_steps, signals, blank):
+                for name, value in take_step(step, state["step"] + 1).items():
+                    sums.setdefault(name, []).append(value)
+                state.update(step=state["step"] + 1, batch=state["batch"] + len(step.batches))
+                is_last = state["step"] >= args.max_train_steps
+                images, waited = images + step.num_photos, waited + step.waited
+                if state["step"] % args.logging_steps == 0 or is_last:
+                    row = {
+                        name: accelerator.reduce(torch.stack(values).mean(), "mean").item()
+                        for name, values in sums.items()
+                    }
+                    row["learning_rate"] = scheduler.get_last_lr()[0]
+                    seconds = time.perf_counter() - since
+                    row.update(images_per_second=images / seconds, waiting_share=waited / seconds)
+                    log.train_row(state["step"], state["epoch"], row)
+                    sums, images, waited, since = {}, 0, 0.0, time.perf_counter()
+                paused = time.perf_counter()
+                is_due = args.evaluation_steps and state["step"] % args.evaluation_steps == 0
+                if is_due and not (is_last or step.stop):
+                    log.eval_row(state["step"], state["epoch"], validate())
+                if state["step"] % checkpointing_steps == 0 or is_last or step.stop:
+                    limit = args.checkpoints_total_limit
+                    save_checkpoint(accelerator, args.output_dir, state, limit, batches.state_dict())
+                since += time.perf_counter() - paused
+                log.advance(state["step"])
+                if is_last:
+                    return
+                if step.stop:
+                    logger.warning("Asked to stop: --resume_from_checkpoint latest goes on at step %d.", state["step"])
+                    raise StoppedError(128 + signal.SIGTERM)
+            if state["batch"] == 0:
+                raise ValueError(f"split {args.train_split}: expected at least one usable photo, got none")
+            state.update(epoch=state["epoch"] + 1, batch=0)
+            batches.begin_epoch()
 
 
 def use_all_cores(accelerator: Accelerator) -> None:
