@@ -45,6 +45,7 @@ from tinycap.training.arguments import (
     check_common_arguments,
     parse_flags,
 )
+from tinycap.training.best_model import BEST_FILE, keep_best, load_best
 from tinycap.training.checkpoints import (
     complete_checkpoints,
     load_checkpoint,
@@ -172,6 +173,10 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--gradient_checkpointing", action=FLAG, default=False, help="less memory, more time")
     add_output_arguments(parser, output_dir="outputs/tinycap")
     parser.add_argument("--num_beams", type=int, default=3, help="beams of validation and of the saved model")
+    parser.add_argument(
+        "--load_best_model_at_end", action=FLAG, default=False, help="save the best validation's weights, not the last"
+    )
+    parser.add_argument("--metric_for_best_model", default="cider", help="figure of a validation to go by")
     parser.add_argument("--push_to_hub", action=FLAG, default=False, help="upload the result")
     parser.add_argument("--hub_model_id", help="repository to upload to; the output folder's name if not given")
     return parser
@@ -228,6 +233,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     refuse(args.scst_samples < 2, f"--scst_samples: expected at least 2, got {args.scst_samples}")
     refuse(args.streaming and args.max_train_steps is None, "--streaming: needs --max_train_steps, the end of the run")
     refuse(args.hub_model_id is not None and not args.push_to_hub, "--hub_model_id: needs --push_to_hub")
+    refuse(
+        args.load_best_model_at_end and args.evaluation_steps is None,
+        "--load_best_model_at_end: needs --evaluation_steps, validations to choose from",
+    )
+    refuse(
+        args.metric_for_best_model != parser.get_default("metric_for_best_model") and not args.load_best_model_at_end,
+        "--metric_for_best_model: needs --load_best_model_at_end",
+    )
     refuse(args.num_beams < 1, f"--num_beams: expected a positive number, got {args.num_beams}")
     refuse(not args.distill_weight >= 0, f"--distill_weight: expected at least 0, got {args.distill_weight}")
     for name in ("dropout", "vision_dropout", "patch_dropout", "label_smoothing"):
@@ -547,8 +560,10 @@ def evaluate(
     """Losses, captions by `model.generation_config`, their scores, and the embeddings' fidelity to the teacher.
 
     With several processes the losses may count a few photos of the last batch twice; captions and scores don't.
+
+    Args:
+        model: the whole one.
     """
-    model = whole_model(accelerator, model)
     model.eval()
     captions, student_embeds, teacher_embeds, losses = [], [], [], []
     progress = tqdm(loader, desc="Validating", leave=False, disable=not accelerator.is_local_main_process)
@@ -660,8 +675,7 @@ def save(
     evaluation: Evaluation,
     facts: dict,
 ) -> None:
-    """Writes the model repository, its reports and its card to `args.output_dir`."""
-    model = whole_model(accelerator, model)
+    """Writes the model repository, its reports and its card to `args.output_dir`; `model` is the whole one."""
     if not accelerator.is_main_process:
         return
     output_dir = Path(args.output_dir)
@@ -688,7 +702,7 @@ def push_to_hub(args: argparse.Namespace) -> str:
     api.upload_folder(
         repo_id=repo_id,
         folder_path=args.output_dir,
-        ignore_patterns=["checkpoint-*", "teacher/*", "trackers/*", ".*"],
+        ignore_patterns=["checkpoint-*", BEST_FILE, "teacher/*", "trackers/*", ".*"],
         commit_message="A trained TinyCap",
     )
     return repo_id
@@ -818,8 +832,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     scored = (data.validation, tokenizer, teacher, data.scenes)
     log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
 
-    def validate() -> dict[str, float]:
-        return evaluate(accelerator, model, validation_loader, *scored).metrics
+    def validate() -> Evaluation:
+        whole = whole_model(accelerator, model)
+        found = evaluate(accelerator, whole, validation_loader, *scored)
+        if args.load_best_model_at_end and accelerator.is_main_process:
+            keep_best(output_dir, whole, found.metrics, args.metric_for_best_model, state)
+        return found
 
     objective = joint_losses
     if args.objective == "scst":
@@ -834,10 +852,20 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return collator.blank(image_size, args.captions_per_image)
 
     model.train()
-    run_steps(args, accelerator, batches, scheduler, state, log, take_step, validate, checkpointing_steps, blank)
-    evaluation = evaluate(accelerator, model, validation_loader, *scored)
+    run_steps(
+        *(args, accelerator, batches, scheduler, state, log, take_step),
+        *(lambda: validate().metrics, checkpointing_steps, blank),
+    )
+    evaluation = validate()
     log.eval_row(state["step"], state["epoch"], evaluation.metrics)
     log.close()
+    model = whole_model(accelerator, model)
+    if args.load_best_model_at_end:
+        accelerator.wait_for_everyone()
+        load_best(output_dir, model)
+        evaluation = evaluate(accelerator, model, validation_loader, *scored)
+        if accelerator.is_main_process:
+            logger.info("The best weights are those of step %d.", state["best"]["step"])
 
     facts = {
         "num_parameters": num_parameters,

@@ -6,6 +6,7 @@ from accelerate import Accelerator
 from tiny import tiny_model
 from torch import nn
 
+from tinycap.training.best_model import keep_best, load_best
 from tinycap.training.checkpoints import (
     CheckpointWriteError,
     complete_checkpoints,
@@ -170,3 +171,19 @@ def test_only_matrices_decay_and_each_parameter_is_in_one_group():
         "vision_model.embeddings.position_embeddings",
     }
     assert [group["weight_decay"] for group in create_optimizer(model, 1e-3, 0.1).param_groups] == [0.1, 0.0]
+
+
+# --- the best so far --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name, values, best", [("cider", (3, 7, 7, 5), 2), ("caption_loss", (4, 2, 3, 2), 2)])
+def test_the_best_weights_are_kept_and_come_back(name, values, best, tmp_path):
+    model, state = nn.Linear(3, 2), {}
+    for step, value in enumerate(values, start=1):
+        nn.init.constant_(model.weight, step)
+        state["step"] = step
+        keep_best(tmp_path, model, {name: value}, name, state)
+    assert state["best"]["step"] == best
+    load_best(tmp_path, model)
+    assert (model.weight == best).all()
+    assert [path.name for path in tmp_path.iterdir()] == ["best_model.safetensors"]

@@ -90,6 +90,45 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monk
     assert losses[0] == losses[1]
 
 
+@pytest.mark.parametrize("dead_in_step", [4, None])
+def test_the_best_validation_is_what_is_saved_also_after_a_kill(flags, tmp_path, monkeypatch, dead_in_step):
+    # Far too large a rate: steps make it worse as well as better.
+    best = ["--evaluation_steps", "1", "--load_best_model_at_end", "--metric_for_best_model", "rouge_l"]
+    best += ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--max_grad_norm", "0", "--seed", "3"]
+    train_distill.main([*flags, *best, "--output_dir", str(tmp_path / "whole")])
+    if dead_in_step:
+        check_finite = train_distill.check_finite
+
+        def dies(losses, step, image_ids):
+            check_finite(losses, step, image_ids)
+            if step == dead_in_step:
+                raise KilledError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(train_distill, "check_finite", dies)
+            with pytest.raises(KilledError):
+                train_distill.main([*flags, *best])
+    resume = ["--resume_from_checkpoint", "latest"] if dead_in_step else []
+    found = train_distill.main([*flags, *best, *resume])
+    rows = [row for row in log_rows(tmp_path / "out") if "eval_rouge_l" in row]
+    scores = {row["step"]: row["eval_rouge_l"] for row in rows}
+    step = max(scores, key=scores.get)
+    assert len(set(scores.values())) > 1, "validations that are all alike prove nothing"
+    assert found["rouge_l"] == pytest.approx(scores[step], abs=1e-6)
+    state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
+    earlier = max((other for other in scores if other < 6), key=scores.get)
+    # The checkpoint of the last step comes before the last validation.
+    assert state["best"] == {"name": "rouge_l", "value": scores[earlier], "step": earlier}
+    whole, out = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+def test_a_figure_that_is_not_there_cannot_choose_the_best(flags):
+    with pytest.raises(ValueError, match="--metric_for_best_model: expected one of bleu_1.*got meteor"):
+        best = ["--evaluation_steps", "2", "--load_best_model_at_end", "--metric_for_best_model", "meteor"]
+        train_distill.main([*flags, *best])
+
+
 def test_a_run_does_not_go_on_with_other_photos_than_it_began_with(flags, photos, tmp_path):
     train_distill.main([*flags, "--max_train_steps", "2"])
     changed = tmp_path / "changed"
@@ -237,6 +276,8 @@ def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
     [
         (["--no_such_flag"], ["--no_such_flag"]),
         (["--learning_rate", "0"], ["--learning_rate", "positive"]),
+        (["--load_best_model_at_end"], ["--load_best_model_at_end", "--evaluation_steps"]),
+        (["--metric_for_best_model", "bleu_4"], ["--metric_for_best_model", "--load_best_model_at_end"]),
         (["--learning", "1"], ["--learning"]),
         (["--crop_scale", "1.5"], ["--crop_scale", "1.5"]),
         (["--dropout", "1"], ["--dropout"]),

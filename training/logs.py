@@ -10,9 +10,19 @@ from typing import Any
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from tinycap.training.best_model import BEST_FILE
+
 
 # What a run writes, and `overwrite_output_dir` therefore clears. Other files are somebody's: they are left alone.
-RUN_FILES = ("train_args.json", "metrics.jsonl", "skipped.jsonl", "eval_results.json", "curves.png", "samples.png")
+RUN_FILES = (
+    "train_args.json",
+    "metrics.jsonl",
+    "skipped.jsonl",
+    "eval_results.json",
+    "curves.png",
+    "samples.png",
+    BEST_FILE,
+)
 RUN_FOLDERS = ("checkpoint-*", ".checkpoint-*", "teacher")
 
 
