@@ -275,8 +275,13 @@ class Data:
     fingerprint: str | None = None
 
 
-def build_data(args: argparse.Namespace, image_size: int, skipped: SkippedRows) -> Data:
-    """Loads or draws both splits and decodes them into the cache; bad rows are counted in `skipped`."""
+def build_data(args: argparse.Namespace, image_size: int, seen_size: int, skipped: SkippedRows) -> Data:
+    """Loads or draws both splits and decodes them into the cache; bad rows are counted in `skipped`.
+
+    Args:
+        image_size: side of the student's pictures, pixels.
+        seen_size: side of the largest that anyone will be shown, pixels.
+    """
     scenes = None
     if args.dataset_name is None:
         drawn = scene_splits(args.max_train_samples, args.max_eval_samples, args.seed, image_size)
@@ -293,10 +298,10 @@ def build_data(args: argparse.Namespace, image_size: int, skipped: SkippedRows) 
             args.seed,
         )
     columns = resolve_columns(train, args.image_column, args.caption_column)
-    validation_rows = decode_dataset(validation, columns, image_size, skipped, args.validation_split or "validation")
+    validation_rows = decode_dataset(validation, columns, seen_size, skipped, args.validation_split or "validation")
     if args.streaming:
         return Data(train, validation, columns, None, validation_rows, scenes)
-    train_rows = decode_dataset(train, columns, image_size, skipped, args.train_split)
+    train_rows = decode_dataset(train, columns, seen_size, skipped, args.train_split)
     return Data(train, validation, columns, train_rows, validation_rows, scenes, content_fingerprint(train_rows))
 
 
@@ -319,12 +324,14 @@ def build_loaders(
     data: Data,
     collator,
     image_size: int,
+    seen_size: int,
     skipped: SkippedRows,
     teacher: Teacher | None,
 ) -> tuple[TrainBatches, DataLoader]:
     """This process's training batches, and one loader of validation batches in order.
 
-    With `--teacher_cache_dir` the batches bring the teacher's embeddings along, and the teacher isn't needed any more.
+    With `--teacher_cache_dir` the batches bring the teacher's embeddings along, and the teacher isn't needed any more:
+    it has seen the student's crops in `seen_size` pixels, which may be more than the student's `image_size`.
     """
     augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter)
     common = {
@@ -361,7 +368,7 @@ def build_loaders(
             photos.teacher_cache = build_teacher_cache(
                 accelerator,
                 teacher,
-                photos,
+                photos.in_size(seen_size),
                 collator,
                 args.teacher_cache_dir,
                 num_views,
@@ -755,21 +762,23 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)
         image_processor = create_image_processor(image_size)
 
-    skipped = SkippedRows(output_dir / "skipped.jsonl" if accelerator.is_main_process else None, args.on_bad_row)
-    # One process decodes into the cache, the others read it.
-    with accelerator.main_process_first():
-        data = build_data(args, image_size, skipped)
-    if skipped.count:
-        logger.warning("%d rows left out; they are listed in %s", skipped.count, output_dir / "skipped.jsonl")
-    if tokenizer is None:
-        tokenizer = train_tokenizer(iterate_captions(data), args.vocab_size, config.text_config.max_position_embeddings)
-
     teacher = None
     if args.distill_weight > 0:
         name_or_path = args.teacher_name_or_path or train_scene_teacher(args, accelerator, output_dir / "teacher")
         teacher = Teacher.from_pretrained(
             name_or_path, args.teacher_feature, image_processor.image_mean, image_processor.image_std
         ).to(accelerator.device)
+    # A teacher that is asked ahead may see more of a crop than the student will.
+    seen_size = image_size if args.teacher_cache_dir is None else max(image_size, teacher.image_size)
+
+    skipped = SkippedRows(output_dir / "skipped.jsonl" if accelerator.is_main_process else None, args.on_bad_row)
+    # One process decodes into the cache, the others read it.
+    with accelerator.main_process_first():
+        data = build_data(args, image_size, seen_size, skipped)
+    if skipped.count:
+        logger.warning("%d rows left out; they are listed in %s", skipped.count, output_dir / "skipped.jsonl")
+    if tokenizer is None:
+        tokenizer = train_tokenizer(iterate_captions(data), args.vocab_size, config.text_config.max_position_embeddings)
     fit_config(args, config, tokenizer, teacher)
     set_seed(args.seed)
     model = build_model(args, config)
@@ -779,7 +788,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     collator = CaptionCollator(
         tokenizer, args.max_caption_length, image_processor.image_mean, image_processor.image_std
     )
-    batches, validation_loader = build_loaders(args, accelerator, data, collator, image_size, skipped, teacher)
+    batches, validation_loader = build_loaders(
+        args, accelerator, data, collator, image_size, seen_size, skipped, teacher
+    )
     teacher_fact = "none"
     if teacher is not None:
         name = args.teacher_name_or_path or "trained in the same run"

@@ -45,6 +45,7 @@ from tinycap.training.data import (
     load_splits,
     resolve_columns,
 )
+from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
 from tinycap.training.locked_text import LockedTextModel
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
 from tinycap.training.loop import Step, TrainBatches, check_finite, run_steps, set_up_logging, use_all_cores
@@ -109,6 +110,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a sentence encoder to learn against, which stays as it is; a text tower is trained if not given",
     )
     model.add_argument("--tokenizer_name", help="a pretrained tokenizer; one is trained on the captions if not given")
+    model.add_argument(
+        "--image_model_name_or_path",
+        help="a pretrained image classifier of any architecture to start the image tower from, with a new head; a CLIP "
+        "image tower with fresh weights if not given",
+    )
+    model.add_argument(
+        "--freeze_image_model",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="let only the pretrained image model's new head learn",
+    )
     model.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer trained on the captions")
     add_data_arguments(parser)
     add_optimisation_arguments(parser, batch_size=256, captions_per_image=1, learning_rate=1e-3, weight_decay=0.1)
@@ -124,12 +136,24 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for name in (*sizes, "text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads"):
         refuse(getattr(args, name) < 1, f"--{name}: expected a positive number, got {getattr(args, name)}")
     refuse(
-        args.image_size % args.patch_size != 0,
+        args.image_model_name_or_path is None and args.image_size % args.patch_size != 0,
         f"--image_size: expected a multiple of --patch_size {args.patch_size}, got {args.image_size}",
     )
     for prefix in ("", "text_"):
         width, heads = getattr(args, f"{prefix}hidden_size"), getattr(args, f"{prefix}num_attention_heads")
         refuse(width % heads != 0, f"--{prefix}hidden_size: expected a multiple of {heads} heads, got {width}")
+    image_model = args.image_model_name_or_path
+    refuse(args.freeze_image_model and image_model is None, "--freeze_image_model: needs --image_model_name_or_path")
+    if image_model is not None:
+        refuse(
+            args.text_model_name_or_path is None,
+            "--image_model_name_or_path: needs --text_model_name_or_path, a sentence encoder to learn against",
+        )
+        for name in ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "attention_dropout"):
+            refuse(
+                getattr(args, name) != parser.get_default(name),
+                f"--{name}: contradicts --image_model_name_or_path, which brings its own",
+            )
     if args.text_model_name_or_path is not None:
         for name in ("text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads", "tokenizer_name"):
             refuse(
@@ -147,7 +171,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextModel:
-    """A `CLIPModel` with fresh weights, or its image tower beside a sentence encoder that isn't trained."""
+    """A `CLIPModel` with fresh weights, or an image tower, fresh or pretrained, beside a sentence encoder that isn't
+    trained."""
+    if args.image_model_name_or_path is not None:
+        tower = PretrainedImageTower.from_pretrained(
+            args.image_model_name_or_path, args.projection_dim, args.freeze_image_model
+        )
+        tower.set_image_size(args.image_size)
+        return LockedTextModel.from_text_model(tower, args.text_model_name_or_path)
     vision = {
         "image_size": args.image_size,
         "patch_size": args.patch_size,
@@ -367,7 +398,9 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     else:
         captions = (caption for captions in train_rows["captions"] for caption in captions)
         tokenizer = train_tokenizer(captions, args.vocab_size, args.max_caption_length + 1)
-    image_processor = create_image_processor(args.image_size)
+    # A pretrained tower knows pixels as it was trained on them; None of it, or of them: CLIP's.
+    statistics = pixel_statistics(args.image_model_name_or_path) if args.image_model_name_or_path else None
+    image_processor = create_image_processor(args.image_size, *(statistics or ()))
     set_seed(args.seed)
     model = build_model(args, tokenizer)
 

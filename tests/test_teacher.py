@@ -8,10 +8,14 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     ViTConfig,
     ViTModel,
 )
 
+from tinycap.training.image_tower import PretrainedImageTower
+from tinycap.training.locked_text import TEXT_HEAD_FILE
 from tinycap.training.teacher import Teacher
 
 
@@ -93,6 +97,66 @@ def test_a_whole_clip_model_and_its_vision_half_are_the_same_teacher(pixels, tmp
         torch.testing.assert_close(embeds[0], embeds[1])
     loaded = Teacher.from_pretrained(str(tmp_path / "whole"), image_mean=[0, 0, 0], image_std=[1, 1, 1])
     torch.testing.assert_close(loaded.shift.flatten(), -torch.tensor([0.1, 0.2, 0.3]) / torch.tensor([0.4, 0.5, 0.6]))
+
+
+# --- an image tower of another architecture ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def classifier(tmp_path):
+    """A folder with a tiny pretrained image classifier of seven classes."""
+    torch.manual_seed(0)
+    config = MobileNetV2Config(image_size=24, depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, num_labels=7)
+    MobileNetV2ForImageClassification(config).save_pretrained(tmp_path / "classifier")
+    return str(tmp_path / "classifier")
+
+
+def test_a_pretrained_classifier_becomes_a_tower_with_a_new_head(classifier, pixels):
+    tower = PretrainedImageTower.from_pretrained(classifier, projection_dim=13).eval()
+    given = MobileNetV2ForImageClassification.from_pretrained(classifier).eval()
+    assert tower(pixels).image_embeds.shape == (4, 13)
+    torch.testing.assert_close(tower.base(pixels).pooler_output, given.mobilenet_v2(pixels).pooler_output)
+
+
+def test_of_a_frozen_tower_only_the_head_learns_and_no_batch_is_remembered(classifier, pixels):
+    tower = PretrainedImageTower.from_pretrained(classifier, projection_dim=13, is_frozen=True).train()
+    before = {name: value.clone() for name, value in tower.base.state_dict().items()}
+    optimizer = torch.optim.SGD(tower.parameters(), lr=1.0)
+    tower(pixels).image_embeds.square().sum().backward()
+    optimizer.step()
+    assert tower.classifier.classifier.bias.grad.abs().sum() > 0
+    assert all(torch.equal(value, before[name]) for name, value in tower.base.state_dict().items())
+    thawed = PretrainedImageTower.from_pretrained(classifier, projection_dim=13).train()
+    thawed(pixels)
+    assert any(not torch.equal(value, before[name]) for name, value in thawed.base.state_dict().items())
+
+
+def test_a_tower_trained_against_texts_is_a_teacher_and_any_other_classifier_is_none(classifier, pixels, tmp_path):
+    tower = PretrainedImageTower.from_pretrained(classifier, projection_dim=13)
+    folder = tmp_path / "tower"
+    tower.save_pretrained(folder, tower.state_dict())
+    with pytest.raises(ValueError, match=f"{TEXT_HEAD_FILE}.*got model_type 'mobilenet_v2'"):
+        Teacher.from_pretrained(str(folder), "projected")
+    (folder / TEXT_HEAD_FILE).touch()
+    teacher = Teacher.from_pretrained(str(folder), "projected")
+    assert teacher.embed_dim == 13 and teacher.image_size == 24
+    torch.testing.assert_close(teacher(pixels), F.normalize(tower.eval()(pixels).image_embeds, dim=-1))
+    with pytest.raises(ValueError, match="expected projected.*MobileNetV2ForImageClassification.*got 'pooled'"):
+        Teacher.from_pretrained(str(folder), "pooled")
+
+
+def test_a_text_encoder_is_no_image_tower(tmp_path):
+    with pytest.raises(ValueError, match="none: expected an image model"):
+        PretrainedImageTower.from_pretrained(str(tmp_path / "none"), 13)
+
+
+def test_a_tower_that_knows_its_patches_places_keeps_its_size(tmp_path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 14}
+    ViTModel(ViTConfig(image_size=24, patch_size=8, **sizes)).save_pretrained(tmp_path)
+    tower = PretrainedImageTower.from_pretrained(str(tmp_path), 13)
+    tower.set_image_size(24)
+    with pytest.raises(ValueError, match="image_size: expected 24.*got 32"):
+        tower.set_image_size(32)
 
 
 # --- what is no teacher -----------------------------------------------------------------------------------------------

