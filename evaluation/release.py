@@ -59,6 +59,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset_name", help="evaluate on its validation split first, and write that to --evaluation")
     parser.add_argument("--teacher", required=True, help="output folder of train_teacher.py")
+    parser.add_argument("--earlier_teachers", nargs="*", default=[], help="folders of the earlier stages' teachers")
     parser.add_argument("--agreement", required=True, help="output folder of benchmarks/tokenizer_agreement.py")
     parser.add_argument("--earlier_stages", nargs="*", default=[], help="output folders that the run continued from")
     return parser.parse_args(argv)
@@ -197,7 +198,7 @@ def fill_card(args: argparse.Namespace) -> str:
         "sample_table": sample_table(captions),
         "example_list": example_list(captions),
         **gender_figures(failures["gender"]),
-        "teacher_hours": f"{hours_of(args.teacher):.1f}",
+        "teacher_hours": f"{sum(map(hours_of, [*args.earlier_teachers, args.teacher])):.1f}",
         "student_hours": f"{sum(map(hours_of, stages)):.1f}",
         "date": datetime.date.today().isoformat(),
         "transformers": transformers.__version__,
