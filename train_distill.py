@@ -140,7 +140,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     teacher = parser.add_argument_group("teacher and objective")
     teacher.add_argument(
-        "--teacher_name_or_path", help="a CLIP vision model, such as openai/clip-vit-base-patch32 or a local folder"
+        "--teacher_name_or_path",
+        help="a CLIP vision model, such as openai/clip-vit-base-patch32, or what train_teacher.py has trained",
     )
     teacher.add_argument(
         "--teacher_feature",

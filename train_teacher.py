@@ -398,7 +398,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     else:
         captions = (caption for captions in train_rows["captions"] for caption in captions)
         tokenizer = train_tokenizer(captions, args.vocab_size, args.max_caption_length + 1)
-    # A pretrained tower knows pixels as it was trained on them; None of it, or of them: CLIP's.
+    # A pretrained tower knows pixels by its own mean and deviation; where it doesn't say, and else: CLIP's.
     statistics = pixel_statistics(args.image_model_name_or_path) if args.image_model_name_or_path else None
     image_processor = create_image_processor(args.image_size, *(statistics or ()))
     set_seed(args.seed)

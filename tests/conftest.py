@@ -22,7 +22,13 @@ import pytest
 import torch
 from PIL import Image
 from tiny import CAPTIONS, TEXT, VISION, draw_picture, png_bytes, tiny_model, tiny_repository_model
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+from transformers import (
+    CLIPImageProcessor,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    MobileNetV2Config,
+    MobileNetV2ForImageClassification,
+)
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
@@ -104,6 +110,17 @@ def teacher(tmp_path_factory) -> str:
         image_size=32, patch_size=8, hidden_size=18, intermediate_size=22, num_hidden_layers=1, num_attention_heads=3
     )
     CLIPVisionModelWithProjection(config).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def classifier(tmp_path_factory) -> str:
+    """A folder with a tiny pretrained image classifier of seven classes, and its pixels' mean and deviation."""
+    folder = tmp_path_factory.mktemp("classifier")
+    torch.manual_seed(0)
+    config = MobileNetV2Config(image_size=24, depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, num_labels=7)
+    MobileNetV2ForImageClassification(config).save_pretrained(folder)
+    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
     return str(folder)
 
 

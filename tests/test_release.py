@@ -64,6 +64,7 @@ def folders(repository, tmp_path, monkeypatch):
         "evaluation/captions.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
         "teacher/eval_results.json": json.dumps(recalls),
         "teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 3600.0}\n',
+        "first_teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 1800.0}\n',
         "first/metrics.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 9, "elapsed_seconds": 5400.0}\n',
         "agreement/tokenizer_agreement.json": '{"largest_move": 0.125}',
     }
@@ -80,7 +81,7 @@ def flags(folders) -> list[str]:
     return [
         *("--model_name_or_path", str(folders / "model"), "--evaluation", str(folders / "evaluation")),
         *("--teacher", str(folders / "teacher"), "--agreement", str(folders / "agreement")),
-        *("--earlier_stages", str(folders / "first")),
+        *("--earlier_stages", str(folders / "first"), "--earlier_teachers", str(folders / "first_teacher")),
     ]
 
 
@@ -92,7 +93,7 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     card = (root / "model_card.md").read_text()
     assert "value: 21.46" in card and "| **TinyCap** | 21.5 | 50.0 | 12.0 | 40.0 | 321 |" in card
     assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
-    assert "student 2.0 hours" in card, "both stages of it"
+    assert "teacher 1.5 hours, student 2.0 hours" in card, "both stages of each"
     assert "$" not in card.split("```bash")[0] and "@" not in card
     assert Image.open(root / "docs" / "curves.png").width > 300
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)

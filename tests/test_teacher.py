@@ -1,14 +1,18 @@
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from tiny import tiny_model
 from transformers import (
+    BertConfig,
+    BertModel,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
-    MobileNetV2Config,
     MobileNetV2ForImageClassification,
     ViTConfig,
     ViTModel,
@@ -102,15 +106,6 @@ def test_a_whole_clip_model_and_its_vision_half_are_the_same_teacher(pixels, tmp
 # --- an image tower of another architecture ---------------------------------------------------------------------------
 
 
-@pytest.fixture
-def classifier(tmp_path):
-    """A folder with a tiny pretrained image classifier of seven classes."""
-    torch.manual_seed(0)
-    config = MobileNetV2Config(image_size=24, depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, num_labels=7)
-    MobileNetV2ForImageClassification(config).save_pretrained(tmp_path / "classifier")
-    return str(tmp_path / "classifier")
-
-
 def test_a_pretrained_classifier_becomes_a_tower_with_a_new_head(classifier, pixels):
     tower = PretrainedImageTower.from_pretrained(classifier, projection_dim=13).eval()
     given = MobileNetV2ForImageClassification.from_pretrained(classifier).eval()
@@ -145,18 +140,35 @@ def test_a_tower_trained_against_texts_is_a_teacher_and_any_other_classifier_is_
         Teacher.from_pretrained(str(folder), "pooled")
 
 
-def test_a_text_encoder_is_no_image_tower(tmp_path):
-    with pytest.raises(ValueError, match="none: expected an image model"):
-        PretrainedImageTower.from_pretrained(str(tmp_path / "none"), 13)
+def test_a_text_encoder_and_an_empty_folder_are_no_image_towers(tmp_path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 20}
+    BertModel(BertConfig(vocab_size=17, **sizes)).save_pretrained(tmp_path / "bert")
+    for name in ("bert", "none"):
+        with pytest.raises(ValueError, match=f"{name}: expected an image model"):
+            PretrainedImageTower.from_pretrained(str(tmp_path / name), 13)
 
 
-def test_a_tower_that_knows_its_patches_places_keeps_its_size(tmp_path):
+def test_an_image_tower_whose_weights_are_missing_is_an_error_that_names_them(classifier, tmp_path):
+    shutil.copytree(classifier, tmp_path / "cut")
+    weights = load_file(tmp_path / "cut" / "model.safetensors")
+    lost = next(name for name in weights if "conv_1x1" in name)
+    del weights[lost]
+    save_file(weights, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=f"cut: expected all its weights, 1 are missing.*{lost}"):
+        PretrainedImageTower.from_pretrained(str(tmp_path / "cut"), 13)
+
+
+def test_a_tower_that_knows_its_patches_places_keeps_its_size_and_a_convolutional_one_takes_any(classifier, tmp_path):
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 14}
     ViTModel(ViTConfig(image_size=24, patch_size=8, **sizes)).save_pretrained(tmp_path)
     tower = PretrainedImageTower.from_pretrained(str(tmp_path), 13)
     tower.set_image_size(24)
     with pytest.raises(ValueError, match="image_size: expected 24.*got 32"):
         tower.set_image_size(32)
+    convolutional = PretrainedImageTower.from_pretrained(classifier, 13).eval()
+    convolutional.set_image_size(40)
+    assert convolutional.config.image_size == 40
+    assert convolutional(torch.rand(2, 3, 40, 40)).image_embeds.shape == (2, 13)
 
 
 # --- what is no teacher -----------------------------------------------------------------------------------------------
@@ -172,8 +184,6 @@ def test_a_model_that_is_no_clip_is_an_error_that_says_what_it_is(tmp_path):
 
 def test_missing_weights_are_an_error_that_names_them(clip, tmp_path):
     clip.save_pretrained(tmp_path)
-    from safetensors.torch import load_file, save_file
-
     weights = load_file(tmp_path / "model.safetensors")
     lost = next(name for name in weights if "post_layernorm" in name)
     del weights[lost]

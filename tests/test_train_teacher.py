@@ -10,13 +10,10 @@ from transformers import (
     AutoProcessor,
     BertConfig,
     BertModel,
-    CLIPImageProcessor,
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModel,
     CLIPVisionModelWithProjection,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
     PreTrainedTokenizerFast,
 )
 
@@ -97,17 +94,13 @@ def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, 
     assert given and all(torch.equal(trained[f"text_model.{name}"], value) for name, value in given.items())
 
 
-def test_a_teacher_can_start_from_a_pretrained_image_model(sentence_encoder, tmp_path):
-    torch.manual_seed(0)
-    config = MobileNetV2Config(image_size=24, depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, num_labels=7)
-    MobileNetV2ForImageClassification(config).save_pretrained(tmp_path / "classifier")
-    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(tmp_path / "classifier")
+def test_a_teacher_can_start_from_a_pretrained_image_model(sentence_encoder, classifier, tmp_path):
     own = ("--patch_size", "--hidden_size", "--num_hidden_layers", "--num_attention_heads")
     flags = [word for flag in zip(LOCKED[::2], LOCKED[1::2]) if flag[0] not in own for word in flag]
-    flags += ["--text_model_name_or_path", sentence_encoder, "--image_model_name_or_path", str(tmp_path / "classifier")]
+    flags += ["--text_model_name_or_path", sentence_encoder, "--image_model_name_or_path", classifier]
     out = tmp_path / "out"
     train_teacher.main([*flags, "--freeze_image_model", "--output_dir", str(out)])
-    given, trained = load_file(tmp_path / "classifier" / "model.safetensors"), load_file(out / "model.safetensors")
+    given, trained = load_file(f"{classifier}/model.safetensors"), load_file(out / "model.safetensors")
     assert set(given) == set(trained)
     moved = {name for name in given if given[name].shape != trained[name].shape or not given[name].equal(trained[name])}
     assert moved == {"classifier.weight", "classifier.bias"}, "frozen but for its new head"

@@ -6,10 +6,6 @@ from types import SimpleNamespace
 import torch
 from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
-from transformers.utils import cached_file
-
-
-FORMAT = "an image model with a classification head on the Hub or in a local folder"
 
 
 class PretrainedImageTower(nn.Module):
@@ -49,7 +45,10 @@ class PretrainedImageTower(nn.Module):
                 name_or_path, dtype=torch.float32, output_loading_info=True, **given
             )
         except (OSError, ValueError, RuntimeError) as error:
-            raise ValueError(f"image model {name_or_path}: expected {FORMAT}: {error}") from error
+            raise ValueError(
+                f"image model {name_or_path}: expected an image model with a classification head on the Hub or in a "
+                f"local folder: {error}"
+            ) from error
         # A mismatched weight comes as (name, shape in the file, shape in the model).
         mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]]
         wrong = sorted({*report["missing_keys"], *mismatched})
@@ -75,15 +74,16 @@ class PretrainedImageTower(nn.Module):
         return SimpleNamespace(image_size=config.image_size, projection_dim=config.num_labels)
 
     def set_image_size(self, image_size: int) -> None:
-        """Lets the tower work at another size.
+        """Lets the tower work on pictures of `image_size` pixels a side.
 
         Raises:
-            ValueError: it has learned where each of its patches lies, and can't.
+            ValueError: it has learned where each of its patches lies, and works at one size.
         """
         config = self.classifier.config
-        if hasattr(config, "patch_size") and image_size != config.image_size:
+        has_positions = any("position" in name for name, _ in self.base.named_parameters())
+        if has_positions and image_size != config.image_size:
             raise ValueError(
-                f"image_size: expected {config.image_size}, the size of the image model's patches and positions, "
+                f"image_size: expected {config.image_size}, at which the image model has learned positions, "
                 f"got {image_size}"
             )
         config.image_size = image_size
@@ -97,12 +97,16 @@ class PretrainedImageTower(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         """(B, 3, H, W) pixels to `image_embeds` (B, projection_dim)."""
-        # Convolutions of a CPU take a pixel's channels side by side: 1.5 times as fast for EfficientNet.
+        # Convolutions of a CPU are faster with a pixel's channels side by side.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         return SimpleNamespace(image_embeds=self.classifier(pixel_values=pixel_values).logits)
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
-        """Writes the classifier in its own format."""
+        """Writes the classifier in its own format.
+
+        Args:
+            state_dict: the tower's own, as `accelerate` gathers it.
+        """
         prefix = "classifier."
         tensors = {name.removeprefix(prefix): value for name, value in state_dict.items()}
         self.classifier.save_pretrained(output_dir, state_dict=tensors)
@@ -115,11 +119,3 @@ def pixel_statistics(name_or_path: str) -> tuple[list[float], list[float]] | Non
     except (OSError, ValueError):
         return None
     return list(processor.image_mean), list(processor.image_std)
-
-
-def has_file(name_or_path: str, file: str) -> bool:
-    """Whether a model on the Hub or in a local folder has this file beside its weights."""
-    try:
-        return cached_file(name_or_path, file) is not None
-    except OSError:
-        return False

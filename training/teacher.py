@@ -7,8 +7,9 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.utils import cached_file
 
-from tinycap.training.image_tower import PretrainedImageTower, has_file, pixel_statistics
+from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
 from tinycap.training.locked_text import TEXT_HEAD_FILE
 
 
@@ -91,12 +92,14 @@ class Teacher(nn.Module):
         normalisation = (*(statistics or (None, None)), image_mean, image_std)
         if config.model_type not in ("clip", "clip_vision_model"):
             # Any image classifier has the form; only one that was trained against texts is a teacher.
-            if not has_file(name_or_path, TEXT_HEAD_FILE):
+            try:
+                cached_file(name_or_path, TEXT_HEAD_FILE)
+            except OSError as error:
                 raise ValueError(
                     f"teacher {name_or_path}: expected a CLIP vision model (model_type clip or clip_vision_model), or "
                     f"an image tower with the {TEXT_HEAD_FILE} that train_teacher.py leaves beside it, "
                     f"got model_type {config.model_type!r}"
-                )
+                ) from error
             return cls(PretrainedImageTower.from_pretrained(name_or_path), feature, *normalisation)
         vision_model, report = CLIPVisionModelWithProjection.from_pretrained(
             name_or_path, dtype=torch.float32, output_loading_info=True
