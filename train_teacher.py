@@ -52,13 +52,15 @@ from tinycap.training.loop import Step, TrainBatches, check_finite, run_steps, s
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.scenes import scene_splits
-from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
+from tinycap.training.tokenizer import encode_captions, load_tokenizer, train_tokenizer
 
 
 logger = get_logger(__name__)
 
 # CLIP's own bound on the temperature (Radford et al., 2021, section 2.5).
 MAX_LOGIT_SCALE = math.log(100.0)
+# Captions that a locked sentence encoder reads once: at 384 values 0.3 GB in each process, with the captions' ids.
+MAX_REMEMBERED_CAPTIONS = 200_000
 
 SCENE_DEFAULTS = {
     "max_train_samples": 12000,
@@ -233,6 +235,23 @@ def text_inputs(labels: torch.Tensor, tokenizer) -> dict[str, torch.Tensor]:
         "input_ids": input_ids.masked_fill(input_ids == -100, tokenizer.pad_token_id),
         "attention_mask": attention_mask,
     }
+
+
+def remember_captions(args: argparse.Namespace, accelerator: Accelerator, model, rows, tokenizer) -> None:
+    """Lets a sentence encoder that doesn't learn see each training caption once, where the run would show it more
+    often and memory holds what it says."""
+    num_captions = sum(map(len, rows["captions"]))
+    batches = args.max_train_steps * args.gradient_accumulation_steps
+    num_drawn = batches * args.per_device_train_batch_size * args.captions_per_image
+    if not num_captions < num_drawn or num_captions > MAX_REMEMBERED_CAPTIONS:
+        return
+    logger.info("The sentence encoder reads %s captions once.", f"{num_captions:,}")
+    captions = [caption for captions in rows["captions"] for caption in captions]
+    start = [tokenizer.bos_token_id]
+    with accelerator.autocast():
+        accelerator.unwrap_model(model).remember_texts(
+            tuple(start + ids) for ids in encode_captions(tokenizer, captions, args.max_caption_length)
+        )
 
 
 # --- objective --------------------------------------------------------------------------------------------------------
@@ -459,6 +478,8 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     def validate() -> dict[str, float]:
         return evaluate(accelerator, model, validation_loader, tokenizer)
 
+    if args.text_model_name_or_path is not None:
+        remember_captions(args, accelerator, model, train_rows, tokenizer)
     batches = TrainBatches(train_loader, accelerator.device)
     checkpointing_steps = args.checkpointing_steps or steps_per_epoch
     model.train()

@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from tinycap import train_teacher
-from tinycap.training.locked_text import TEXT_HEAD_FILE
+from tinycap.training.locked_text import TEXT_HEAD_FILE, LockedTextModel
 from tinycap.training.teacher import Teacher
 from tinycap.training.tokenizer import load_tokenizer
 
@@ -124,6 +124,39 @@ def test_a_locked_text_tower_means_its_real_tokens_and_stays_in_eval_mode(senten
     padded.text_embeds.sum().backward()
     assert model.text_projection.weight.grad is not None
     assert all(parameter.grad is None for parameter in model.text_model.parameters())
+
+
+def test_a_locked_sentence_encoder_reads_each_training_caption_once(sentence_encoder, tmp_path, monkeypatch):
+    read = []
+    encode = LockedTextModel.encode_sentences
+
+    def counted(self, input_ids, attention_mask):
+        read.extend(tuple(ids[mask.bool()].tolist()) for ids, mask in zip(input_ids, attention_mask))
+        return encode(self, input_ids, attention_mask)
+
+    monkeypatch.setattr(LockedTextModel, "encode_sentences", counted)
+    flags = [*LOCKED, "--text_model_name_or_path", sentence_encoder]
+    # 30 scenes have 150 captions: fewer than 16 steps of 10 draw, more than 6 do. 8 scenes are validated on.
+    train_teacher.main([*flags, "--output_dir", str(tmp_path / "short")])
+    asked = len(read)
+    read.clear()
+    train_teacher.main([*flags, "--max_train_steps", "16", "--output_dir", str(tmp_path / "long")])
+    trained, validated = read[:-40], read[-40:]
+    assert asked == 6 * 10 + 40 and len(trained) == len(set(trained)) <= 150 and set(validated) - set(trained)
+
+
+def test_a_remembered_text_is_embedded_as_a_read_one(sentence_encoder, monkeypatch):
+    args = train_teacher.parse_args([*LOCKED, "--text_model_name_or_path", sentence_encoder])
+    tokenizer = load_tokenizer(sentence_encoder)
+    model = train_teacher.build_model(args, tokenizer)
+    labels = torch.tensor([[4, 7, 9, tokenizer.eos_token_id, -100, -100], [5, 8, 10, 11, 6, tokenizer.eos_token_id]])
+    inputs, pixel_values = train_teacher.text_inputs(labels, tokenizer), torch.randn(2, 3, 32, 32)
+    read = model(pixel_values, **inputs)
+    model.remember_texts([(2, 5, 8, 10, 11, 6, 3), (2, 4, 7, 9, 3), (2, 5, 3), (2, 5, 3)])
+    assert model.sentences.shape == (3, 12)
+    monkeypatch.setattr(LockedTextModel, "encode_sentences", None)
+    remembered = model(pixel_values, **inputs)
+    torch.testing.assert_close(remembered.text_embeds, read.text_embeds)
 
 
 def test_a_text_model_that_is_no_sentence_encoder_is_an_error_that_names_it(tmp_path):

@@ -1,12 +1,14 @@
 """An image tower that learns the space of a frozen sentence encoder: LiT turned round."""
 
 import math
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel, CLIPVisionModelWithProjection, PreTrainedModel
 from transformers.models.clip.modeling_clip import CLIPOutput
 
@@ -15,6 +17,8 @@ from tinycap.training.image_tower import PretrainedImageTower
 
 # The head on the sentence encoder, beside the image tower: what a text needs to be compared with images.
 TEXT_HEAD_FILE = "text_projection.safetensors"
+# Texts that are encoded together while they are remembered.
+TEXT_BATCH_SIZE = 256
 
 
 class LockedTextModel(nn.Module):
@@ -38,6 +42,9 @@ class LockedTextModel(nn.Module):
         self.text_projection = nn.Linear(text_model.config.hidden_size, width, bias=False)
         # CLIP's starting temperature (Radford et al., 2021, section 2.5).
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        # What `remember_texts` found: a row for each text, and each text's row.
+        self.sentences: torch.Tensor | None = None
+        self.rows: dict[tuple[int, ...], int] = {}
 
     @classmethod
     def from_text_model(
@@ -72,13 +79,50 @@ class LockedTextModel(nn.Module):
         self.text_model.eval()
         return self
 
+    @torch.no_grad()
+    def encode_sentences(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """What the sentence encoder makes of texts (N, T): (N, text hidden size), unit norm."""
+        hidden_states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
+        return F.normalize((hidden_states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+    def remember_texts(self, texts: Iterable[tuple[int, ...]]) -> None:
+        """Encodes texts once for the whole training, since the encoder will say the same of them every time.
+
+        In an order of their own, so that a resumed run remembers to the bit what the first one did.
+
+        Args:
+            texts: ids of each, unpadded, the start token included; what occurs again is encoded once.
+        """
+        ordered = sorted(set(texts), key=lambda ids: (len(ids), ids))
+        device = self.text_projection.weight.device
+        found = []
+        for start in range(0, len(ordered), TEXT_BATCH_SIZE):
+            group = [torch.tensor(ids) for ids in ordered[start : start + TEXT_BATCH_SIZE]]
+            lengths = torch.tensor([len(ids) for ids in group])
+            input_ids = pad_sequence(group, batch_first=True)
+            attention_mask = (torch.arange(input_ids.shape[1]) < lengths[:, None]).long()
+            found.append(self.encode_sentences(input_ids.to(device), attention_mask.to(device)).float().cpu())
+        self.sentences = torch.cat(found) if found else None
+        self.rows = {ids: row for row, ids in enumerate(ordered)}
+
+    def recall_sentences(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """As `encode_sentences`, from memory; None where a text isn't remembered."""
+        if self.sentences is None:
+            return None
+        lengths = attention_mask.sum(dim=1).tolist()
+        rows = [self.rows.get(tuple(ids[:length])) for ids, length in zip(input_ids.tolist(), lengths)]
+        return None if None in rows else self.sentences[rows].to(input_ids.device)
+
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> CLIPOutput:
-        """Embeds images (B, 3, H, W) and texts (N, T) to (B, projection_dim) and (N, projection_dim), unit norm."""
+        """Embeds images (B, 3, H, W) and texts (N, T) to (B, projection_dim) and (N, projection_dim), unit norm.
+
+        Texts are padded on the right.
+        """
         image_embeds = self.vision_model(pixel_values=pixel_values).image_embeds
-        with torch.no_grad():
-            hidden_states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-            mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
-            sentences = F.normalize((hidden_states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+        sentences = self.recall_sentences(input_ids, attention_mask)
+        if sentences is None:
+            sentences = self.encode_sentences(input_ids, attention_mask)
         text_embeds = self.text_projection(sentences)
         return CLIPOutput(image_embeds=F.normalize(image_embeds, dim=-1), text_embeds=F.normalize(text_embeds, dim=-1))
 
