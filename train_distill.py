@@ -73,7 +73,7 @@ from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
-from tinycap.training.teacher import FEATURES, Teacher
+from tinycap.training.teacher import FEATURES, PRECISIONS, Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
 
@@ -157,6 +157,11 @@ def build_parser() -> argparse.ArgumentParser:
         "--teacher_views", type=int, default=8, help="differently cropped views of a photo in the cache"
     )
     teacher.add_argument(
+        "--teacher_mixed_precision",
+        choices=tuple(PRECISIONS),
+        help="number format that the teacher computes in; as --mixed_precision if not given",
+    )
+    teacher.add_argument(
         "--distill_weight", type=float, default=1.0, help="weight of the distillation loss; 0: no teacher"
     )
     teacher.add_argument(
@@ -205,6 +210,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     refuse(
         args.distill_weight == 0 and args.teacher_cache_dir is not None,
         "--teacher_cache_dir: contradicts --distill_weight 0, with which no teacher is asked",
+    )
+    refuse(
+        args.distill_weight == 0 and args.teacher_mixed_precision is not None,
+        "--teacher_mixed_precision: contradicts --distill_weight 0, with which no teacher is asked",
     )
     refuse(args.streaming and args.teacher_cache_dir is not None, "--teacher_cache_dir: not with --streaming")
     refuse(
@@ -767,7 +776,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.distill_weight > 0:
         name_or_path = args.teacher_name_or_path or train_scene_teacher(args, accelerator, output_dir / "teacher")
         teacher = Teacher.from_pretrained(
-            name_or_path, args.teacher_feature, image_processor.image_mean, image_processor.image_std
+            name_or_path,
+            args.teacher_feature,
+            image_processor.image_mean,
+            image_processor.image_std,
+            args.teacher_mixed_precision,
         ).to(accelerator.device)
     # A teacher that is asked ahead may see more of a crop than the student will.
     seen_size = image_size if args.teacher_cache_dir is None else max(image_size, teacher.image_size)

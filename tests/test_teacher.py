@@ -18,6 +18,7 @@ from transformers import (
     ViTModel,
 )
 
+from tinycap.training import image_tower
 from tinycap.training.image_tower import PretrainedImageTower
 from tinycap.training.locked_text import TEXT_HEAD_FILE
 from tinycap.training.teacher import Teacher
@@ -83,6 +84,14 @@ def test_pictures_of_another_size_are_resized_to_the_teachers(clip):
     torch.testing.assert_close(Teacher(clip)(flat), Teacher(clip)(torch.full((2, 3, 24, 24), 0.7)))
 
 
+def test_it_computes_in_its_own_precision_or_in_that_around_it(clip, pixels):
+    exact = Teacher(clip)(pixels)
+    with torch.autocast("cpu", torch.bfloat16):
+        around, own = Teacher(clip)(pixels), Teacher(clip, mixed_precision="no")(pixels)
+    assert own.equal(exact) and not around.equal(exact)
+    assert Teacher(clip, mixed_precision="bf16")(pixels).equal(around)
+
+
 def test_a_whole_clip_model_and_its_vision_half_are_the_same_teacher(pixels, tmp_path):
     text = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
     config = CLIPConfig(
@@ -124,6 +133,18 @@ def test_of_a_frozen_tower_only_the_head_learns_and_no_batch_is_remembered(class
     thawed = PretrainedImageTower.from_pretrained(classifier, projection_dim=13).train()
     thawed(pixels)
     assert any(not torch.equal(value, before[name]) for name, value in thawed.base.state_dict().items())
+
+
+def test_a_frozen_tower_looks_at_a_large_batch_in_parts(classifier, monkeypatch):
+    tower = PretrainedImageTower.from_pretrained(classifier, 14, is_frozen=True).train()
+    pixels, sizes = torch.randn(7, 3, 32, 32), []
+    whole = tower(pixel_values=pixels).image_embeds
+    monkeypatch.setattr(image_tower, "FROZEN_BATCH_SIZE", 3)
+    tower.classifier.register_forward_pre_hook(
+        lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    )
+    torch.testing.assert_close(tower(pixel_values=pixels).image_embeds, whole)
+    assert sizes == [3, 3, 1]
 
 
 def test_a_tower_trained_against_texts_is_a_teacher_and_any_other_classifier_is_none(classifier, pixels, tmp_path):

@@ -8,6 +8,11 @@ from torch import nn
 from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
 
 
+# Pictures that a frozen tower looks at together on a CPU: their activations fit its caches, where those of a whole
+# contrastive batch don't (EfficientNet-Lite0 at 160 pixels, bf16, two cores: 160 a second by 32, 94 by 256).
+FROZEN_BATCH_SIZE = 32
+
+
 class PretrainedImageTower(nn.Module):
     """An image classifier whose head, made anew, projects to the joint space; called like a CLIP image tower.
 
@@ -99,7 +104,9 @@ class PretrainedImageTower(nn.Module):
         """(B, 3, H, W) pixels to `image_embeds` (B, projection_dim)."""
         # Convolutions of a CPU are faster with a pixel's channels side by side.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
-        return SimpleNamespace(image_embeds=self.classifier(pixel_values=pixel_values).logits)
+        in_parts = self.is_frozen and pixel_values.device.type == "cpu"
+        parts = pixel_values.split(FROZEN_BATCH_SIZE) if in_parts else [pixel_values]
+        return SimpleNamespace(image_embeds=torch.cat([self.classifier(pixel_values=part).logits for part in parts]))
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
         """Writes the classifier in its own format.
