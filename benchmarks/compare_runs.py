@@ -1,0 +1,163 @@
+"""Trainings side by side: a row for each recipe, the mean over its seeds and how far they lie apart.
+
+    python benchmarks/compare_runs.py --runs "weight 0=outputs/w0-seed42,outputs/w0-seed43" \\
+        "weight 1=outputs/w1-seed42,outputs/w1-seed43" --plot_over distill_weight
+
+A run is an output folder of `train_distill.py`. Where it holds an `evaluation` folder of
+`python -m tinycap.evaluation`, that one's figures count before those of the run's own last validation. Writes
+`compare_runs.json`, a Markdown table and, with `--plot_over`, `compare_runs.png`.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import matplotlib
+
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.results import run_facts, save_results  # noqa: E402
+
+
+# Key in the results, heading, digits.
+FIGURES = (
+    ("cider", "CIDEr", 1),
+    ("bleu_4", "BLEU-4", 1),
+    ("rouge_l", "ROUGE-L", 1),
+    ("distinct_captions", "distinct captions", 0),
+    ("vocabulary_used", "vocabulary used, %", 1),
+    ("cosine_distance", "cosine distance", 3),
+    ("constant_cosine_distance", "that of a constant", 3),
+    ("centered_cosine", "centred cosine", 2),
+    ("recall_at_1", "R@1", 1),
+    ("recall_at_5", "R@5", 1),
+    ("minutes", "minutes", 1),
+)
+# What the plot shows, one panel each.
+PLOTTED = ("cider", "centered_cosine", "recall_at_5")
+
+
+@dataclass
+class Recipe:
+    """Runs that differ by their seed only.
+
+    Args:
+        label: what the row is called.
+        arguments: of each run, as its `train_args.json` has them.
+        figures: of each run, by name.
+    """
+
+    label: str
+    arguments: list[dict]
+    figures: list[dict[str, float]]
+
+    def values(self, name: str) -> list[float]:
+        """A figure of all runs; empty where a run doesn't have it."""
+        found = [figures[name] for figures in self.figures if figures.get(name) is not None]
+        return found if len(found) == len(self.figures) else []
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("--runs", nargs="+", required=True, help="'label=folder,folder': a recipe and its seeds' runs")
+    parser.add_argument("--plot_over", help="a flag whose value becomes the plot's x axis")
+    parser.add_argument("--output_dir", default="outputs/compare_runs", help="where the results go")
+    return parser.parse_args(argv)
+
+
+def read_recipe(text: str) -> Recipe:
+    """A recipe from `label=folder,folder`.
+
+    Raises:
+        ValueError: the text has another form, a folder lacks a run's files, or runs differ by more than their seed.
+    """
+    label, separator, folders = text.rpartition("=")
+    if not separator or not all(folders.split(",")):
+        raise ValueError(f"--runs: expected 'label=folder,folder', got {text!r}")
+    recipe = Recipe(label, [], [])
+    for folder in map(Path, folders.split(",")):
+        try:
+            arguments = json.loads((folder / "train_args.json").read_text(encoding="utf-8"))
+            figures = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
+            last = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
+        except (OSError, IndexError) as error:
+            raise ValueError(f"{folder}: expected a finished run of train_distill.py: {error}") from error
+        evaluated = folder / "evaluation" / "eval_results.json"
+        if evaluated.exists():
+            figures |= json.loads(evaluated.read_text(encoding="utf-8"))
+        figures["minutes"] = json.loads(last)["elapsed_seconds"] / 60
+        recipe.arguments.append(arguments)
+        recipe.figures.append(figures)
+    ignored = {"seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
+    first = recipe.arguments[0]
+    for arguments in recipe.arguments[1:]:
+        names = (first.keys() | arguments.keys()) - ignored
+        differing = [name for name in names if arguments.get(name) != first.get(name)]
+        if differing:
+            raise ValueError(f"{label}: expected runs that differ by their seed, they do by {sorted(differing)}")
+    return recipe
+
+
+def cell(values: list[float], digits: int) -> str:
+    """The mean; of several runs, half of how far apart they lie behind it."""
+    if not values:
+        return "-"
+    mean = f"{statistics.mean(values):,.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ± {(max(values) - min(values)) / 2:,.{digits}f}"
+
+
+def table(recipes: list[Recipe]) -> list[str]:
+    """Markdown, with the figures that any of the recipes has."""
+    shown = [figure for figure in FIGURES if any(recipe.values(figure[0]) for recipe in recipes)]
+    lines = ["| recipe | seeds | " + " | ".join(heading for _, heading, _ in shown) + " |"]
+    lines.append("|---" * (2 + len(shown)) + "|")
+    for recipe in recipes:
+        cells = [cell(recipe.values(name), digits) for name, _, digits in shown]
+        lines.append(f"| {recipe.label} | {len(recipe.figures)} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def plot(recipes: list[Recipe], flag: str, path: Path) -> None:
+    """Each run a dot, the means a line, over the values of `flag`."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    headings = {name: heading for name, heading, _ in FIGURES}
+    recipes = sorted(recipes, key=lambda recipe: recipe.arguments[0][flag])
+    figure, panels = plt.subplots(1, len(PLOTTED), figsize=(4 * len(PLOTTED), 3.2), layout="constrained")
+    for panel, name in zip(panels, PLOTTED):
+        points = [(position, recipe.values(name)) for position, recipe in enumerate(recipes) if recipe.values(name)]
+        panel.plot([position for position, _ in points], [statistics.mean(values) for _, values in points])
+        for position, values in points:
+            panel.scatter([position] * len(values), values, color="C1", zorder=3)
+        panel.set_xticks(range(len(recipes)), [f"{recipe.arguments[0][flag]:g}" for recipe in recipes])
+        panel.set_xlabel(flag)
+        panel.set_title(headings[name])
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    args = parse_args(argv)
+    recipes = [read_recipe(text) for text in args.runs]
+    if args.plot_over is not None:
+        for recipe in recipes:
+            value = recipe.arguments[0].get(args.plot_over)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"--plot_over: expected a flag with numbers, {args.plot_over} is {value!r}")
+    results = run_facts() | {"recipes": [vars(recipe) for recipe in recipes]}
+    save_results(args.output_dir, "compare_runs", results, table(recipes))
+    if args.plot_over is not None:
+        plot(recipes, args.plot_over, Path(args.output_dir) / "compare_runs.png")
+    return results
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"compare_runs.py: error: {error}")
