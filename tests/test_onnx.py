@@ -213,12 +213,25 @@ def test_the_captioner_needs_neither_pytorch_nor_transformers(exported, captione
     assert done.stdout.strip() == captioner(tmp_path / "photo.jpg", num_beams=2)[0][0].text
 
 
-def test_int8_graphs_are_close_and_smaller(exported, captioner, pictures):
+def test_int8_graphs_are_close_and_hold_small_weights(exported, captioner, pictures):
     quantized = OnnxCaptioner.from_pretrained(exported, quantized=True)
     pixel_values = captioner.preprocessor(pictures)
     cosines = (captioner.encode(pixel_values)[1] * quantized.encode(pixel_values)[1]).sum(axis=-1)
     assert (cosines > 0.99).all() and (cosines < 1 - 1e-7).any(), "quantised, but not lost"
     assert all(row[0].text is not None for row in quantized(pictures))
+    states = captioner.encode(pixel_values)[0]
+    logits, close = (
+        each.decoding_step(states)(np.full((len(states), 1), captioner.start_token_id), None)
+        for each in (captioner, quantized)
+    )
+    assert np.abs(logits - close).max() < 0.05 * np.abs(logits).max() and not np.array_equal(logits, close)
+    encoder, decoder = (
+        onnx.load(exported / "onnx" / f"{name}_quantized.onnx") for name in ("encoder_model", "decoder_model_merged")
+    )
+    assert "DynamicQuantizeLinear" in {node.op_type for node in encoder.graph.node}
+    assert "MatMulNBits" in {node.op_type for node in decoder.graph.node}
+    tables = [tensor for tensor in decoder.graph.initializer if tensor.data_type == onnx.TensorProto.FLOAT16]
+    assert len(tables) == 1
 
 
 def test_the_graphs_name_no_source_files(exported):
