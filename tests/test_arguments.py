@@ -1,3 +1,7 @@
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -78,6 +82,40 @@ def test_a_file_that_is_not_there_is_an_error_that_names_it(tmp_path, capsys):
 def test_a_contradiction_between_file_and_flags_is_found(config_file, capsys):
     message = refused(["--config_file", config_file("model_name_or_path: m"), "--tokenizer_name", "t"], capsys)
     assert "--tokenizer_name: contradicts --model_name_or_path" in message
+
+
+def test_the_released_recipe_is_three_stages_that_a_second_run_does_not_repeat(tmp_path):
+    """The real script, with a stand-in for what it launches."""
+    log, out = tmp_path / "log.jsonl", tmp_path / "out"
+    for name in ("accelerate", "torchrun"):
+        stub = f"""#!{sys.executable}
+import json, pathlib, sys
+folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
+folder.mkdir(parents=True)
+(folder / "eval_results.json").write_text("{{}}")
+open({str(log)!r}, "a").write(json.dumps(["{name}", *sys.argv[1:]]) + "\\n")
+"""
+        (tmp_path / name).write_text(stub)
+        (tmp_path / name).chmod(0o755)
+    (out / "efficientnet_lite0").mkdir(parents=True)
+    (out / "efficientnet_lite0" / "config.json").write_text("{}")
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PROCESSES": "2"}
+    command = ["bash", "configs/flickr8k.sh", "photos", "encoder", str(out)]
+    for _ in range(2):
+        subprocess.run(command, cwd=ROOT, env=environment, check=True)
+    launched = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [words[0] for words in launched] == ["accelerate", "torchrun", "torchrun"], "each stage once"
+    teacher, small, full = (words[words.index("--config_file") :] for words in launched)
+    train_teacher.parse_args([word.replace("configs/", f"{ROOT}/configs/") for word in teacher])
+    stages = [
+        train_distill.parse_args([word.replace("configs/", f"{ROOT}/configs/") for word in words])
+        for words in (small, full)
+    ]
+    assert [args.image_size for args in stages] == [112, 224]
+    assert all(args.per_device_train_batch_size == 16 and args.dataset_name == "photos" for args in stages)
+    assert stages[1].model_name_or_path == stages[0].output_dir
+    unequal = subprocess.run(command, cwd=ROOT, env={**environment, "PROCESSES": "3"}, capture_output=True, text=True)
+    assert unequal.returncode == 2 and "expected a divisor of 32, got 3" in unequal.stderr
 
 
 def test_the_reference_recipe_is_what_was_published():
