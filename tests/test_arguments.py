@@ -105,12 +105,15 @@ open({str(log)!r}, "a").write(json.dumps(["{name}", *sys.argv[1:]]) + "\\n")
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
     launched = [json.loads(line) for line in log.read_text().splitlines()]
     assert [words[0] for words in launched] == ["accelerate", "torchrun", "torchrun"], "each stage once"
-    teacher, small, full = (words[words.index("--config_file") :] for words in launched)
-    train_teacher.parse_args([word.replace("configs/", f"{ROOT}/configs/") for word in teacher])
-    stages = [
-        train_distill.parse_args([word.replace("configs/", f"{ROOT}/configs/") for word in words])
-        for words in (small, full)
+    flags = [
+        [word.replace("configs/", f"{ROOT}/configs/") for word in words[1:]]
+        for words in (
+            words[words.index(script) :]
+            for words, script in zip(launched, ("train_teacher.py", "train_distill.py", "train_distill.py"))
+        )
     ]
+    train_teacher.parse_args(flags[0])
+    stages = [train_distill.parse_args(words) for words in flags[1:]]
     assert [args.image_size for args in stages] == [112, 224]
     assert all(args.per_device_train_batch_size == 16 and args.dataset_name == "photos" for args in stages)
     assert stages[1].model_name_or_path == stages[0].output_dir
