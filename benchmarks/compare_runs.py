@@ -9,18 +9,17 @@ A run is an output folder of `train_distill.py`. Where it holds an `evaluation` 
 """
 
 import argparse
-import json
 import statistics
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import matplotlib
-
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results import run_facts, save_results  # noqa: E402
+from tinycap.evaluation.release import hours_of, read_json  # noqa: E402
+from tinycap.evaluation.reports import plot_groups  # noqa: E402
 
 
 # Key in the results, heading, digits.
@@ -80,16 +79,11 @@ def read_recipe(text: str) -> Recipe:
         raise ValueError(f"--runs: expected 'label=folder,folder', got {text!r}")
     recipe = Recipe(label, [], [])
     for folder in map(Path, folders.split(",")):
-        try:
-            arguments = json.loads((folder / "train_args.json").read_text(encoding="utf-8"))
-            figures = json.loads((folder / "eval_results.json").read_text(encoding="utf-8"))
-            last = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()[-1]
-        except (OSError, IndexError) as error:
-            raise ValueError(f"{folder}: expected a finished run of train_distill.py: {error}") from error
-        evaluated = folder / "evaluation" / "eval_results.json"
-        if evaluated.exists():
-            figures |= json.loads(evaluated.read_text(encoding="utf-8"))
-        figures["minutes"] = json.loads(last)["elapsed_seconds"] / 60
+        arguments, figures = (read_json(folder / name) for name in ("train_args.json", "eval_results.json"))
+        if (folder / "evaluation").is_dir():
+            evaluated = read_json(folder / "evaluation" / "eval_results.json")
+            figures |= evaluated | evaluated.get("fidelity", {})
+        figures["minutes"] = 60 * hours_of(folder)
         recipe.arguments.append(arguments)
         recipe.figures.append(figures)
     ignored = {"seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
@@ -122,23 +116,10 @@ def table(recipes: list[Recipe]) -> list[str]:
 
 
 def plot(recipes: list[Recipe], flag: str, path: Path) -> None:
-    """Each run a dot, the means a line, over the values of `flag`."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    headings = {name: heading for name, heading, _ in FIGURES}
+    """The runs' figures over the values of `flag`."""
     recipes = sorted(recipes, key=lambda recipe: recipe.arguments[0][flag])
-    figure, panels = plt.subplots(1, len(PLOTTED), figsize=(4 * len(PLOTTED), 3.2), layout="constrained")
-    for panel, name in zip(panels, PLOTTED):
-        points = [(position, recipe.values(name)) for position, recipe in enumerate(recipes) if recipe.values(name)]
-        panel.plot([position for position, _ in points], [statistics.mean(values) for _, values in points])
-        for position, values in points:
-            panel.scatter([position] * len(values), values, color="C1", zorder=3)
-        panel.set_xticks(range(len(recipes)), [f"{recipe.arguments[0][flag]:g}" for recipe in recipes])
-        panel.set_xlabel(flag)
-        panel.set_title(headings[name])
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    panels = {heading: [recipe.values(name) for recipe in recipes] for name, heading, _ in FIGURES if name in PLOTTED}
+    plot_groups([f"{recipe.arguments[0][flag]:g}" for recipe in recipes], panels, flag, path)
 
 
 def main(argv: list[str] | None = None) -> dict:

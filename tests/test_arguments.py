@@ -84,27 +84,26 @@ def test_a_contradiction_between_file_and_flags_is_found(config_file, capsys):
     assert "--tokenizer_name: contradicts --model_name_or_path" in message
 
 
-def test_the_released_recipe_is_three_stages_that_a_second_run_does_not_repeat(tmp_path):
+def test_the_whole_recipe_is_three_stages_that_a_second_run_does_not_repeat(tmp_path):
     """The real script, with a stand-in for what it launches."""
     log, out = tmp_path / "log.jsonl", tmp_path / "out"
-    for name in ("accelerate", "torchrun"):
-        stub = f"""#!{sys.executable}
+    stub = f"""#!{sys.executable}
 import json, pathlib, sys
 folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
 folder.mkdir(parents=True)
 (folder / "eval_results.json").write_text("{{}}")
-open({str(log)!r}, "a").write(json.dumps(["{name}", *sys.argv[1:]]) + "\\n")
+open({str(log)!r}, "a").write(json.dumps(sys.argv[1:]) + "\\n")
 """
-        (tmp_path / name).write_text(stub)
-        (tmp_path / name).chmod(0o755)
+    (tmp_path / "accelerate").write_text(stub)
+    (tmp_path / "accelerate").chmod(0o755)
     (out / "efficientnet_lite0").mkdir(parents=True)
     (out / "efficientnet_lite0" / "config.json").write_text("{}")
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}", "PROCESSES": "2"}
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     command = ["bash", "configs/flickr8k.sh", "photos", "encoder", str(out)]
     for _ in range(2):
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
     launched = [json.loads(line) for line in log.read_text().splitlines()]
-    assert [words[0] for words in launched] == ["accelerate", "torchrun", "torchrun"], "each stage once"
+    assert len(launched) == 3, "each stage once"
     flags = [
         [word.replace("configs/", f"{ROOT}/configs/") for word in words[1:]]
         for words in (
@@ -115,10 +114,8 @@ open({str(log)!r}, "a").write(json.dumps(["{name}", *sys.argv[1:]]) + "\\n")
     train_teacher.parse_args(flags[0])
     stages = [train_distill.parse_args(words) for words in flags[1:]]
     assert [args.image_size for args in stages] == [112, 224]
-    assert all(args.per_device_train_batch_size == 16 and args.dataset_name == "photos" for args in stages)
+    assert all(args.per_device_train_batch_size == 32 and args.dataset_name == "photos" for args in stages)
     assert stages[1].model_name_or_path == stages[0].output_dir
-    unequal = subprocess.run(command, cwd=ROOT, env={**environment, "PROCESSES": "3"}, capture_output=True, text=True)
-    assert unequal.returncode == 2 and "expected a divisor of 32, got 3" in unequal.stderr
 
 
 def test_the_reference_recipe_is_what_was_published():

@@ -90,8 +90,8 @@ def write_run(folder, evaluated=None, cider=5.0, **arguments) -> str:
 def test_runs_that_differ_by_their_seed_become_one_row_of_mean_and_spread(tmp_path, capsys):
     none = write_run(tmp_path / "a", distill_weight=0, cider=9.0)
     pair = [
-        write_run(tmp_path / "b", {"cider": 7.0, "recall_at_5": 2.0}, seed=1),
-        write_run(tmp_path / "c", {"cider": 8.0, "recall_at_5": 3.0}, seed=2),
+        write_run(tmp_path / "b", {"cider": 7.0, "fidelity": {"recall_at_5": 2.0}}, seed=1),
+        write_run(tmp_path / "c", {"cider": 8.0, "fidelity": {"recall_at_5": 3.0}}, seed=2),
     ]
     out = str(tmp_path / "out")
     runs = ["--runs", f"none={none}", f"weight = 1={','.join(pair)}"]
@@ -109,7 +109,7 @@ def test_runs_of_one_row_that_differ_by_a_flag_are_an_error_that_names_it(tmp_pa
     pair = f"{write_run(tmp_path / 'a')},{write_run(tmp_path / 'b', seed=2, dropout=0.2)}"
     with pytest.raises(ValueError, match=r"same: .*differ by their seed, they do by \['dropout'\]"):
         compare_runs.main(["--runs", f"same={pair}"])
-    with pytest.raises(ValueError, match="expected a finished run"):
+    with pytest.raises(ValueError, match="train_args.json: no such file"):
         compare_runs.main(["--runs", f"none={tmp_path / 'none'}"])
     with pytest.raises(ValueError, match="--plot_over: expected a flag with numbers, warmth"):
         compare_runs.main(["--runs", f"one={tmp_path / 'a'}", "--plot_over", "warmth"])

@@ -90,6 +90,8 @@ def test_it_computes_in_its_own_precision_or_in_that_around_it(clip, pixels):
         around, own = Teacher(clip)(pixels), Teacher(clip, mixed_precision="no")(pixels)
     assert own.equal(exact) and not around.equal(exact)
     assert Teacher(clip, mixed_precision="bf16")(pixels).equal(around)
+    with pytest.raises(ValueError, match="mixed_precision: expected one of no, fp16, bf16, got 'int8'"):
+        Teacher(clip, mixed_precision="int8")
 
 
 def test_a_whole_clip_model_and_its_vision_half_are_the_same_teacher(pixels, tmp_path):

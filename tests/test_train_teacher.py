@@ -44,9 +44,13 @@ def test_a_trained_teacher_loads_as_clip_and_as_its_vision_half(tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer("").input_ids
 
 
-def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(tmp_path, monkeypatch):
-    train_teacher.main([*TINY, "--output_dir", str(tmp_path / "whole")])
-    flags = [*TINY, "--output_dir", str(tmp_path / "out")]
+@pytest.mark.parametrize("is_locked", [False, True])
+def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(is_locked, sentence_encoder, tmp_path, monkeypatch):
+    """Also where a sentence encoder's answers are remembered: a resumed run remembers the same."""
+    locked = ["--text_model_name_or_path", sentence_encoder, "--captions_per_image", "5"]
+    flags = [*LOCKED, *locked] if is_locked else TINY
+    train_teacher.main([*flags, "--output_dir", str(tmp_path / "whole")])
+    flags = [*flags, "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
 
         def dies(losses, step, image_ids):

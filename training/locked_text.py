@@ -107,7 +107,7 @@ class LockedTextModel(nn.Module):
         self.rows = {ids: row for row, ids in enumerate(ordered)}
 
     def recall_sentences(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """As `encode_sentences`, from memory; None where a text isn't remembered."""
+        """As `encode_sentences`, from memory; None where one of the texts isn't remembered."""
         if self.sentences is None:
             return None
         lengths = attention_mask.sum(dim=1).tolist()

@@ -33,7 +33,7 @@ class Teacher(nn.Module):
         mixed_precision: one of `PRECISIONS` to compute in; as everything around it if not given.
 
     Raises:
-        ValueError: there is no such feature, or the tower doesn't have it.
+        ValueError: there is no such feature or precision, or the tower doesn't have it.
     """
 
     def __init__(
@@ -49,6 +49,8 @@ class Teacher(nn.Module):
         super().__init__()
         if feature not in FEATURES:
             raise ValueError(f"teacher_feature: expected one of {', '.join(FEATURES)}, got {feature!r}")
+        if mixed_precision is not None and mixed_precision not in PRECISIONS:
+            raise ValueError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
         if feature != "projected" and isinstance(vision_model, PretrainedImageTower):
             raise ValueError(
                 f"teacher_feature: expected projected, all that a {type(vision_model.classifier).__name__} is called "
