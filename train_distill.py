@@ -47,6 +47,7 @@ from tinycap.training.arguments import (
 )
 from tinycap.training.best_model import BEST_FILE, keep_best, load_best
 from tinycap.training.checkpoints import (
+    checkpoint_ema,
     complete_checkpoints,
     load_checkpoint,
     resolve_resume,
@@ -69,7 +70,7 @@ from tinycap.training.data import (
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
 from tinycap.training.loop import Step, TrainBatches, check_finite, run_steps, set_up_logging, use_all_cores
 from tinycap.training.model_card import write_model_card
-from tinycap.training.optimization import create_optimizer
+from tinycap.training.optimization import create_ema, create_optimizer
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
@@ -176,6 +177,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_arguments(parser)
     parser.add_argument("--streaming", action=FLAG, default=False, help="read the training photos as they come")
     add_optimisation_arguments(parser, batch_size=64, captions_per_image=5, learning_rate=1e-3, weight_decay=0.05)
+    parser.add_argument(
+        "--ema_decay",
+        type=float,
+        default=0.0,
+        help="validate and save a moving average of the weights, such as 0.999 of the one before; 0: the weights",
+    )
     parser.add_argument("--gradient_checkpointing", action=FLAG, default=False, help="less memory, more time")
     add_output_arguments(parser, output_dir="outputs/tinycap")
     parser.add_argument("--num_beams", type=int, default=3, help="beams of validation and of the saved model")
@@ -253,7 +260,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     refuse(args.num_beams < 1, f"--num_beams: expected a positive number, got {args.num_beams}")
     refuse(not args.distill_weight >= 0, f"--distill_weight: expected at least 0, got {args.distill_weight}")
-    for name in ("dropout", "vision_dropout", "patch_dropout", "label_smoothing"):
+    for name in ("dropout", "vision_dropout", "patch_dropout", "label_smoothing", "ema_decay"):
         value = getattr(args, name)
         refuse(not 0 <= value < 1, f"--{name}: expected a number in [0, 1), got {value}")
     return args
@@ -749,6 +756,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise ValueError("fsdp_version: expected 2, as in configs/fsdp.yaml, got 1")
         if args.objective == "scst":
             raise ValueError("--objective scst: not with FSDP, which can't sample from a model that lies in parts")
+        if args.ema_decay > 0:
+            raise ValueError("--ema_decay: not with FSDP, whose weights lie in parts")
     output_dir = Path(args.output_dir)
     resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
     with accelerator.main_process_first():
@@ -827,6 +836,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         num_training_steps=args.max_train_steps * accelerator.num_processes,
     )
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    ema = None
+    if args.ema_decay > 0:
+        ema = create_ema(accelerator.unwrap_model(model), args.ema_decay)
+        checkpoint_ema(accelerator, ema)
     if args.report_to != "none":
         accelerator.init_trackers("tinycap", config={k: v for k, v in vars(args).items() if not isinstance(v, dict)})
 
@@ -857,8 +870,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     scored = (data.validation, tokenizer, teacher, data.scenes)
     log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
 
+    def trained_model() -> TinyCapForConditionalGeneration:
+        return whole_model(accelerator, model) if ema is None else ema.module
+
     def validate() -> Evaluation:
-        whole = whole_model(accelerator, model)
+        whole = trained_model()
         found = evaluate(accelerator, whole, validation_loader, *scored)
         if args.load_best_model_at_end and accelerator.is_main_process:
             keep_best(output_dir, whole, found.metrics, args.metric_for_best_model, state)
@@ -871,7 +887,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         objective = SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
 
     def take_step(step: Step, number: int) -> dict[str, torch.Tensor]:
-        return train_step(args, accelerator, model, optimizer, scheduler, teacher, objective, step, number)
+        losses = train_step(args, accelerator, model, optimizer, scheduler, teacher, objective, step, number)
+        if ema is not None:
+            ema.update_parameters(accelerator.unwrap_model(model))
+        return losses
 
     def blank() -> dict:
         return collator.blank(image_size, args.captions_per_image)
@@ -884,7 +903,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     evaluation = validate()
     log.eval_row(state["step"], state["epoch"], evaluation.metrics)
     log.close()
-    model = whole_model(accelerator, model)
+    model = trained_model()
     if args.load_best_model_at_end:
         accelerator.wait_for_everyone()
         load_best(output_dir, model)

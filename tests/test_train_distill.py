@@ -80,8 +80,9 @@ def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
             train_distill.main(flags)
 
 
-@pytest.mark.parametrize("dead_in_step", [4, 6])
-def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monkeypatch, dead_in_step):
+@pytest.mark.parametrize(("dead_in_step", "more"), [(4, []), (6, []), (4, ["--ema_decay", "0.9"])])
+def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monkeypatch, dead_in_step, more):
+    flags = [*flags, *more]
     train_distill.main([*flags, "--output_dir", str(tmp_path / "whole")])
     die_in_step(monkeypatch, flags, dead_in_step)
     assert not (tmp_path / "out" / "model.safetensors").exists()
@@ -116,6 +117,31 @@ def test_the_best_validation_is_what_is_saved_also_after_a_kill(flags, tmp_path,
     assert state["best"] == {"name": "rouge_l", "value": scores[earlier], "step": earlier}
     whole, out = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], out[name]) for name in whole)
+
+
+def test_with_ema_decay_the_average_of_all_steps_is_what_is_saved(flags, tmp_path):
+    # Each step's weights, from the checkpoints of a run that takes no average.
+    every = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "10"]
+    train_distill.main([*flags, *every, "--output_dir", str(tmp_path / "plain")])
+    train_distill.main([*flags, "--ema_decay", "0.3"])
+    folders = sorted((tmp_path / "plain").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    steps = [load_file(folder / "model.safetensors") for folder in folders]
+    saved = load_file(tmp_path / "out" / "model.safetensors")
+    assert len(steps) == 6
+    for name, value in saved.items():
+        average = steps[0][name]
+        for step in range(1, 6):
+            # (1 + 1) / (10 + 1), (1 + 2) / (10 + 2), ... to begin with, and 0.3 from the third step on.
+            decay = min(0.3, (1 + step) / (10 + step))
+            average = decay * average + (1 - decay) * steps[step][name]
+        torch.testing.assert_close(value, average, rtol=1e-5, atol=1e-6)
+    assert any(not torch.equal(value, steps[-1][name]) for name, value in saved.items())
+
+
+def test_a_checkpoint_without_the_average_is_an_error_with_ema_decay(flags):
+    train_distill.main([*flags, "--max_train_steps", "2"])
+    with pytest.raises(ValueError, match="expected the moving average of --ema_decay in its ema.safetensors"):
+        train_distill.main([*flags, "--ema_decay", "0.9", "--resume_from_checkpoint", "latest"])
 
 
 def test_a_figure_that_is_not_there_cannot_choose_the_best(flags):

@@ -1,7 +1,8 @@
-"""The optimizer: AdamW, with weight decay where it makes sense."""
+"""The optimizer: AdamW, with weight decay where it makes sense; and the moving average of what it finds."""
 
 import torch
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -31,3 +32,22 @@ def create_optimizer(model: nn.Module, learning_rate: float, weight_decay: float
     """
     groups = parameter_groups(model, weight_decay)
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=True)
+
+
+def create_ema(model: nn.Module, decay: float) -> AveragedModel:
+    """An exponential moving average of the weights (Polyak & Juditsky, 1992), to be updated after every step.
+
+    It begins as the model and grows slow with the steps, as TensorFlow's did: the share of what it was before is
+    `(1 + steps) / (10 + steps)`, at most `decay`. So it leaves the first, bad weights behind however short the run is.
+
+    Args:
+        model: the whole model; its averaged copy is the result's `module`.
+        decay: such as 0.999: the last thousand steps.
+    """
+
+    @torch.no_grad()
+    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor | int) -> None:
+        steps = int(num_averaged)
+        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + steps) / (10 + steps)))
+
+    return AveragedModel(model, multi_avg_fn=average)
