@@ -70,7 +70,7 @@ from tinycap.training.data import (
 from tinycap.training.logs import RunLog, prepare_output_dir, write_json
 from tinycap.training.loop import Step, TrainBatches, check_finite, run_steps, set_up_logging, use_all_cores
 from tinycap.training.model_card import write_model_card
-from tinycap.training.optimization import create_ema, create_optimizer
+from tinycap.training.optimization import OPTIMIZERS, create_ema, create_optimizer
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
@@ -177,6 +177,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_data_arguments(parser)
     parser.add_argument("--streaming", action=FLAG, default=False, help="read the training photos as they come")
     add_optimisation_arguments(parser, batch_size=64, captions_per_image=5, learning_rate=1e-3, weight_decay=0.05)
+    parser.add_argument(
+        "--optimizer",
+        choices=OPTIMIZERS,
+        default="adamw",
+        help="what trains the weight matrices; muon learns more from a step, which takes longer: for large batches",
+    )
     parser.add_argument(
         "--ema_decay",
         type=float,
@@ -756,8 +762,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             raise ValueError("fsdp_version: expected 2, as in configs/fsdp.yaml, got 1")
         if args.objective == "scst":
             raise ValueError("--objective scst: not with FSDP, which can't sample from a model that lies in parts")
-        if args.ema_decay > 0:
-            raise ValueError("--ema_decay: not with FSDP, whose weights lie in parts")
+        for name, asked in (("ema_decay", args.ema_decay > 0), ("optimizer muon", args.optimizer == "muon")):
+            if asked:
+                raise ValueError(f"--{name}: not with FSDP, whose weights lie in parts")
     output_dir = Path(args.output_dir)
     resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
     with accelerator.main_process_first():
@@ -827,7 +834,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if args.max_train_steps is None:
             args.max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
     checkpointing_steps = args.checkpointing_steps or steps_per_epoch or args.max_train_steps
-    optimizer = create_optimizer(model, args.learning_rate, args.weight_decay)
+    optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer,

@@ -173,6 +173,34 @@ def test_only_matrices_decay_and_each_parameter_is_in_one_group():
     assert [group["weight_decay"] for group in create_optimizer(model, 1e-3, 0.1).param_groups] == [0.1, 0.0]
 
 
+def test_muon_has_the_matrices_and_adamw_the_rest():
+    model = tiny_model()
+    optimizer = create_optimizer(model, 1e-3, 0.1, "muon")
+    muon, adamw = optimizer.optimizers
+    assert isinstance(muon, torch.optim.Muon) and isinstance(adamw, torch.optim.AdamW)
+    decayed, _ = (group["params"] for group in parameter_groups(model, 0.1))
+    assert {id(p) for p in muon.param_groups[0]["params"]} == {id(p) for p in decayed if p.dim() == 2}
+    everything = [id(p) for group in optimizer.param_groups for p in group["params"]]
+    assert sorted(everything) == sorted(map(id, model.parameters()))
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.randn_like(parameter)
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters()))
+    # As long as AdamW's steps, which is what lets both share a learning rate.
+    taken = muon.param_groups[0]["params"][0]
+    old = before[[id(p) for p in model.parameters()].index(id(taken))]
+    assert 0.1e-3 < (taken - old * (1 - 1e-4)).square().mean().sqrt() < 0.4e-3
+
+
+def test_an_optimizer_that_is_not_there_is_an_error(monkeypatch):
+    with pytest.raises(ValueError, match="expected one of adamw, muon, got 'sgd'"):
+        create_optimizer(tiny_model(), 1e-3, 0.1, "sgd")
+    monkeypatch.delattr(torch.optim, "Muon")
+    with pytest.raises(ValueError, match="optimizer muon: expected torch 2.9"):
+        create_optimizer(tiny_model(), 1e-3, 0.1, "muon")
+
+
 # --- the best so far --------------------------------------------------------------------------------------------------
 
 

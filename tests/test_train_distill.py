@@ -80,7 +80,9 @@ def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
             train_distill.main(flags)
 
 
-@pytest.mark.parametrize(("dead_in_step", "more"), [(4, []), (6, []), (4, ["--ema_decay", "0.9"])])
+@pytest.mark.parametrize(
+    ("dead_in_step", "more"), [(4, []), (6, []), (4, ["--ema_decay", "0.9"]), (4, ["--optimizer", "muon"])]
+)
 def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monkeypatch, dead_in_step, more):
     flags = [*flags, *more]
     train_distill.main([*flags, "--output_dir", str(tmp_path / "whole")])

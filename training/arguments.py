@@ -44,7 +44,7 @@ def add_optimisation_arguments(
     run.add_argument("--per_device_train_batch_size", type=int, default=batch_size, help="photos in a device's step")
     run.add_argument("--captions_per_image", type=int, default=captions_per_image, help="captions of a photo in a step")
     run.add_argument("--per_device_eval_batch_size", type=int, default=64, help="photos in a validation batch")
-    run.add_argument("--learning_rate", type=float, default=learning_rate, help="peak learning rate of AdamW")
+    run.add_argument("--learning_rate", type=float, default=learning_rate, help="peak learning rate")
     run.add_argument("--weight_decay", type=float, default=weight_decay, help="decay of the weight matrices")
     run.add_argument("--num_train_epochs", type=float, default=20.0, help="passes over the photos")
     run.add_argument("--max_train_steps", type=int, help="optimizer steps; in place of --num_train_epochs")

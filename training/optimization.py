@@ -1,8 +1,11 @@
-"""The optimizer: AdamW, with weight decay where it makes sense; and the moving average of what it finds."""
+"""The optimizer, AdamW or Muon, with weight decay where it makes sense; the moving average of what it finds."""
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
+
+
+OPTIMIZERS = ("adamw", "muon")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
@@ -22,16 +25,71 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
-def create_optimizer(model: nn.Module, learning_rate: float, weight_decay: float) -> torch.optim.AdamW:
+class OptimizerPair(torch.optim.Optimizer):
+    """Two optimizers of different parameters that act as one: one schedule, one checkpoint.
+
+    Not a `torch.optim.Optimizer` by its construction: groups and state are those of the two.
+    """
+
+    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer):
+        self.optimizers = (first, second)
+        self.defaults = {}
+
+    @property
+    def param_groups(self) -> list[dict]:
+        return [group for optimizer in self.optimizers for group in optimizer.param_groups]
+
+    @property
+    def state(self) -> dict:
+        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
+
+    def step(self, closure: None = None) -> None:
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict:
+        return {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        for optimizer, state in zip(self.optimizers, state_dict["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+
+def create_optimizer(
+    model: nn.Module, learning_rate: float, weight_decay: float, name: str = "adamw"
+) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101), betas (0.9, 0.98) as CLIP was trained.
+
+    With "muon", the matrices that decay are turned as a whole (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon;
+    https://arxiv.org/abs/2502.16982), scaled so that AdamW's learning rate and decay fit them, and AdamW has the rest.
 
     Args:
         model: whose parameters to train.
         learning_rate: the peak; a scheduler varies it.
         weight_decay: of the matrices, see `parameter_groups`.
+        name: one of `OPTIMIZERS`.
+
+    Raises:
+        ValueError: there is no such optimizer, or this PyTorch doesn't have it.
     """
-    groups = parameter_groups(model, weight_decay)
-    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), eps=1e-8, fused=True)
+    if name not in OPTIMIZERS:
+        raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
+    if name == "muon" and not hasattr(torch.optim, "Muon"):
+        raise ValueError(f"optimizer muon: expected torch 2.9 or newer, which brings it, got {torch.__version__}")
+    adamw = {"lr": learning_rate, "betas": (0.9, 0.98), "eps": 1e-8, "fused": True}
+    decayed, others = parameter_groups(model, weight_decay)
+    if name == "adamw":
+        return torch.optim.AdamW([decayed, others], **adamw)
+    # A convolution's weight is a matrix to AdamW only.
+    matrices = [parameter for parameter in decayed["params"] if parameter.dim() == 2]
+    kernels = {**decayed, "params": [parameter for parameter in decayed["params"] if parameter.dim() != 2]}
+    groups = [group for group in (kernels, others) if group["params"]]
+    muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
+    return OptimizerPair(muon, torch.optim.AdamW(groups, **adamw))
 
 
 def create_ema(model: nn.Module, decay: float) -> AveragedModel:
