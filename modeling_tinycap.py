@@ -21,13 +21,21 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import GenerationMixin
+from transformers.generation import (
+    EosTokenCriteria,
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    StoppingCriteriaList,
+)
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisionConfig
+from .greedy_tinycap import GreedySteps, greedy_search
 from .weights_tinycap import HUB_ARGUMENTS, check_finite_weights, check_shapes, find_weights, stored_shapes
 
 
@@ -671,6 +679,16 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
             hidden_states = layer.next_token(hidden_states, cache)
         return self.final_layer_norm(hidden_states)
 
+    def is_plain(self, head: nn.Module) -> bool:
+        """Whether this and its `head` consist of the modules they were made of, all in one place and format, and
+        nobody listens to any: then the weights are all there is to know of them."""
+        for name, module in (*self.named_modules(), ("head", head)):
+            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
+                return False
+            if type(module) not in DECODER_MODULES and not name.endswith("activation"):
+                return False
+        return len({(weight.dtype, weight.device) for weight in (*self.parameters(), *head.parameters())}) == 1
+
     def serves_next_token(self, input_ids: torch.LongTensor | None, cache: EncoderDecoderCache | None) -> bool:
         """Whether `next_token` may take `forward`'s place: an inference step, and nobody listens to whole layers."""
         if cache is None or input_ids is None or input_ids.shape[1] != 1 or self.training or torch.is_grad_enabled():
@@ -692,6 +710,13 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
                 if module._forward_hooks or module._forward_pre_hooks:
                     return False
         return cache.get_seq_length() < self.config.max_position_embeddings
+
+
+# What `TinyCapDecoder` and its head consist of, but for activations.
+DECODER_MODULES = {
+    *(TinyCapDecoder, TinyCapDecoderLayer, TinyCapAttention, TinyCapCrossAttention, TinyCapMLP),
+    *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList),
+}
 
 
 # --- the captioner --------------------------------------------------------------------------------------------------
@@ -1071,6 +1096,48 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         for name in ("next_sequence_length", "is_first_iteration", "labels"):
             kwargs.pop(name, None)
         return {"decoder_input_ids": input_ids[:, -1:], **kwargs}
+
+    def _sample(
+        self,
+        input_ids: torch.LongTensor,
+        logits_processor: LogitsProcessorList,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        **kwargs,
+    ):
+        """GenerationMixin's, but that a plain greedy search runs as its arithmetic alone (`greedy_tinycap.py`)."""
+        if not self._is_plain_greedy(input_ids, stopping_criteria, generation_config, kwargs):
+            processing = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
+            return super()._sample(input_ids, **processing, generation_config=generation_config, **kwargs)
+        memory = self.decoder.project_memory(self.get_memory(kwargs["encoder_outputs"])[0])
+        cache = kwargs.get("cache", kwargs.get("past_key_values"))
+        steps = GreedySteps(self.decoder, self.lm_head, memory, cache, stopping_criteria.max_length)
+        padding = generation_config._pad_token_tensor
+        return greedy_search(steps, input_ids, logits_processor, stopping_criteria, padding)
+
+    def _is_plain_greedy(
+        self,
+        input_ids: torch.LongTensor,
+        stopping_criteria: StoppingCriteriaList,
+        generation_config: GenerationConfig,
+        kwargs: dict,
+    ) -> bool:
+        """Whether tokens from the first on are all that is asked for, by the usual ends, of a decoder that serves."""
+        asked, cache = generation_config, kwargs.get("cache", kwargs.get("past_key_values"))
+        if asked.do_sample or asked.return_dict_in_generate or getattr(asked, "is_assistant", False):
+            return False
+        understood = {"encoder_outputs", "cache", "past_key_values", "use_cache", "logits_to_keep", "synced_gpus"}
+        others = [value for name, value in kwargs.items() if name not in understood and value is not None]
+        if others or kwargs.get("synced_gpus") or not kwargs["use_cache"] or input_ids.shape[1] != 1:
+            return False
+        if not isinstance(cache, EncoderDecoderCache) or cache.is_compileable or cache.get_seq_length() > 0:
+            return False
+        if not all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
+            return False
+        if self.config.memory != "embedding" or self.training or torch.is_autocast_enabled(input_ids.device.type):
+            return False
+        listened_to = self._forward_hooks or self._forward_pre_hooks or hasattr(self, "_hf_hook")
+        return not listened_to and self.decoder.is_plain(self.lm_head)
 
     def _start_prompts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
