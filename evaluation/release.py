@@ -1,8 +1,8 @@
 """Puts a trained model at the repository's root, and its figures into `model_card.md`.
 
     python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
-        --evaluation outputs/evaluation --teacher outputs/teacher --agreement outputs/tokenizer_agreement \\
-        --earlier_stages outputs/flickr8k-112px
+        --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher --earlier_stages outputs/flickr8k-112px \\
+        --agreement outputs/tokenizer_agreement --latency outputs/caption_latency
 
 The card is `docs/model_card_template.md`, filled: no figure in it is written by hand. Its front matter, which the Hub
 reads from `README.md`, goes there too, and the training's curves and what the model says to pictures that aren't photos
@@ -61,6 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--teacher", required=True, help="output folder of train_teacher.py")
     parser.add_argument("--earlier_teachers", nargs="*", default=[], help="folders of the earlier stages' teachers")
     parser.add_argument("--agreement", required=True, help="output folder of benchmarks/tokenizer_agreement.py")
+    parser.add_argument("--latency", required=True, help="output folder of benchmarks/caption_latency.py")
     parser.add_argument("--earlier_stages", nargs="*", default=[], help="output folders that the run continued from")
     return parser.parse_args(argv)
 
@@ -121,6 +122,25 @@ def unlike_table(rows: list[dict]) -> str:
     )
 
 
+def latency_table(latency: dict) -> str:
+    """Rows of Markdown: what one caption costs by each way to run TinyCap and by each peer, and what starting does."""
+    rows = []
+    turns = latency["batches"]["1"]
+    for name, system in latency["systems"].items():
+        if "bytes_on_disk" not in system:
+            continue
+        found = turns[name if name in turns else f"{name}, from a file"]["cpu"]
+        cells = (
+            f"{found['milliseconds']:.0f}, {found['ratio_to_floor']:.2f}",
+            f"{system['parameters'] / 1e6:.1f} M",
+            f"{system['bytes_on_disk'] / 1e6:.1f}",
+            f"{system['cpu_seconds']:.1f}",
+            f"{system['peak_memory_mb']:,.0f}",
+        )
+        rows.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(rows)
+
+
 def read_captions(path: Path) -> list[dict]:
     """The captioned photos of a `captions.jsonl`; a run without `--failures` is an error."""
     try:
@@ -170,6 +190,7 @@ def fill_card(args: argparse.Namespace) -> str:
     evaluation = read_json(Path(args.evaluation) / "eval_results.json")
     teacher = read_json(Path(args.teacher) / "eval_results.json")
     agreement = read_json(Path(args.agreement) / "tokenizer_agreement.json")
+    latency = read_json(Path(args.latency) / "caption_latency.json")
     for name in ("fidelity", "baselines"):
         if name not in evaluation:
             raise ValueError(f"{args.evaluation}: expected an evaluation with {name}, got {sorted(evaluation)}")
@@ -177,6 +198,7 @@ def fill_card(args: argparse.Namespace) -> str:
     captions = read_captions(Path(args.evaluation) / "captions.jsonl")
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
     stages = [*args.earlier_stages, args.model_name_or_path]
+    train_args = read_json(Path(args.model_name_or_path) / "train_args.json")
     figures = {
         "parameters": f"{model.num_parameters():,}",
         "student_parameters": f"{model.vision_model.num_parameters():,}",
@@ -200,10 +222,16 @@ def fill_card(args: argparse.Namespace) -> str:
         **gender_figures(failures["gender"]),
         "teacher_hours": f"{sum(map(hours_of, [*args.earlier_teachers, args.teacher])):.1f}",
         "student_hours": f"{sum(map(hours_of, stages)):.1f}",
+        "distill_weight": f"{train_args['distill_weight']:g}",
+        "num_epochs": f"{sum(read_json(Path(stage) / 'train_args.json')['num_train_epochs'] for stage in stages):g}",
         "date": datetime.date.today().isoformat(),
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
         "agreement": f"{agreement['largest_move']:.2f}",
+        "latency_table": latency_table(latency),
+        "latency_tokens": latency["num_tokens"],
+        "latency_machine": latency["machine"],
+        "latency_date": latency["date"],
         **{name: f"{evaluation[name]:.2f}" for name in SCORES[:-1]},
         **{f"teacher_{name}": f"{value:.1f}" for name, value in teacher.items()},
         **{name: f"{evaluation['fidelity'][name]:.3f}" for name in evaluation["fidelity"]},

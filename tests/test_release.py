@@ -19,6 +19,25 @@ FIDELITY = {
 }
 
 
+def _turn(milliseconds: float, ratio: float) -> dict:
+    return {"cpu": {"milliseconds": milliseconds, "ratio_to_floor": ratio}, "wall": {}}
+
+
+def _system(parameters: int, size: int, seconds: float, memory: float) -> dict:
+    return {"parameters": parameters, "bytes_on_disk": size, "cpu_seconds": seconds, "peak_memory_mb": memory}
+
+
+LATENCY = {
+    **{"num_tokens": 16, "machine": "x86_64, 2 cores", "date": "2026-11-25"},
+    "batches": {"1": {"TinyCap, pipeline, from a file": _turn(24.6, 1.236), "vit-gpt2": _turn(1066.4, 43.72)}},
+    "systems": {
+        "TinyCap, pipeline": _system(6_372_672, 25_500_000, 3.97, 435.9),
+        "reference implementation": {"parameters": 18_200_000},
+        "vit-gpt2": _system(239_200_000, 956_800_000, 4.94, 1336.2),
+    },
+}
+
+
 @pytest.fixture
 def folders(repository, tmp_path, monkeypatch):
     """The folders that a release is made of, and a root to put it in."""
@@ -66,7 +85,9 @@ def folders(repository, tmp_path, monkeypatch):
         "teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 3600.0}\n',
         "first_teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 1800.0}\n',
         "first/metrics.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 9, "elapsed_seconds": 5400.0}\n',
+        "first/train_args.json": '{"num_train_epochs": 20.0, "distill_weight": 1.0}',
         "agreement/tokenizer_agreement.json": '{"largest_move": 0.125}',
+        "latency/caption_latency.json": json.dumps(LATENCY),
     }
     for name, content in contents.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -74,6 +95,9 @@ def folders(repository, tmp_path, monkeypatch):
     Image.new("RGB", (90, 70), "red").save(tmp_path / "evaluation" / "unlike_photos.png")
     shutil.copytree(repository, tmp_path / "model")
     (tmp_path / "model" / "metrics.jsonl").write_text('{"step": 9, "elapsed_seconds": 1800.0, "loss": 2.0}\n')
+    (tmp_path / "model" / "train_args.json").write_text(
+        '{"num_train_epochs": 4.5, "distill_weight": 0.25, "teacher_feature": "pooled"}'
+    )
     return tmp_path
 
 
@@ -81,6 +105,7 @@ def flags(folders) -> list[str]:
     return [
         *("--model_name_or_path", str(folders / "model"), "--evaluation", str(folders / "evaluation")),
         *("--teacher", str(folders / "teacher"), "--agreement", str(folders / "agreement")),
+        *("--latency", str(folders / "latency")),
         *("--earlier_stages", str(folders / "first"), "--earlier_teachers", str(folders / "first_teacher")),
     ]
 
@@ -94,6 +119,9 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "value: 21.46" in card and "| **TinyCap** | 21.5 | 50.0 | 12.0 | 40.0 | 321 |" in card
     assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
     assert "teacher 1.5 hours, student 2.0 hours" in card, "both stages of each"
+    assert "24.5 epochs in all" in card and "`distill_weight` 0.25" in card
+    assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
+    assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
     assert "$" not in card.split("```bash")[0] and "@" not in card
     assert Image.open(root / "docs" / "curves.png").width > 300
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
@@ -131,6 +159,7 @@ def test_the_hub_finds_the_results_in_card_and_readme(folders):
     [
         ("teacher/metrics.jsonl", "log of a run"),
         ("agreement/tokenizer_agreement.json", "no such file"),
+        ("latency/caption_latency.json", "no such file"),
         ("evaluation/failures.json", "no such file"),
         ("evaluation/unlike_photos.png", "--failures"),
     ],
@@ -158,7 +187,6 @@ def test_one_command_evaluates_and_fills_the_card(folders, tmp_path):
     vision = {"image_size": 24, "patch_size": 8, "hidden_size": 14, "intermediate_size": 18, "num_hidden_layers": 1}
     config = CLIPVisionConfig(**vision, num_attention_heads=2, projection_dim=13)
     CLIPVisionModelWithProjection(config).save_pretrained(folders / "teacher")
-    (folders / "model" / "train_args.json").write_text('{"teacher_feature": "pooled"}')
     rows = {
         "image": [{"bytes": png_bytes(draw_picture(seed)), "path": None} for seed in range(5)],
         "captions": [[CAPTIONS[seed % 4], "A dog runs."] for seed in range(5)],
