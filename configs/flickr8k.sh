@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Trains a captioner on Flickr8k from scratch: its teacher, the student on small pictures, the student at full size. About
-# an hour on two CPU cores, CIDEr 25.7 on the validation photos (docs/experiments.md).
+# Trains the released captioner from scratch: its teacher, the student on small pictures, the student at full size. About
+# two hours on two CPU cores (docs/experiments.md).
 #
 # From the repository's root, where the package is installed:
 #

@@ -198,7 +198,7 @@ def fill_card(args: argparse.Namespace) -> str:
     captions = read_captions(Path(args.evaluation) / "captions.jsonl")
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
     stages = [*args.earlier_stages, args.model_name_or_path]
-    train_args = read_json(Path(args.model_name_or_path) / "train_args.json")
+    trained = [read_json(Path(stage) / "train_args.json") for stage in stages]
     figures = {
         "parameters": f"{model.num_parameters():,}",
         "student_parameters": f"{model.vision_model.num_parameters():,}",
@@ -222,8 +222,12 @@ def fill_card(args: argparse.Namespace) -> str:
         **gender_figures(failures["gender"]),
         "teacher_hours": f"{sum(map(hours_of, [*args.earlier_teachers, args.teacher])):.1f}",
         "student_hours": f"{sum(map(hours_of, stages)):.1f}",
-        "distill_weight": f"{train_args['distill_weight']:g}",
-        "num_epochs": f"{sum(read_json(Path(stage) / 'train_args.json')['num_train_epochs'] for stage in stages):g}",
+        "num_epochs": f"{sum(arguments['num_train_epochs'] for arguments in trained):g}",
+        **{name: f"{trained[-1][name]:g}" for name in ("distill_weight", "label_smoothing")},
+        "image_size": model.config.vision_config.image_size,
+        "first_image_size": read_json(Path(stages[0]) / "config.json")["vision_config"]["image_size"],
+        "patch_dropout": f"{100 * trained[-1]['patch_dropout']:.0f}",
+        "first_patch_dropout": f"{100 * trained[0]['patch_dropout']:.0f}",
         "date": datetime.date.today().isoformat(),
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],

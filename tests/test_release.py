@@ -27,6 +27,8 @@ def _system(parameters: int, size: int, seconds: float, memory: float) -> dict:
     return {"parameters": parameters, "bytes_on_disk": size, "cpu_seconds": seconds, "peak_memory_mb": memory}
 
 
+TRAIN_ARGS = {"num_train_epochs": 20.0, "distill_weight": 1.0, "label_smoothing": 0.1, "teacher_feature": "pooled"}
+
 LATENCY = {
     **{"num_tokens": 16, "machine": "x86_64, 2 cores", "date": "2026-11-25"},
     "batches": {"1": {"TinyCap, pipeline, from a file": _turn(24.6, 1.236), "vit-gpt2": _turn(1066.4, 43.72)}},
@@ -85,7 +87,8 @@ def folders(repository, tmp_path, monkeypatch):
         "teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 3600.0}\n',
         "first_teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 1800.0}\n',
         "first/metrics.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 9, "elapsed_seconds": 5400.0}\n',
-        "first/train_args.json": '{"num_train_epochs": 20.0, "distill_weight": 1.0}',
+        "first/train_args.json": json.dumps({**TRAIN_ARGS, "patch_dropout": 0.5}),
+        "first/config.json": '{"vision_config": {"image_size": 13}}',
         "agreement/tokenizer_agreement.json": '{"largest_move": 0.125}',
         "latency/caption_latency.json": json.dumps(LATENCY),
     }
@@ -95,9 +98,8 @@ def folders(repository, tmp_path, monkeypatch):
     Image.new("RGB", (90, 70), "red").save(tmp_path / "evaluation" / "unlike_photos.png")
     shutil.copytree(repository, tmp_path / "model")
     (tmp_path / "model" / "metrics.jsonl").write_text('{"step": 9, "elapsed_seconds": 1800.0, "loss": 2.0}\n')
-    (tmp_path / "model" / "train_args.json").write_text(
-        '{"num_train_epochs": 4.5, "distill_weight": 0.25, "teacher_feature": "pooled"}'
-    )
+    last = {**TRAIN_ARGS, "num_train_epochs": 4.5, "distill_weight": 0.25, "patch_dropout": 0.6}
+    (tmp_path / "model" / "train_args.json").write_text(json.dumps(last))
     return tmp_path
 
 
@@ -119,6 +121,7 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "value: 21.46" in card and "| **TinyCap** | 21.5 | 50.0 | 12.0 | 40.0 | 321 |" in card
     assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
     assert "teacher 1.5 hours, student 2.0 hours" in card, "both stages of each"
+    assert "at 13 x 13 pixels, with 50 % of" in card and "with 60 % left out" in card
     assert "24.5 epochs in all" in card and "`distill_weight` 0.25" in card
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
