@@ -11,6 +11,8 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import CAPTIONS, draw_picture, log_rows, png_bytes, tiny_model, tiny_repository_model
@@ -144,6 +146,17 @@ def test_a_checkpoint_without_the_average_is_an_error_with_ema_decay(flags):
     train_distill.main([*flags, "--max_train_steps", "2"])
     with pytest.raises(ValueError, match="expected the moving average of --ema_decay in its ema.safetensors"):
         train_distill.main([*flags, "--ema_decay", "0.9", "--resume_from_checkpoint", "latest"])
+
+
+@pytest.mark.parametrize("more", [["--ema_decay", "0.9"], ["--optimizer", "muon"]], ids=str)
+def test_what_needs_whole_weights_is_refused_with_fsdp(flags, monkeypatch, more):
+    def in_parts(accelerator):
+        monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
+        monkeypatch.setattr(Accelerator, "is_fsdp2", True)
+
+    monkeypatch.setattr(train_distill, "set_up_logging", in_parts)
+    with pytest.raises(ValueError, match=f"{more[0]}.*: not with FSDP"):
+        train_distill.main([*flags, *more])
 
 
 def test_a_figure_that_is_not_there_cannot_choose_the_best(flags):
