@@ -114,7 +114,7 @@ open({str(log)!r}, "a").write(json.dumps(sys.argv[1:]) + "\\n")
     train_teacher.parse_args(flags[0])
     stages = [train_distill.parse_args(words) for words in flags[1:]]
     assert [args.image_size for args in stages] == [112, 224]
-    assert all(args.per_device_train_batch_size == 32 and args.dataset_name == "photos" for args in stages)
+    assert all(args.optimizer == "muon" and args.dataset_name == "photos" for args in stages), "the files are read"
     assert stages[1].model_name_or_path == stages[0].output_dir
 
 
