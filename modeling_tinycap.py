@@ -738,10 +738,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden_states, weight, labels, smoothing: float):
-        """(R, hidden_size), (vocab_size, hidden_size), (R,) int64 -> the mean over R rows, a float32 scalar."""
+        """(R, hidden_size), (vocab_size, hidden_size), (R,) int64 -> the mean over R rows, float32; 0 of no rows."""
         device = hidden_states.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        num_rows, vocab_size = len(labels), weight.shape[0]
+        num_rows, vocab_size = max(1, len(labels)), weight.shape[0]
         total = hidden_states.new_zeros((), dtype=torch.float32)
         needed = ctx.needs_input_grad[:2]
         hidden_grad = torch.empty_like(hidden_states) if needed[0] else None
@@ -881,7 +881,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         return image_embeds.unsqueeze(1), image_embeds
 
     def caption_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of `labels` (N, T) given the decoder's `hidden_states` (N, T, hidden_size).
+        """Mean cross-entropy of `labels` (N, T) given the decoder's `hidden_states` (N, T, hidden_size); 0 where all
+        are -100, as of pictures that only a teacher knows.
 
         Padding never reaches the head, and no more than `LOSS_CHUNK` rows of logits exist at a time.
         """
@@ -891,7 +892,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         if type(self.lm_head) is nn.Linear and not (self.lm_head._forward_hooks or self.lm_head._forward_pre_hooks):
             return ChunkedCrossEntropy.apply(hidden_states, self.lm_head.weight, labels, smoothing)
         # Adapters, and whatever else may have taken the head's place, are called as modules.
-        return F.cross_entropy(self.lm_head(hidden_states).float(), labels, label_smoothing=smoothing)
+        logits = self.lm_head(hidden_states).float()
+        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / max(1, len(labels))
 
     def distill_loss(self, image_embeds: torch.Tensor | None, teacher_embeds: torch.Tensor) -> torch.Tensor:
         """Mean of 1 - cos over the batch; both (B, projection_dim).

@@ -172,6 +172,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="what captions are trained by; scst: the CIDEr of sampled ones, for a model that captions already",
     )
     teacher.add_argument("--scst_samples", type=int, default=5, help="captions sampled for a photo with scst")
+    teacher.add_argument(
+        "--mixup",
+        type=float,
+        default=0.0,
+        help="share of pictures mixed with another photo's, to learn the teacher's answer to them and no captions",
+    )
     teacher.add_argument("--label_smoothing", type=float, default=0.0, help="label smoothing of the caption loss")
 
     add_data_arguments(parser)
@@ -228,6 +234,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.distill_weight == 0 and args.teacher_mixed_precision is not None,
         "--teacher_mixed_precision: contradicts --distill_weight 0, with which no teacher is asked",
     )
+    refuse(
+        args.distill_weight == 0 and args.mixup > 0,
+        "--mixup: contradicts --distill_weight 0, with which no teacher is asked what a mixed picture shows",
+    )
+    refuse(
+        args.objective == "scst" and args.mixup > 0,
+        "--mixup: not with --objective scst, whose reward needs the captions of every picture",
+    )
+    refuse(args.streaming and args.mixup > 0, "--mixup: not with --streaming, which holds no other photo at hand")
     refuse(args.streaming and args.teacher_cache_dir is not None, "--teacher_cache_dir: not with --streaming")
     refuse(
         args.teacher_cache_dir is None and args.teacher_views != parser.get_default("teacher_views"),
@@ -266,7 +281,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     refuse(args.num_beams < 1, f"--num_beams: expected a positive number, got {args.num_beams}")
     refuse(not args.distill_weight >= 0, f"--distill_weight: expected at least 0, got {args.distill_weight}")
-    for name in ("dropout", "vision_dropout", "patch_dropout", "label_smoothing", "ema_decay"):
+    for name in ("dropout", "vision_dropout", "patch_dropout", "mixup", "label_smoothing", "ema_decay"):
         value = getattr(args, name)
         refuse(not 0 <= value < 1, f"--{name}: expected a number in [0, 1), got {value}")
     return args
@@ -356,7 +371,7 @@ def build_loaders(
     With `--teacher_cache_dir` the batches bring the teacher's embeddings along, and the teacher isn't needed any more:
     it has seen the student's crops in `seen_size` pixels, which may be more than the student's `image_size`.
     """
-    augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter)
+    augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter, args.mixup)
     common = {
         "collate_fn": collator,
         "num_workers": args.dataloader_num_workers,

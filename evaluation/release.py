@@ -141,6 +141,18 @@ def latency_table(latency: dict) -> str:
     return "\n".join(rows)
 
 
+def describe_stage(folder: str | Path) -> str:
+    """How long a run in `folder` trained on which pictures, in words."""
+    arguments = read_json(Path(folder) / "train_args.json")
+    side = read_json(Path(folder) / "config.json")["vision_config"]["image_size"]
+    words = [f"{arguments['num_train_epochs']:g} epochs at {side} x {side} pixels"]
+    words.append(f"{100 * arguments['patch_dropout']:.0f} % of the patches left out of each step")
+    # Runs of before there was the choice don't say that they mixed nothing.
+    if mixup := arguments.get("mixup"):
+        words.append(f"{100 * mixup:.0f} % of the pictures two photos in one, which no caption describes")
+    return ", ".join(words)
+
+
 def read_captions(path: Path) -> list[dict]:
     """The captioned photos of a `captions.jsonl`; a run without `--failures` is an error."""
     try:
@@ -224,10 +236,7 @@ def fill_card(args: argparse.Namespace) -> str:
         "student_hours": f"{sum(map(hours_of, stages)):.1f}",
         "num_epochs": f"{sum(arguments['num_train_epochs'] for arguments in trained):g}",
         **{name: f"{trained[-1][name]:g}" for name in ("distill_weight", "label_smoothing")},
-        "image_size": model.config.vision_config.image_size,
-        "first_image_size": read_json(Path(stages[0]) / "config.json")["vision_config"]["image_size"],
-        "patch_dropout": f"{100 * trained[-1]['patch_dropout']:.0f}",
-        "first_patch_dropout": f"{100 * trained[0]['patch_dropout']:.0f}",
+        "stage_list": "; ".join(map(describe_stage, stages)),
         "date": datetime.date.today().isoformat(),
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -205,6 +206,49 @@ def test_captions_that_say_left_or_right_are_not_mirrored():
     for rows, kinds in ((sided, 1), (plain, 2)):
         dataset = CaptionDataset(decode(rows), 24, Augmentation(horizontal_flip=True), 1)
         assert len({dataset[(epoch, 0)]["pixels"].numpy().tobytes() for epoch in range(20)}) == kinds
+
+
+def test_a_mixed_picture_is_two_photos_in_one_and_has_no_captions(tokenizer):
+    rows = decode(rows_of(6))
+    plain, half = (CaptionDataset(rows, 24, Augmentation(mixup=share), 2, seed=5) for share in (0.0, 0.5))
+    alone = [plain[(0, row)]["pixels"].float() for row in range(6)]
+    keys = [(epoch, row) for epoch in range(40) for row in range(6)]
+    samples = [half[key] for key in keys]
+    batch = batch_of(half, tokenizer, keys)
+    others = set()
+    for (_, row), sample, labels in zip(keys, samples, batch["labels"].unflatten(0, (len(keys), 2))):
+        mixed = sample.get("mixed", False)
+        assert (labels == -100).all() == mixed
+        if not mixed:
+            assert torch.equal(sample["pixels"].float(), alone[row])
+            continue
+        # How much of which other photo explains the difference to the photo alone?
+        difference = sample["pixels"].float() - alone[row]
+        errors = {}
+        for other in range(6):
+            direction = alone[other] - alone[row]
+            share = ((difference * direction).sum() / (direction**2).sum().clamp(min=1)).item()
+            errors[other] = ((difference - share * direction).abs().max().item(), share)
+        found = min(errors, key=errors.get)
+        assert errors[found][0] <= 1.0 and -0.01 <= errors[found][1] <= 0.51
+        others.add((row, found))
+    assert 0.4 < sum(sample.get("mixed", False) for sample in samples) / len(keys) < 0.6
+    assert len(others) > 25, "every photo meets every other one"
+
+
+def test_mixing_follows_from_seed_view_and_row_and_leaves_the_rest_of_the_draws_alone():
+    rows = decode(rows_of(6))
+    augmentation = Augmentation(0.3, True, 0.4)
+    plain = CaptionDataset(rows, 24, augmentation, 1, seed=5)
+    mixing = CaptionDataset(rows, 24, replace(augmentation, mixup=0.5), 1, seed=5)
+    again = CaptionDataset(rows, 24, replace(augmentation, mixup=0.5), 1, seed=5)
+    mixed = 0
+    for key in [(epoch, row) for epoch in range(5) for row in range(6)]:
+        assert torch.equal(mixing[key]["pixels"], again[key]["pixels"])
+        assert mixing[key]["captions"] == plain[key]["captions"] and mixing[key]["gain"] == plain[key]["gain"]
+        assert torch.equal(mixing[key]["pixels"], plain[key]["pixels"]) == ("mixed" not in mixing[key])
+        mixed += "mixed" in mixing[key]
+    assert 5 < mixed < 25
 
 
 def share_of(num_rows: int, batch_size: int, process: int = 0, processes: int = 1, epoch: int = 0, **kwargs) -> list:

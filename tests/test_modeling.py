@@ -324,6 +324,23 @@ def test_the_loss_is_the_sum_of_its_named_parts(pixel_values, labels):
     torch.testing.assert_close(model(pixel_values, teacher_embeds=teacher).loss, 0.25 * output.distill_loss)
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_pictures_without_captions_train_the_student_by_the_teacher_alone(pixel_values, labels, replaced):
+    model = tiny_model(distill_weight=0.25)
+    if replaced:
+        # A head that is called as a module, as adapters are.
+        model.lm_head.register_forward_hook(lambda module, inputs, output: output)
+    teacher = torch.randn(5, 14)
+    output = model(pixel_values, labels=torch.full_like(labels, -100), teacher_embeds=teacher, skip_logits=True)
+    assert output.caption_loss.item() == 0
+    torch.testing.assert_close(output.loss, 0.25 * output.distill_loss)
+    output.loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(torch.isfinite(gradient).all() for gradient in gradients.values())
+    assert any(name.startswith("vision_model") and gradient.abs().max() > 0 for name, gradient in gradients.items())
+    assert all(gradient.abs().max() == 0 for name, gradient in gradients.items() if name.startswith("decoder"))
+
+
 def test_labels_are_shifted_right_behind_the_start_token(model, pixel_values, labels):
     shifted = shift_tokens_right(labels, 1, 0)
     assert (shifted[:, 0] == 1).all() and torch.equal(shifted[0, 1:], labels[0, :-1])

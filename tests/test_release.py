@@ -98,7 +98,7 @@ def folders(repository, tmp_path, monkeypatch):
     Image.new("RGB", (90, 70), "red").save(tmp_path / "evaluation" / "unlike_photos.png")
     shutil.copytree(repository, tmp_path / "model")
     (tmp_path / "model" / "metrics.jsonl").write_text('{"step": 9, "elapsed_seconds": 1800.0, "loss": 2.0}\n')
-    last = {**TRAIN_ARGS, "num_train_epochs": 4.5, "distill_weight": 0.25, "patch_dropout": 0.6}
+    last = {**TRAIN_ARGS, "num_train_epochs": 4.5, "distill_weight": 0.25, "patch_dropout": 0.6, "mixup": 0.3}
     (tmp_path / "model" / "train_args.json").write_text(json.dumps(last))
     return tmp_path
 
@@ -121,8 +121,11 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "value: 21.46" in card and "| **TinyCap** | 21.5 | 50.0 | 12.0 | 40.0 | 321 |" in card
     assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
     assert "teacher 1.5 hours, student 2.0 hours" in card, "both stages of each"
-    assert "at 13 x 13 pixels, with 50 % of" in card and "with 60 % left out" in card
-    assert "24.5 epochs in all" in card and "`distill_weight` 0.25" in card
+    assert (
+        "24.5 epochs in all: 20 epochs at 13 x 13 pixels, 50 % of the patches left out of each step; 4.5 epochs" in card
+    )
+    assert "60 % of the patches left out of each step, 30 % of the pictures two photos in one" in card
+    assert "`distill_weight` 0.25" in card
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
     assert "$" not in card.split("```bash")[0] and "@" not in card

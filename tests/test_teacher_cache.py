@@ -19,14 +19,14 @@ def make_teacher(seed: int = 0) -> Teacher:
     return Teacher(CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=16, patch_size=8, **sizes)))
 
 
-def make_dataset(num_rows: int = 11, seed: int = 5, crop_scale: float = 0.4) -> CaptionDataset:
+def make_dataset(num_rows: int = 11, seed: int = 5, crop_scale: float = 0.4, mixup: float = 0.0) -> CaptionDataset:
     rows = []
     for index in range(num_rows):
         picture = draw_picture(index)
         row = {"pixels": picture.tobytes(), "height": 29, "width": 37, "captions": CAPTIONS, "image_id": str(index)}
         rows.append({**row, "reason": ""})
     decoded = Dataset.from_list(rows, features=DECODED_FEATURES).remove_columns("reason")
-    return CaptionDataset(decoded, 24, Augmentation(crop_scale, True, 0.2), 2, seed)
+    return CaptionDataset(decoded, 24, Augmentation(crop_scale, True, 0.2, mixup), 2, seed)
 
 
 @pytest.fixture
@@ -66,11 +66,14 @@ def test_another_precision_of_the_teachers_own_is_another_cache(build, tmp_path)
     assert len(list((tmp_path / "cache").iterdir())) == 2
 
 
-def test_the_cache_holds_what_the_teacher_says_of_just_the_students_crop(build, collator):
-    teacher, dataset = make_teacher(), make_dataset()
+@pytest.mark.parametrize("mixup", [0.0, 0.5])
+def test_the_cache_holds_what_the_teacher_says_of_just_the_students_picture(build, collator, mixup):
+    teacher, dataset = make_teacher(), make_dataset(mixup=mixup)
     dataset.teacher_cache = build(teacher, dataset)
     keys = [(epoch, random.Random(epoch).randrange(11)) for epoch in range(9)]
-    batch = collator([dataset[key] for key in keys])
+    samples = [dataset[key] for key in keys]
+    assert any("mixed" in sample for sample in samples) == (mixup > 0)
+    batch = collator(samples)
     torch.testing.assert_close(batch["teacher_embeds"], teacher(batch["pixel_values"]), atol=1e-6, rtol=0)
 
 
@@ -148,6 +151,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(build, tmp_path):
         {"dataset": lambda: make_dataset(seed=6)},
         {"dataset": lambda: make_dataset(crop_scale=0.5)},
         {"dataset": lambda: make_dataset(num_rows=10)},
+        {"dataset": lambda: make_dataset(mixup=0.5)},
     ],
 )
 def test_what_shapes_an_embedding_is_part_of_the_key(build, other, tmp_path):

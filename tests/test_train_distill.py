@@ -83,7 +83,8 @@ def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dead_in_step", "more"), [(4, []), (6, []), (4, ["--ema_decay", "0.9"]), (4, ["--optimizer", "muon"])]
+    ("dead_in_step", "more"),
+    [(4, []), (6, []), (4, ["--ema_decay", "0.9"]), (4, ["--optimizer", "muon"]), (4, ["--mixup", "0.9"])],
 )
 def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monkeypatch, dead_in_step, more):
     flags = [*flags, *more]
@@ -331,6 +332,10 @@ def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
         (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], ["--overwrite_output_dir", "--resume"]),
         (["--hub_model_id", "me/it"], ["--hub_model_id", "--push_to_hub"]),
         (["--caption_column", "text"], ["--caption_column", "--dataset_name"]),
+        (["--mixup", "1"], ["--mixup", "[0, 1)"]),
+        (["--mixup", "0.5", "--distill_weight", "0"], ["--mixup", "--distill_weight 0"]),
+        (["--mixup", "0.5", "--streaming", "--dataset_name", "x"], ["--mixup", "--streaming"]),
+        (["--mixup", "0.5", "--objective", "scst", "--model_name_or_path", "m"], ["--mixup", "--objective scst"]),
         (["--teacher_feature", "cls"], ["--teacher_feature", "pooled"]),
     ],
 )

@@ -388,11 +388,13 @@ class Augmentation:
         crop_scale: smallest share of the photo's area that a random crop keeps (1.0: the whole centre square).
         horizontal_flip: mirror half of the photos, except where the captions say left or right.
         color_jitter: largest relative change of brightness, contrast and each channel's gain.
+        mixup: share of the samples whose picture is mixed with another photo's, and which lose their captions.
     """
 
     crop_scale: float = 1.0
     horizontal_flip: bool = False
     color_jitter: float = 0.0
+    mixup: float = 0.0
 
     def crop_box(self, width: int, height: int, rng: random.Random) -> tuple[float, float, float, float]:
         """(left, top, right, bottom) in pixels; aspect ratios from 3:4 to 4:3 as in Inception (Szegedy et al. 2015)."""
@@ -442,21 +444,13 @@ def make_sample(
 
     Returns:
         dict of `pixels` (image_size, image_size, 3) uint8 tensor, `gain` and `shift` (3 floats), `captions` (those
-        drawn), `references` (all), `image_id`.
+        drawn), `references` (all), `image_id`. A mixed picture's has `mixed` beside them.
     """
     captions = list(row["captions"])
     if captions_per_image is not None:
         caption_rng.shuffle(captions)
         captions = [captions[i % len(captions)] for i in range(captions_per_image)]
-    image = picture_of(row)
-    box = augmentation.crop_box(row["width"], row["height"], picture_rng)
-    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
-    # All captions, not those drawn: a picture must not depend on what is said of it this time.
-    mirrored = picture_rng.random() < 0.5 and not any(map(SIDE_WORDS.search, row["captions"]))
-    if augmentation.horizontal_flip and mirrored:
-        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    gain, shift = augmentation.color_gain_and_shift(picture_rng)
-    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image_size, image_size, 3)
+    pixels, gain, shift = vary_picture(row, image_size, augmentation, picture_rng)
     return {
         "pixels": pixels,
         "gain": gain,
@@ -467,6 +461,22 @@ def make_sample(
     }
 
 
+def vary_picture(
+    row: dict, image_size: int, augmentation: Augmentation, picture_rng: random.Random
+) -> tuple[torch.Tensor, list[float], list[float]]:
+    """One decoded row's picture, varied: `pixels`, `gain` and `shift` of `make_sample`."""
+    image = picture_of(row)
+    box = augmentation.crop_box(row["width"], row["height"], picture_rng)
+    image = image.resize((image_size, image_size), Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+    # All captions, not those drawn: a picture must not depend on what is said of it this time.
+    mirrored = picture_rng.random() < 0.5 and not any(map(SIDE_WORDS.search, row["captions"]))
+    if augmentation.horizontal_flip and mirrored:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    gain, shift = augmentation.color_gain_and_shift(picture_rng)
+    pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image_size, image_size, 3)
+    return pixels, gain, shift
+
+
 def sample_rng(seed: int, epoch: int, index: int | str) -> random.Random:
     """The randomness of one row in one epoch, the same in whatever worker or process it is drawn."""
     return random.Random(f"{seed}/{epoch}/{index}")
@@ -475,6 +485,11 @@ def sample_rng(seed: int, epoch: int, index: int | str) -> random.Random:
 def sample_rngs(seed: int, view: int, epoch: int, index: int | str) -> tuple[random.Random, random.Random]:
     """What a row's picture follows from in a view, and what its captions follow from in an epoch."""
     return random.Random(f"picture/{seed}/{view}/{index}"), sample_rng(seed, epoch, index)
+
+
+def mixing_rng(seed: int, view: int, index: int) -> random.Random:
+    """What follows from it: whether a row's picture is mixed in a view, with which other row's, and how much of it."""
+    return random.Random(f"mixup/{seed}/{view}/{index}")
 
 
 class CaptionDataset(Dataset):
@@ -519,9 +534,23 @@ class CaptionDataset(Dataset):
         view = epoch if self.teacher_cache is None else epoch % self.teacher_cache.num_views
         rngs = sample_rngs(self.seed, view, epoch, index)
         sample = make_sample(self.rows[index], self.image_size, self.augmentation, self.captions_per_image, *rngs)
+        if self.augmentation.mixup > 0:
+            self._mix(sample, mixing_rng(self.seed, view, index))
         if self.teacher_cache is not None:
             sample["teacher_embeds"] = self.teacher_cache(view, index)
         return sample
+
+    def _mix(self, sample: dict, rng: random.Random) -> None:
+        """Lays another photo's crop over a share of the samples, as thick as mixup (Zhang et al., 2018,
+        https://arxiv.org/abs/1710.09412, with alpha = 1). No caption says what is seen then: only the teacher does, who
+        is asked about the mixture as about any picture (Beyer et al., 2022, https://arxiv.org/abs/2106.05237).
+        """
+        if rng.random() >= self.augmentation.mixup:
+            return
+        other, _, _ = vary_picture(self.rows[rng.randrange(len(self))], self.image_size, self.augmentation, rng)
+        # The photo's own share is the larger one; the other photo's turn comes with its own index.
+        mixed = torch.lerp(sample["pixels"].float(), other.float(), rng.uniform(0.0, 0.5))
+        sample.update(pixels=mixed.round_().to(torch.uint8), mixed=True)
 
 
 class EpochBatchSampler(Sampler):
@@ -702,8 +731,8 @@ class CaptionCollator:
 
     Returns (from a call on B samples with K captions each):
         dict of `pixel_values` (B, 3, H, W) float32; `labels` (B * K, T) int64, the captions of a photo side by side,
-        each ended by the end token and filled up with -100; `references`, B lists of all captions of a photo;
-        `image_ids`, B strings; `teacher_embeds` (B, embed_dim) where the samples carry them.
+        each ended by the end token and filled up with -100, those of a mixed picture wholly; `references`, B lists of
+        all captions of a photo; `image_ids`, B strings; `teacher_embeds` (B, embed_dim) where the samples carry them.
     """
 
     def __init__(self, tokenizer, max_caption_length: int, image_mean: list[float], image_std: list[float]):
@@ -726,6 +755,8 @@ class CaptionCollator:
         labels = torch.full((len(encoded), max(map(len, encoded))), -100)
         for row, ids in enumerate(encoded):
             labels[row, : len(ids)] = torch.tensor(ids)
+        mixed = [sample.get("mixed", False) for sample in samples for _ in sample["captions"]]
+        labels[torch.tensor(mixed)] = -100
         batch = {
             "pixel_values": pixel_values,
             "labels": labels,

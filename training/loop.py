@@ -141,7 +141,8 @@ def steps_of(
             missing = length - len(window)
             window += [send_to_device(blank(), accelerator.device)] * missing
             photos, tokens = photos + [0] * missing, tokens + [0] * missing
-        num_photos, num_tokens = int(everyone[:, 1].sum()), int(everyone[:, 2].sum())
+        # A step of mixed pictures alone has no captions.
+        num_photos, num_tokens = int(everyone[:, 1].sum()), max(1, int(everyone[:, 2].sum()))
         yield Step(
             batches=window,
             photo_shares=[count * accelerator.num_processes / num_photos for count in photos],

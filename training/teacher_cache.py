@@ -41,6 +41,10 @@ def teacher_recipe(
     for name, value in sorted(teacher.vision_model.state_dict().items()):
         weights.update(name.encode())
         weights.update(value.cpu().contiguous().numpy().tobytes())
+    augmentation = vars(dataset.augmentation).copy()
+    if not augmentation["mixup"]:
+        # Pictures that aren't mixed are those of before there was a choice.
+        del augmentation["mixup"]
     return {
         "version": CACHE_VERSION,
         "shard_size": SHARD_SIZE,
@@ -51,7 +55,7 @@ def teacher_recipe(
         "image_mean": collator.image_mean.tolist(),
         "image_std": collator.image_std.tolist(),
         "image_size": dataset.image_size,
-        "augmentation": vars(dataset.augmentation),
+        "augmentation": augmentation,
         "seed": dataset.seed,
         "num_rows": len(dataset),
         "dataset": dataset_fingerprint,
