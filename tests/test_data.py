@@ -313,6 +313,12 @@ def test_a_stream_gives_the_same_pictures_and_skips_bad_rows():
     assert all(torch.equal(streamed[mapped[i]["image_id"]], mapped[i]["pixels"]) for i in range(12) if i != 2)
 
 
+def test_a_stream_refuses_to_mix_photos():
+    rows = rows_of(3).to_iterable_dataset()
+    with pytest.raises(ValueError, match="mixup: expected 0 for a stream"):
+        StreamingCaptionDataset(rows, resolve_columns(rows), 24, SkippedRows(), "train", Augmentation(mixup=0.5))
+
+
 def test_two_processes_share_a_stream_without_overlap():
     rows = rows_of(12)
     shares = []

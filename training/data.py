@@ -629,6 +629,9 @@ class StreamingCaptionDataset(IterableDataset):
         process_index, num_processes: which share of the stream is this process's.
         shuffle_block: rows that are read and shuffled together; 0 keeps the order.
         Others: as in `CaptionDataset`.
+
+    Raises:
+        ValueError: the augmentation mixes photos.
     """
 
     # Before this many rows, one bad row may well be more than the tolerated share.
@@ -648,6 +651,8 @@ class StreamingCaptionDataset(IterableDataset):
         num_processes: int = 1,
         shuffle_block: int = 1000,
     ):
+        if augmentation is not None and augmentation.mixup > 0:
+            raise ValueError(f"mixup: expected 0 for a stream, which holds no other photo, got {augmentation.mixup}")
         if isinstance((dataset.features or {}).get(columns.image), datasets.Image):
             dataset = dataset.cast_column(columns.image, datasets.Image(decode=False))
         if shuffle_block:
