@@ -199,6 +199,12 @@ def build_parser() -> argparse.ArgumentParser:
     add_output_arguments(parser, output_dir="outputs/tinycap")
     parser.add_argument("--num_beams", type=int, default=3, help="beams of validation and of the saved model")
     parser.add_argument(
+        "--length_penalty",
+        type=float,
+        default=1.0,
+        help="above 0 favours longer captions of a beam search, in validation and of the saved model; below 1, less so",
+    )
+    parser.add_argument(
         "--load_best_model_at_end", action=FLAG, default=False, help="save the best validation's weights, not the last"
     )
     parser.add_argument("--metric_for_best_model", default="cider", help="figure of a validation to go by")
@@ -280,6 +286,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--metric_for_best_model: needs --load_best_model_at_end",
     )
     refuse(args.num_beams < 1, f"--num_beams: expected a positive number, got {args.num_beams}")
+    refuse(
+        args.num_beams == 1 and args.length_penalty != parser.get_default("length_penalty"),
+        "--length_penalty: needs --num_beams of at least 2, captions to choose from",
+    )
     refuse(not args.distill_weight >= 0, f"--distill_weight: expected at least 0, got {args.distill_weight}")
     for name in ("dropout", "vision_dropout", "patch_dropout", "mixup", "label_smoothing", "ema_decay"):
         value = getattr(args, name)
@@ -827,7 +837,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     fit_config(args, config, tokenizer, teacher)
     set_seed(args.seed)
     model = build_model(args, config)
-    model.generation_config = create_generation_config(tokenizer, args.max_caption_length, args.num_beams)
+    model.generation_config = create_generation_config(
+        tokenizer, args.max_caption_length, args.num_beams, args.length_penalty
+    )
     num_parameters = model.num_parameters()
 
     collator = CaptionCollator(

@@ -25,13 +25,15 @@ from tinycap.training.repository import create_image_processor, save_repository
 
 def test_a_run_leaves_a_complete_repository_and_its_reports(flags, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    metrics = train_distill.main([*flags, "--evaluation_steps", "4", "--report_to", "tensorboard"])
+    more = ["--evaluation_steps", "4", "--report_to", "tensorboard", "--length_penalty", "0.75"]
+    metrics = train_distill.main([*flags, *more])
     monkeypatch.chdir(tmp_path)
     captioner = pipeline("image-to-text", model=str(out), trust_remote_code=True)
     assert captioner(draw_picture(3))[0]["generated_text"] is not None
     assert captioner.model.config.text_config.vocab_size == len(captioner.tokenizer)
     assert captioner.model.config.vision_config.projection_dim == 18
-    assert captioner.model.generation_config.num_beams == 2
+    decoding = captioner.model.generation_config
+    assert (decoding.num_beams, decoding.length_penalty) == (2, 0.75)
 
     assert json.loads((out / "eval_results.json").read_text()) == metrics
     for name in ("cider", "bleu_4", "caption_loss", "cosine_distance", "constant_cosine_distance", "recall_at_1"):
@@ -332,6 +334,7 @@ def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
         (["--overwrite_output_dir", "--resume_from_checkpoint", "latest"], ["--overwrite_output_dir", "--resume"]),
         (["--hub_model_id", "me/it"], ["--hub_model_id", "--push_to_hub"]),
         (["--caption_column", "text"], ["--caption_column", "--dataset_name"]),
+        (["--length_penalty", "0.5", "--num_beams", "1"], ["--length_penalty", "--num_beams"]),
         (["--mixup", "1"], ["--mixup", "[0, 1)"]),
         (["--mixup", "0.5", "--distill_weight", "0"], ["--mixup", "--distill_weight 0"]),
         (["--mixup", "0.5", "--streaming", "--dataset_name", "x"], ["--mixup", "--streaming"]),

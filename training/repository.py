@@ -27,9 +27,11 @@ def create_image_processor(
 
 
 def create_generation_config(
-    tokenizer: PreTrainedTokenizerFast, max_new_tokens: int, num_beams: int = 1
+    tokenizer: PreTrainedTokenizerFast, max_new_tokens: int, num_beams: int = 1, length_penalty: float = 1.0
 ) -> GenerationConfig:
-    """How the saved model captions when a caller says nothing: up to `max_new_tokens`, with `num_beams`."""
+    """How the saved model captions when a caller says nothing: up to `max_new_tokens`, with `num_beams`, whose
+    captions are compared by log-probability / length ** `length_penalty`.
+    """
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -37,6 +39,8 @@ def create_generation_config(
         decoder_start_token_id=tokenizer.bos_token_id,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
+        # With one beam nothing is compared, and transformers refuses to save a setting that nothing heeds.
+        **({"length_penalty": length_penalty} if num_beams > 1 and length_penalty != 1.0 else {}),
     )
 
 
