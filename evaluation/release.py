@@ -217,7 +217,7 @@ def fill_card(args: argparse.Namespace) -> str:
         "megabytes": f"{(Path(args.model_name_or_path) / 'model.safetensors').stat().st_size / 1e6:.1f}",
         "vocabulary": f"{model.config.text_config.vocab_size:,}",
         "num_images": f"{evaluation['num_images']:,}",
-        "num_beams": evaluation["decoding"]["num_beams"],
+        **{name: evaluation["decoding"][name] for name in ("num_beams", "length_penalty")},
         "table": score_table(evaluation),
         "vocabulary_used": f"{evaluation['vocabulary_used']:.1f}",
         "constant_caption": evaluation["baselines"]["constant"]["caption"],

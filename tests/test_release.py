@@ -51,7 +51,7 @@ def folders(repository, tmp_path, monkeypatch):
         **SCORES,
         "vocabulary_used": 4.25,
         "num_images": 1000,
-        "decoding": {"num_beams": 3},
+        "decoding": {"num_beams": 3, "length_penalty": 0.8},
         "fidelity": FIDELITY,
         "baselines": {
             name: {**SCORES, "cider": cider, "caption": "A dog runs.", "chosen_from": "training captions"}
@@ -120,6 +120,7 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     card = (root / "model_card.md").read_text()
     assert "value: 21.46" in card and "| **TinyCap** | 21.5 | 50.0 | 12.0 | 40.0 | 321 |" in card
     assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
+    assert "beam search with 3 beams, length penalty 0.8" in card
     assert "teacher 1.5 hours, student 2.0 hours" in card, "both stages of each"
     assert (
         "24.5 epochs in all: 20 epochs at 13 x 13 pixels, 50 % of the patches left out of each step; 4.5 epochs" in card
