@@ -202,7 +202,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--length_penalty",
         type=float,
         default=1.0,
-        help="above 0 favours longer captions of a beam search, in validation and of the saved model; below 1, less so",
+        help="a beam search compares captions by log-probability / length ** this: above 0, it favours longer ones",
     )
     parser.add_argument(
         "--load_best_model_at_end", action=FLAG, default=False, help="save the best validation's weights, not the last"

@@ -1,7 +1,8 @@
 """Puts a trained model at the repository's root, and its figures into `model_card.md`.
 
     python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
-        --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher --earlier_stages outputs/flickr8k-112px \\
+        --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher \\
+        --earlier_stages outputs/flickr8k-112px outputs/flickr8k-112px-mixed \\
         --agreement outputs/tokenizer_agreement --latency outputs/caption_latency
 
 The card is `docs/model_card_template.md`, filled: no figure in it is written by hand. Its front matter, which the Hub
@@ -206,6 +207,8 @@ def fill_card(args: argparse.Namespace) -> str:
     for name in ("fidelity", "baselines"):
         if name not in evaluation:
             raise ValueError(f"{args.evaluation}: expected an evaluation with {name}, got {sorted(evaluation)}")
+    # A generation config that doesn't name it leaves it to transformers' default.
+    length_penalty = evaluation["decoding"]["length_penalty"]
     failures = read_json(Path(args.evaluation) / "failures.json")
     captions = read_captions(Path(args.evaluation) / "captions.jsonl")
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
@@ -217,7 +220,8 @@ def fill_card(args: argparse.Namespace) -> str:
         "megabytes": f"{(Path(args.model_name_or_path) / 'model.safetensors').stat().st_size / 1e6:.1f}",
         "vocabulary": f"{model.config.text_config.vocab_size:,}",
         "num_images": f"{evaluation['num_images']:,}",
-        **{name: evaluation["decoding"][name] for name in ("num_beams", "length_penalty")},
+        "num_beams": evaluation["decoding"]["num_beams"],
+        "length_penalty": 1.0 if length_penalty is None else length_penalty,
         "table": score_table(evaluation),
         "vocabulary_used": f"{evaluation['vocabulary_used']:.1f}",
         "constant_caption": evaluation["baselines"]["constant"]["caption"],

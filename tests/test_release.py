@@ -134,6 +134,14 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
 
 
+def test_a_length_penalty_that_no_config_names_is_the_default(folders):
+    path = folders / "evaluation" / "eval_results.json"
+    evaluation = json.loads(path.read_text())
+    path.write_text(json.dumps({**evaluation, "decoding": {"num_beams": 3, "length_penalty": None}}))
+    release.main(flags(folders))
+    assert "beam search with 3 beams, length penalty 1.0" in (folders / "root" / "model_card.md").read_text()
+
+
 def test_the_card_shows_what_is_wrong_with_evidence(folders):
     release.main(flags(folders))
     card = (folders / "root" / "model_card.md").read_text()
