@@ -128,7 +128,10 @@ def build_parser() -> argparse.ArgumentParser:
         "--config_name", help="folder or JSON file of a TinyCapConfig; the seed architecture if not given"
     )
     model.add_argument(
-        "--memory", choices=MEMORIES, help="what the decoder attends to; as the config says if not given"
+        "--memory",
+        choices=MEMORIES,
+        help="what the decoder attends to; as the config says if not given. Other than a checkpoint's: its projection "
+        "begins anew",
     )
     model.add_argument("--image_size", type=int, help="side of the pictures in pixels; as the config says if not given")
     model.add_argument("--tokenizer_name", help="a pretrained tokenizer; one is trained on the captions if not given")
@@ -483,17 +486,18 @@ def read_config(args: argparse.Namespace) -> TinyCapConfig:
     # The scenes' own configuration leaves its widths to the teacher and the tokenizer, a user's doesn't.
     fixed = args.model_name_or_path is not None or args.config_name is not None
     args.given = {
+        "memory": values.get("memory", MEMORIES[0]),
+        "memory_scale": values.get("memory_scale"),
         "vocab_size": text.get("vocab_size") if fixed else None,
         "projection_dim": vision.get("projection_dim") if fixed else None,
         "image_size": vision.get("image_size"),
     }
     if args.image_size is not None:
         vision["image_size"] = args.image_size
-    if args.memory is not None:
-        if args.model_name_or_path is not None and values["memory"] != args.memory:
-            raise ValueError(
-                f"--memory: expected {values['memory']!r}, that of {args.model_name_or_path}, got {args.memory!r}"
-            )
+    if args.memory is not None and args.memory != args.given["memory"]:
+        if args.model_name_or_path is not None:
+            # That of the other memory.
+            values["memory_scale"] = None
         values["memory"] = args.memory
     vision.update(hidden_dropout_prob=args.vision_dropout, patch_dropout=args.patch_dropout)
     text.update(hidden_dropout_prob=args.dropout)
@@ -551,6 +555,18 @@ def change_image_size(model: TinyCapForConditionalGeneration, image_size: int) -
         config.image_size = image_size
 
 
+def change_memory(model: TinyCapForConditionalGeneration, memory: str) -> TinyCapForConditionalGeneration:
+    """A trained model whose decoder attends to another memory, of another width: its projection begins anew."""
+    if model.config.memory == memory:
+        return model
+    config = copy.deepcopy(model.config)
+    config.memory, config.memory_scale = memory, None
+    changed = TinyCapForConditionalGeneration(config)
+    kept = {name: value for name, value in model.state_dict().items() if "memory_projection" not in name}
+    changed.load_state_dict(kept, strict=False)
+    return changed
+
+
 def enable_gradient_checkpointing(model: TinyCapForConditionalGeneration) -> None:
     """Computes the layers' activations again in the backward pass instead of keeping them."""
     # Renamed in transformers 5.24.
@@ -565,6 +581,7 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
     else:
         saved = copy.deepcopy(config)
         saved.vision_config.image_size = args.given["image_size"]
+        saved.memory, saved.memory_scale = args.given["memory"], args.given["memory_scale"]
         model, report = TinyCapForConditionalGeneration.from_pretrained(
             args.model_name_or_path, config=saved, dtype=torch.float32, output_loading_info=True
         )
@@ -576,6 +593,7 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
                 f"--model_name_or_path {args.model_name_or_path}: weights don't fit its config: {problems}"
             )
         change_image_size(model, config.vision_config.image_size)
+        model = change_memory(model, config.memory)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model

@@ -260,6 +260,29 @@ def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(f
     assert list(captioner.image_processor.image_mean) == [0.4] * 3, "the checkpoint's own"
 
 
+def test_a_checkpoint_goes_on_with_another_memory_and_all_weights_but_its_projection(flags, tmp_path, tokenizer):
+    repository = tmp_path / "repository"
+    model = tiny_repository_model(tokenizer)
+    # A scale of the memory that it leaves.
+    model.config.memory_scale = 2.5
+    save_repository(repository, model, tokenizer, create_image_processor(24))
+    drop = ("--config_name", "--vocab_size", "--teacher_name_or_path")
+    without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
+    train_distill.main(
+        [
+            *(*without, "--model_name_or_path", str(repository), "--distill_weight", "0"),
+            *("--memory", "patches", "--learning_rate", "1e-12", "--weight_decay", "0"),
+        ]
+    )
+    before, after = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
+    name = "decoder.memory_projection.weight"
+    assert before[name].shape == (16, 14) and after[name].shape == (16, 12), "of the tokens' width now"
+    assert all(torch.allclose(before[key], after[key], atol=1e-5) for key in before if "memory_projection" not in key)
+    captioner = pipeline("image-to-text", model=str(tmp_path / "out"), trust_remote_code=True)
+    assert captioner.model.config.memory == "patches" and captioner.model.config.memory_scale is None
+    assert captioner(draw_picture(3))
+
+
 def test_a_stream_trains_as_well(flags, tmp_path):
     train_distill.main([*flags, "--streaming", "--max_train_steps", "4"])
     assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == [1, 2, 3, 4]
