@@ -2,7 +2,7 @@
 
     python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
         --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher \\
-        --earlier_stages outputs/flickr8k-112px outputs/flickr8k-112px-mixed \\
+        --earlier_stages outputs/flickr8k-112px outputs/flickr8k-112px-mixed outputs/flickr8k-224px \\
         --agreement outputs/tokenizer_agreement --latency outputs/caption_latency
 
 The card is `docs/model_card_template.md`, filled: no figure in it is written by hand. Its front matter, which the Hub
@@ -28,6 +28,7 @@ from tinycap.evaluation.__main__ import main as run_evaluation
 from tinycap.evaluation.failures import FAILURES
 from tinycap.evaluation.reports import plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.training.soup import SOUP_FILE
 
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -52,7 +53,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m tinycap.evaluation.release", description=__doc__.split("\n\n")[0], allow_abbrev=False
     )
-    parser.add_argument("--model_name_or_path", required=True, help="output folder of train_distill.py")
+    parser.add_argument(
+        "--model_name_or_path", required=True, help="output folder of train_distill.py or of tinycap.training.soup"
+    )
     parser.add_argument(
         "--evaluation",
         required=True,
@@ -154,6 +157,21 @@ def describe_stage(folder: str | Path) -> str:
     return ", ".join(words)
 
 
+def last_stages(folder: str | Path) -> list[Path]:
+    """The runs that the model in `folder` comes from: those that it is a soup of, or its own."""
+    if (Path(folder) / SOUP_FILE).is_file():
+        return [Path(run) for run in read_json(Path(folder) / SOUP_FILE)["models"]]
+    return [Path(folder)]
+
+
+def describe_stages(earlier: list[str], last: list[Path]) -> str:
+    """All stages of a training in words; several last ones are the runs of a soup."""
+    words = "; ".join(map(describe_stage, [*earlier, *last]))
+    if len(last) > 1:
+        words += f". Each of the last {len(last)} goes on from the one before all of them; the weights are their mean"
+    return words
+
+
 def read_captions(path: Path) -> list[dict]:
     """The captioned photos of a `captions.jsonl`; a run without `--failures` is an error."""
     try:
@@ -212,7 +230,8 @@ def fill_card(args: argparse.Namespace) -> str:
     failures = read_json(Path(args.evaluation) / "failures.json")
     captions = read_captions(Path(args.evaluation) / "captions.jsonl")
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
-    stages = [*args.earlier_stages, args.model_name_or_path]
+    last = last_stages(args.model_name_or_path)
+    stages = [*args.earlier_stages, *last]
     trained = [read_json(Path(stage) / "train_args.json") for stage in stages]
     figures = {
         "parameters": f"{model.num_parameters():,}",
@@ -240,7 +259,7 @@ def fill_card(args: argparse.Namespace) -> str:
         "student_hours": f"{sum(map(hours_of, stages)):.1f}",
         "num_epochs": f"{sum(arguments['num_train_epochs'] for arguments in trained):g}",
         **{name: f"{trained[-1][name]:g}" for name in ("distill_weight", "label_smoothing")},
-        "stage_list": "; ".join(map(describe_stage, stages)),
+        "stage_list": describe_stages(args.earlier_stages, last),
         "date": datetime.date.today().isoformat(),
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
@@ -275,7 +294,7 @@ def split_front_matter(text: str) -> tuple[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Runs the evaluation that the card quotes, with the teacher's feature that the student learnt."""
-    train_args = read_json(Path(args.model_name_or_path) / "train_args.json")
+    train_args = read_json(last_stages(args.model_name_or_path)[-1] / "train_args.json")
     run_evaluation(
         [
             *("--model_name_or_path", args.model_name_or_path, "--dataset_name", args.dataset_name),
@@ -303,7 +322,7 @@ def main(argv: list[str] | None = None) -> None:
     # The Hub reads what a repository is from the head of its README.
     readme = ROOT / "README.md"
     readme.write_text(with_front_matter(readme.read_text(encoding="utf-8"), card), encoding="utf-8")
-    stages = [*args.earlier_stages, args.model_name_or_path]
+    stages = [*args.earlier_stages, *last_stages(args.model_name_or_path)]
     plot_curves([Path(stage) / "metrics.jsonl" for stage in stages], ROOT / "docs" / "curves.png")
     # A palette: the noise among the pictures would take hundreds of kilobytes in full colour.
     with Image.open(Path(args.evaluation) / "unlike_photos.png") as sheet:

@@ -134,6 +134,22 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
 
 
+def test_the_card_of_a_soup_names_the_runs_that_it_is_the_mean_of(folders):
+    other = folders / "other"
+    other.mkdir()
+    for name in ("config.json", "metrics.jsonl", "train_args.json"):
+        shutil.copy(folders / "model" / name, other / name)
+    shutil.copytree(folders / "model", folders / "run")
+    for name in ("metrics.jsonl", "train_args.json"):
+        (folders / "model" / name).unlink()
+    (folders / "model" / "soup.json").write_text(json.dumps({"models": [str(folders / "run"), str(other)]}))
+    release.main(flags(folders))
+    card = (folders / "root" / "model_card.md").read_text()
+    assert "29 epochs in all: 20 epochs" in card and card.count("4.5 epochs at 24 x 24 pixels") == 2
+    assert "Each of the last 2 goes on from the one before all of them; the weights are their mean" in card
+    assert "student 2.5 hours" in card and "`distill_weight` 0.25" in card
+
+
 def test_a_length_penalty_that_no_config_names_is_the_default(folders):
     path = folders / "evaluation" / "eval_results.json"
     evaluation = json.loads(path.read_text())
