@@ -218,6 +218,10 @@ class TinyCapConfig(PretrainedConfig):
             `sqrt(projection_dim)` with `memory="embedding"`, since a unit-norm vector of 768 has entries near 0.036
             and would enter the decoder some 28 times too quietly, and for 1 with `memory="patches"`, whose tokens
             come out of a layer norm.
+        memory_noise (`float`, default 0.0): length of the random vector that is added to the embedding, of length 1, in
+            each training step before the decoder sees it (as CapDec's, Nukrai et al., 2022,
+            https://arxiv.org/abs/2211.00575): photos that the student hasn't seen get embeddings that are less right
+            than those of its training photos; no effect in eval mode. With `memory="embedding"` only.
         distill_weight (`float`, default 1.0): weight of the distillation loss in the total.
         label_smoothing (`float`, default 0.0): label smoothing of the caption loss.
         initializer_range (`float`, default 0.02): standard deviation of the initial weights outside both parts.
@@ -238,6 +242,7 @@ class TinyCapConfig(PretrainedConfig):
         text_config=None,
         memory="embedding",
         memory_scale=None,
+        memory_noise=0.0,
         distill_weight=1.0,
         label_smoothing=0.0,
         initializer_range=0.02,
@@ -252,6 +257,7 @@ class TinyCapConfig(PretrainedConfig):
         self.text_config = self._as_config(text_config, TinyCapTextConfig)
         self.memory = memory
         self.memory_scale = memory_scale
+        self.memory_noise = memory_noise
         self.distill_weight = distill_weight
         self.label_smoothing = label_smoothing
         self.initializer_range = initializer_range
@@ -260,8 +266,10 @@ class TinyCapConfig(PretrainedConfig):
             raise ValueError(f"TinyCapConfig.memory: expected one of {', '.join(MEMORIES)}, got {memory!r}")
         if memory_scale is not None:
             _check_numbers(self, ("memory_scale",), positive=True)
-        _check_numbers(self, ("distill_weight", "initializer_range"))
+        _check_numbers(self, ("memory_noise", "distill_weight", "initializer_range"))
         _check_shares(self, ("label_smoothing",))
+        if memory == "patches" and memory_noise > 0:
+            raise ValueError(f"TinyCapConfig.memory_noise: expected 0 with memory='patches', got {memory_noise!r}")
 
         # One truth: ids given here are written into the text config, and read from there otherwise.
         ids = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}

@@ -880,6 +880,11 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             image_embeds = F.normalize(hidden_states[:, 0].float(), dim=-1).to(hidden_states.dtype)
         return image_embeds.unsqueeze(1), image_embeds
 
+    def add_noise(self, memory: torch.Tensor) -> torch.Tensor:
+        """Embeddings (N, 1, projection_dim) of unit norm, each moved by `memory_noise` in a random direction."""
+        noise = torch.randn_like(memory, dtype=torch.float32) * memory.shape[-1] ** -0.5
+        return F.normalize(memory.float() + self.config.memory_noise * noise, dim=-1).to(memory.dtype)
+
     def caption_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Mean cross-entropy of `labels` (N, T) given the decoder's `hidden_states` (N, T, hidden_size); 0 where all
         are -100, as of pictures that only a teacher knows.
@@ -1006,6 +1011,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             raise ValueError(f"expected K captions for each of {memory.shape[0]} images, got {num_captions} captions")
         if num_captions != memory.shape[0]:
             memory = memory.repeat_interleave(num_captions // memory.shape[0], dim=0)
+        if self.training and config.memory_noise > 0:
+            memory = self.add_noise(memory)
 
         decoder_outputs = self.decoder(
             input_ids=decoder_input_ids,

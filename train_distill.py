@@ -139,6 +139,18 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--dropout", type=float, default=0.1, help="dropout of the decoder's embeddings and sublayers")
     model.add_argument("--vision_dropout", type=float, default=0.0, help="dropout of the student's sublayers")
     model.add_argument(
+        "--memory_noise",
+        type=float,
+        default=0.0,
+        help="length of the noise that training adds to the embedding (of length 1) before the decoder sees it",
+    )
+    model.add_argument(
+        "--freeze_vision_model", action=FLAG, default=False, help="train the decoder alone: the student stays as it is"
+    )
+    model.add_argument(
+        "--reset_decoder", action=FLAG, default=False, help="begin with the checkpoint's student and a new decoder"
+    )
+    model.add_argument(
         "--patch_dropout", type=float, default=0.0, help="share of an image's patches left out of a training step"
     )
 
@@ -266,6 +278,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.model_name_or_path is not None and args.tokenizer_name is not None,
         "--tokenizer_name: contradicts --model_name_or_path, which brings its own tokenizer",
     )
+    for name in ("freeze_vision_model", "reset_decoder"):
+        refuse(
+            getattr(args, name) and args.model_name_or_path is None,
+            f"--{name}: needs --model_name_or_path, a student that is worth keeping",
+        )
+    refuse(
+        args.freeze_vision_model and args.distill_weight > 0,
+        f"--distill_weight: expected 0 with --freeze_vision_model, which leaves a teacher nothing to teach, "
+        f"got {args.distill_weight}",
+    )
+    for name in ("vision_dropout", "patch_dropout"):
+        refuse(
+            args.freeze_vision_model and getattr(args, name) > 0,
+            f"--{name}: contradicts --freeze_vision_model: the decoder learns from what the student will show it",
+        )
+    refuse(
+        args.objective == "scst" and args.reset_decoder,
+        "--reset_decoder: contradicts --objective scst, which goes on from captions that are worth comparing",
+    )
+    refuse(not args.memory_noise >= 0, f"--memory_noise: expected at least 0, got {args.memory_noise}")
     refuse(
         args.objective == "scst" and args.model_name_or_path is None,
         "--objective scst: needs --model_name_or_path, a model whose captions are worth comparing",
@@ -501,7 +533,10 @@ def read_config(args: argparse.Namespace) -> TinyCapConfig:
         values["memory"] = args.memory
     vision.update(hidden_dropout_prob=args.vision_dropout, patch_dropout=args.patch_dropout)
     text.update(hidden_dropout_prob=args.dropout)
-    values.update(distill_weight=args.distill_weight, label_smoothing=args.label_smoothing)
+    values.update(memory_noise=args.memory_noise, label_smoothing=args.label_smoothing)
+    if not args.freeze_vision_model:
+        # A student that stays keeps the weight that it was taught with.
+        values.update(distill_weight=args.distill_weight)
     return TinyCapConfig(**values)
 
 
@@ -594,6 +629,12 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
             )
         change_image_size(model, config.vision_config.image_size)
         model = change_memory(model, config.memory)
+        if args.reset_decoder:
+            new = TinyCapForConditionalGeneration(model.config)
+            model.decoder.load_state_dict(new.decoder.state_dict())
+            model.lm_head.load_state_dict(new.lm_head.state_dict())
+        if args.freeze_vision_model:
+            model.vision_model.requires_grad_(False)
     if args.gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model

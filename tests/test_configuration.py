@@ -60,6 +60,8 @@ def test_ids_given_at_the_top_reach_the_text_config():
         ({"memory_scale": 0}, ["memory_scale", "0"]),
         ({"distill_weight": -1}, ["distill_weight", "-1"]),
         ({"label_smoothing": 1.0}, ["label_smoothing", "1.0"]),
+        ({"memory_noise": -0.5}, ["memory_noise", "at least 0", "-0.5"]),
+        ({"memory": "patches", "memory_noise": 0.5}, ["memory_noise", "patches", "0.5"]),
     ],
 )
 def test_a_size_that_makes_no_sense_is_an_error_that_names_it(changes, words):

@@ -368,6 +368,26 @@ def test_the_loss_without_logits_equals_the_loss_with_them(pixel_values, labels,
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
+def test_memory_noise_moves_what_the_decoder_sees_in_training_only(pixel_values, labels):
+    noisy, plain = tiny_model(memory_noise=0.75), tiny_model()
+    calls = {"pixel_values": pixel_values, "labels": labels}
+    assert torch.equal(noisy(**calls).logits, plain(**calls).logits)
+    torch.manual_seed(0)
+    first, second = (noisy.train()(**calls) for _ in range(2))
+    assert not torch.equal(first.logits, second.logits), "another noise each time"
+    assert torch.equal(first.image_embeds, second.image_embeds), "which the teacher never sees"
+
+
+def test_memory_noise_has_the_length_that_the_config_says():
+    model = tiny_model(memory_noise=0.75, vision_config={"projection_dim": 1001})
+    memory = F.normalize(torch.randn(50, 1, 1001, generator=torch.Generator().manual_seed(0)), dim=-1)
+    moved = model.add_noise(memory)
+    torch.testing.assert_close(moved.norm(dim=-1), torch.ones(50, 1))
+    # At right angles to the embedding, as any random direction of so many dimensions.
+    cosines = (moved * memory).sum(dim=-1)
+    assert cosines.mean().item() == pytest.approx((1 + 0.75**2) ** -0.5, abs=0.02) and cosines.std() > 0
+
+
 def test_label_smoothing_counts_in_training_only(pixel_values, labels):
     smooth, plain = tiny_model(label_smoothing=0.2), tiny_model()
     torch.testing.assert_close(smooth(pixel_values, labels=labels).loss, plain(pixel_values, labels=labels).loss)

@@ -260,6 +260,29 @@ def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(f
     assert list(captioner.image_processor.image_mean) == [0.4] * 3, "the checkpoint's own"
 
 
+def test_a_new_decoder_is_trained_beside_a_student_that_stays(flags, tmp_path, tokenizer):
+    repository = tmp_path / "repository"
+    save_repository(repository, tiny_repository_model(tokenizer), tokenizer, create_image_processor(24))
+    drop = ("--config_name", "--vocab_size", "--teacher_name_or_path")
+    without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
+    kept = [*without, "--model_name_or_path", str(repository), "--distill_weight", "0", "--freeze_vision_model"]
+    train_distill.main([*kept, "--reset_decoder", "--memory_noise", "0.7", "--learning_rate", "1e-12"])
+    before, after = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
+    for name in before:
+        assert torch.equal(before[name], after[name]) == name.startswith("vision_model."), name
+    new = after["decoder.embed_tokens.weight"]
+    assert new.std() == pytest.approx(0.3, rel=0.2), "as the config has it, and not what was trained"
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["memory_noise"] == 0.7 and config["distill_weight"] == 1.0, "the weight it was taught with"
+
+    train_distill.main([*kept, "--output_dir", str(tmp_path / "more"), "--learning_rate", "1e-2"])
+    further = load_file(tmp_path / "more" / "model.safetensors")
+    for name in before:
+        if name.startswith("vision_model."):
+            assert torch.equal(before[name], further[name]), name
+    assert not torch.equal(before["decoder.embed_tokens.weight"], further["decoder.embed_tokens.weight"])
+
+
 def test_a_checkpoint_goes_on_with_another_memory_and_all_weights_but_its_projection(flags, tmp_path, tokenizer):
     repository = tmp_path / "repository"
     model = tiny_repository_model(tokenizer)

@@ -29,7 +29,7 @@ SOUP_FILE = "soup.json"
 # Of a config, what runs may differ in: it says how they were trained, not what they compute.
 TRAINING_FIELDS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "patch_dropout"),
-    *("distill_weight", "label_smoothing", "initializer_range"),
+    *("distill_weight", "label_smoothing", "memory_noise", "initializer_range"),
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"),
 )
 
