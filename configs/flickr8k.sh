@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Trains the released captioner from scratch: its teacher, the student on small pictures, on small pictures of two photos in
-# one, at full size. About three hours on two CPU cores (docs/experiments.md).
+# one, at full size; then the decoder alone. A little over three hours on two CPU cores (docs/experiments.md).
 #
 # From the repository's root, where the package is installed:
 #
@@ -44,4 +44,7 @@ stage flickr8k-teacher accelerate launch --mixed_precision bf16 train_teacher.py
 stage flickr8k-112px "${student[@]}" --config_file configs/flickr8k-112px.yaml
 stage flickr8k-112px-mixed "${student[@]}" --config_file configs/flickr8k-112px-mixed.yaml \
     --model_name_or_path "$out/flickr8k-112px"
-stage flickr8k "${student[@]}" --config_file configs/flickr8k-224px.yaml --model_name_or_path "$out/flickr8k-112px-mixed"
+stage flickr8k-224px "${student[@]}" --config_file configs/flickr8k-224px.yaml \
+    --model_name_or_path "$out/flickr8k-112px-mixed"
+stage flickr8k accelerate launch train_distill.py --config_file configs/flickr8k-decoder.yaml \
+    --model_name_or_path "$out/flickr8k-224px"

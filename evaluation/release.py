@@ -150,10 +150,15 @@ def describe_stage(folder: str | Path) -> str:
     arguments = read_json(Path(folder) / "train_args.json")
     side = read_json(Path(folder) / "config.json")["vision_config"]["image_size"]
     words = [f"{arguments['num_train_epochs']:g} epochs at {side} x {side} pixels"]
-    words.append(f"{100 * arguments['patch_dropout']:.0f} % of the patches left out of each step")
-    # Runs of before there was the choice don't say that they mixed nothing.
+    # Runs of before there was a choice don't say that they did nothing of the kind.
+    if arguments.get("freeze_vision_model"):
+        words.append(f"of the decoder alone{', begun anew' if arguments['reset_decoder'] else ''}")
+    else:
+        words.append(f"{100 * arguments['patch_dropout']:.0f} % of the patches left out of each step")
     if mixup := arguments.get("mixup"):
         words.append(f"{100 * mixup:.0f} % of the pictures two photos in one, which no caption describes")
+    if noise := arguments.get("memory_noise"):
+        words.append(f"noise of length {noise:g} on the embeddings that the decoder sees")
     return ", ".join(words)
 
 
@@ -162,6 +167,19 @@ def last_stages(folder: str | Path) -> list[Path]:
     if (Path(folder) / SOUP_FILE).is_file():
         return [Path(run) for run in read_json(Path(folder) / SOUP_FILE)["models"]]
     return [Path(folder)]
+
+
+def teaching(stages: list[str | Path]) -> dict:
+    """The arguments of the last stage that had a teacher.
+
+    Raises:
+        ValueError: none of them had one.
+    """
+    for stage in reversed(stages):
+        arguments = read_json(Path(stage) / "train_args.json")
+        if arguments["distill_weight"] > 0:
+            return arguments
+    raise ValueError(f"{', '.join(map(str, stages))}: expected a run with a teacher, got --distill_weight 0 only")
 
 
 def describe_stages(earlier: list[str], last: list[Path]) -> str:
@@ -258,7 +276,8 @@ def fill_card(args: argparse.Namespace) -> str:
         "teacher_hours": f"{sum(map(hours_of, [*args.earlier_teachers, args.teacher])):.1f}",
         "student_hours": f"{sum(map(hours_of, stages)):.1f}",
         "num_epochs": f"{sum(arguments['num_train_epochs'] for arguments in trained):g}",
-        **{name: f"{trained[-1][name]:g}" for name in ("distill_weight", "label_smoothing")},
+        "distill_weight": f"{teaching(stages)['distill_weight']:g}",
+        "label_smoothing": f"{trained[-1]['label_smoothing']:g}",
         "stage_list": describe_stages(args.earlier_stages, last),
         "date": datetime.date.today().isoformat(),
         "transformers": transformers.__version__,
@@ -294,7 +313,7 @@ def split_front_matter(text: str) -> tuple[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Runs the evaluation that the card quotes, with the teacher's feature that the student learnt."""
-    train_args = read_json(last_stages(args.model_name_or_path)[-1] / "train_args.json")
+    train_args = teaching([*args.earlier_stages, *last_stages(args.model_name_or_path)])
     run_evaluation(
         [
             *("--model_name_or_path", args.model_name_or_path, "--dataset_name", args.dataset_name),

@@ -84,7 +84,7 @@ def test_a_contradiction_between_file_and_flags_is_found(config_file, capsys):
     assert "--tokenizer_name: contradicts --model_name_or_path" in message
 
 
-def test_the_whole_recipe_is_four_stages_that_a_second_run_does_not_repeat(tmp_path):
+def test_the_whole_recipe_is_five_stages_that_a_second_run_does_not_repeat(tmp_path):
     """The real script, with a stand-in for what it launches."""
     log, out = tmp_path / "log.jsonl", tmp_path / "out"
     stub = f"""#!{sys.executable}
@@ -103,20 +103,45 @@ open({str(log)!r}, "a").write(json.dumps(sys.argv[1:]) + "\\n")
     for _ in range(2):
         subprocess.run(command, cwd=ROOT, env=environment, check=True)
     launched = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(launched) == 4, "each stage once"
+    assert len(launched) == 5, "each stage once"
     flags = [
         [word.replace("configs/", f"{ROOT}/configs/") for word in words[1:]]
         for words in (
             words[words.index(script) :]
-            for words, script in zip(launched, ("train_teacher.py", *["train_distill.py"] * 3))
+            for words, script in zip(launched, ("train_teacher.py", *["train_distill.py"] * 4))
         )
     ]
     train_teacher.parse_args(flags[0])
     stages = [train_distill.parse_args(words) for words in flags[1:]]
-    assert [args.image_size for args in stages] == [112, 112, 224]
-    assert [args.mixup for args in stages] == [0, 0.5, 0.5]
+    assert [args.image_size for args in stages] == [112, 112, 224, 224]
+    assert [args.mixup for args in stages] == [0, 0.5, 0.5, 0]
     assert all(args.optimizer == "muon" and args.dataset_name == "photos" for args in stages), "the files are read"
+    assert [args.freeze_vision_model for args in stages] == [False, False, False, True]
     assert [args.model_name_or_path for args in stages[1:]] == [args.output_dir for args in stages[:-1]]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--freeze_vision_model", "--distill_weight", "0"], "--freeze_vision_model: needs --model_name_or_path"),
+        (["--reset_decoder", "--distill_weight", "0"], "--reset_decoder: needs --model_name_or_path"),
+        (
+            ["--model_name_or_path", "m", "--freeze_vision_model"],
+            "--distill_weight: expected 0 with --freeze_vision_model",
+        ),
+        (
+            ["--model_name_or_path", "m", "--freeze_vision_model", "--distill_weight", "0", "--patch_dropout", "0.5"],
+            "--patch_dropout: contradicts --freeze_vision_model",
+        ),
+        (
+            ["--model_name_or_path", "m", "--reset_decoder", "--distill_weight", "0", "--objective", "scst"],
+            "--reset_decoder: contradicts --objective scst",
+        ),
+        (["--memory_noise", "-1"], "--memory_noise: expected at least 0, got -1"),
+    ],
+)
+def test_a_decoder_alone_needs_a_student_and_no_teacher(flags, words, capsys):
+    assert words in refused(flags, capsys)
 
 
 def test_the_reference_recipe_is_what_was_published():

@@ -150,6 +150,20 @@ def test_the_card_of_a_soup_names_the_runs_that_it_is_the_mean_of(folders):
     assert "student 2.5 hours" in card and "`distill_weight` 0.25" in card
 
 
+def test_a_last_stage_of_the_decoder_alone_leaves_the_teaching_to_an_earlier_one(folders):
+    path = folders / "model" / "train_args.json"
+    alone = {"distill_weight": 0.0, "freeze_vision_model": True, "reset_decoder": True, "memory_noise": 0.8}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **alone, "teacher_feature": "other"}))
+    release.main(flags(folders))
+    card = (folders / "root" / "model_card.md").read_text()
+    assert "; 4.5 epochs at 24 x 24 pixels, of the decoder alone, begun anew, 30 % of" in card
+    assert "noise of length 0.8 on the embeddings that the decoder sees" in card
+    assert "`distill_weight` 1." in card, "that of the first stage"
+    assert release.teaching([folders / "first", folders / "model"])["teacher_feature"] == "pooled"
+    with pytest.raises(ValueError, match="expected a run with a teacher"):
+        release.teaching([folders / "model"])
+
+
 def test_a_length_penalty_that_no_config_names_is_the_default(folders):
     path = folders / "evaluation" / "eval_results.json"
     evaluation = json.loads(path.read_text())
