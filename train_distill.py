@@ -610,7 +610,7 @@ def enable_gradient_checkpointing(model: TinyCapForConditionalGeneration) -> Non
 
 
 def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForConditionalGeneration:
-    """A new model with fresh weights, or the one to continue from."""
+    """A new model with fresh weights, or the one to continue from, as far as the flags keep it."""
     if args.model_name_or_path is None:
         model = TinyCapForConditionalGeneration(config)
     else:
