@@ -266,12 +266,15 @@ def test_a_new_decoder_is_trained_beside_a_student_that_stays(flags, tmp_path, t
     drop = ("--config_name", "--vocab_size", "--teacher_name_or_path")
     without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
     kept = [*without, "--model_name_or_path", str(repository), "--distill_weight", "0", "--freeze_vision_model"]
+    kept += ["--patch_dropout", "0"]
     train_distill.main([*kept, "--reset_decoder", "--memory_noise", "0.7", "--learning_rate", "1e-12"])
     before, after = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
     for name in before:
-        assert torch.equal(before[name], after[name]) == name.startswith("vision_model."), name
+        # Norms begin as those of the repository's model do.
+        if "norm" not in name:
+            assert torch.equal(before[name], after[name]) == name.startswith("vision_model."), name
     new = after["decoder.embed_tokens.weight"]
-    assert new.std() == pytest.approx(0.3, rel=0.2), "as the config has it, and not what was trained"
+    assert new.std() == pytest.approx(0.02, rel=0.2), "as the config has it, where the trained one's is 0.3"
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["memory_noise"] == 0.7 and config["distill_weight"] == 1.0, "the weight it was taught with"
 
