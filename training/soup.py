@@ -12,7 +12,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from torch import nn
 from torch.optim.swa_utils import AveragedModel
 from transformers import AutoImageProcessor, CLIPImageProcessor, GenerationConfig, PreTrainedTokenizerFast
 
@@ -76,7 +75,9 @@ def load_model(
     return model, load_tokenizer(name_or_path), processor
 
 
-def average(models: list[str]) -> tuple[nn.Module, PreTrainedTokenizerFast, CLIPImageProcessor]:
+def average(
+    models: list[str],
+) -> tuple[TinyCapForConditionalGeneration, PreTrainedTokenizerFast, CLIPImageProcessor]:
     """The mean of the models' weights, in float32; the rest is the first one's, its generation config included.
 
     Args:
