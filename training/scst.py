@@ -32,8 +32,10 @@ def self_critical_loss(logits: torch.Tensor, labels: torch.Tensor, advantage: to
     Args:
         logits: (N, T, vocab_size); labels: (N, T), -100 is ignored; advantage: (N,).
     """
-    losses = F.cross_entropy(logits.float().transpose(1, 2), labels, reduction="none")
-    return (losses * advantage[:, None]).sum() / (labels != -100).sum()
+    # Half of the samples' positions lie behind their ends: the head's rows of logits are long.
+    rows = labels != -100
+    losses = F.cross_entropy(logits[rows].float(), labels[rows], reduction="none")
+    return (losses * advantage.repeat_interleave(rows.sum(dim=1))).mean()
 
 
 class SelfCriticalObjective:
@@ -86,8 +88,12 @@ class SelfCriticalObjective:
         ended = (labels == self.tokenizer.eos_token_id).any(dim=1).tolist()
         rewards = self.reward(captions, references, ended).to(labels.device)
         advantage = self_critical_advantage(rewards.view(-1, self.num_samples)).flatten()
+        # Not as labels, of which the model would work out a loss that nobody asks for.
         output = model(
-            pixel_values=batch["pixel_values"], labels=labels, teacher_embeds=teacher_embeds, use_cache=False
+            pixel_values=batch["pixel_values"],
+            decoder_input_ids=sequences[:, :-1],
+            teacher_embeds=teacher_embeds,
+            use_cache=False,
         )
         losses = {"scst_loss": self_critical_loss(output.logits, labels, advantage)}
         loss = losses["scst_loss"]
