@@ -159,6 +159,8 @@ def describe_stage(folder: str | Path) -> str:
         words.append(f"{100 * mixup:.0f} % of the pictures two photos in one, which no caption describes")
     if noise := arguments.get("memory_noise"):
         words.append(f"noise of length {noise:g} on the embeddings that the decoder sees")
+    if arguments.get("objective") == "scst":
+        words.append(f"by the CIDEr of {arguments['scst_samples']} sampled captions a photo in place of cross-entropy")
     return ", ".join(words)
 
 
@@ -167,6 +169,14 @@ def last_stages(folder: str | Path) -> list[Path]:
     if (Path(folder) / SOUP_FILE).is_file():
         return [Path(run) for run in read_json(Path(folder) / SOUP_FILE)["models"]]
     return [Path(folder)]
+
+
+def all_stages(earlier: list[str], model: str | Path) -> list[Path]:
+    """Every run that the model in folder `model` comes from, once each: the `earlier` ones, then those of `last_stages`
+    that aren't among them."""
+    stages = [Path(stage) for stage in earlier]
+    known = {stage.resolve() for stage in stages}
+    return stages + [stage for stage in last_stages(model) if stage.resolve() not in known]
 
 
 def teaching(stages: list[str | Path]) -> dict:
@@ -182,12 +192,23 @@ def teaching(stages: list[str | Path]) -> dict:
     raise ValueError(f"{', '.join(map(str, stages))}: expected a run with a teacher, got --distill_weight 0 only")
 
 
-def describe_stages(earlier: list[str], last: list[Path]) -> str:
-    """All stages of a training in words; several last ones are the runs of a soup."""
-    words = "; ".join(map(describe_stage, [*earlier, *last]))
-    if len(last) > 1:
-        words += f". Each of the last {len(last)} goes on from the one before all of them; the weights are their mean"
-    return words
+def describe_stages(earlier: list[str], model: str | Path) -> str:
+    """All stages of a training in words, and of which of them a soup is the mean.
+
+    Raises:
+        ValueError: a soup has stages in it before one that it doesn't have.
+    """
+    stages, last = all_stages(earlier, model), last_stages(model)
+    words = "; ".join(map(describe_stage, stages))
+    if len(last) == 1:
+        return words
+    if {stage.resolve() for stage in last} != {stage.resolve() for stage in stages[-len(last) :]}:
+        raise ValueError(
+            f"--earlier_stages: expected those that are in the soup behind all others, got {', '.join(earlier)}"
+        )
+    if (branches := len(stages) - len(earlier)) > 1:
+        words += f". Each of the last {branches} goes on from the one before all of them"
+    return words + f". The weights are the mean of the last {len(last)} stages'"
 
 
 def read_captions(path: Path) -> list[dict]:
@@ -248,9 +269,10 @@ def fill_card(args: argparse.Namespace) -> str:
     failures = read_json(Path(args.evaluation) / "failures.json")
     captions = read_captions(Path(args.evaluation) / "captions.jsonl")
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
-    last = last_stages(args.model_name_or_path)
-    stages = [*args.earlier_stages, *last]
+    stages = all_stages(args.earlier_stages, args.model_name_or_path)
     trained = [read_json(Path(stage) / "train_args.json") for stage in stages]
+    # A reward has no labels to smooth.
+    smoothing = [run["label_smoothing"] for run in trained if run.get("objective") != "scst"]
     figures = {
         "parameters": f"{model.num_parameters():,}",
         "student_parameters": f"{model.vision_model.num_parameters():,}",
@@ -277,8 +299,8 @@ def fill_card(args: argparse.Namespace) -> str:
         "student_hours": f"{sum(map(hours_of, stages)):.1f}",
         "num_epochs": f"{sum(arguments['num_train_epochs'] for arguments in trained):g}",
         "distill_weight": f"{teaching(stages)['distill_weight']:g}",
-        "label_smoothing": f"{trained[-1]['label_smoothing']:g}",
-        "stage_list": describe_stages(args.earlier_stages, last),
+        "label_smoothing": f"{smoothing[-1]:g}",
+        "stage_list": describe_stages(args.earlier_stages, args.model_name_or_path),
         "date": datetime.date.today().isoformat(),
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
@@ -313,7 +335,7 @@ def split_front_matter(text: str) -> tuple[str, str]:
 
 def evaluate(args: argparse.Namespace) -> None:
     """Runs the evaluation that the card quotes, with the teacher's feature that the student learnt."""
-    train_args = teaching([*args.earlier_stages, *last_stages(args.model_name_or_path)])
+    train_args = teaching(all_stages(args.earlier_stages, args.model_name_or_path))
     run_evaluation(
         [
             *("--model_name_or_path", args.model_name_or_path, "--dataset_name", args.dataset_name),
@@ -341,7 +363,7 @@ def main(argv: list[str] | None = None) -> None:
     # The Hub reads what a repository is from the head of its README.
     readme = ROOT / "README.md"
     readme.write_text(with_front_matter(readme.read_text(encoding="utf-8"), card), encoding="utf-8")
-    stages = [*args.earlier_stages, *last_stages(args.model_name_or_path)]
+    stages = all_stages(args.earlier_stages, args.model_name_or_path)
     plot_curves([Path(stage) / "metrics.jsonl" for stage in stages], ROOT / "docs" / "curves.png")
     # A palette: the noise among the pictures would take hundreds of kilobytes in full colour.
     with Image.open(Path(args.evaluation) / "unlike_photos.png") as sheet:

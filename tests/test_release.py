@@ -146,8 +146,23 @@ def test_the_card_of_a_soup_names_the_runs_that_it_is_the_mean_of(folders):
     release.main(flags(folders))
     card = (folders / "root" / "model_card.md").read_text()
     assert "29 epochs in all: 20 epochs" in card and card.count("4.5 epochs at 24 x 24 pixels") == 2
-    assert "Each of the last 2 goes on from the one before all of them; the weights are their mean" in card
+    assert "Each of the last 2 goes on from the one before all of them" in card
+    assert "The weights are the mean of the last 2 stages'." in card
     assert "student 2.5 hours" in card and "`distill_weight` 0.25" in card
+
+
+def test_the_card_of_a_soup_with_an_earlier_stage_counts_that_stage_once(folders):
+    shutil.copytree(folders / "model", folders / "run")
+    (folders / "model" / "soup.json").write_text(
+        json.dumps({"models": [str(folders / "run"), str(folders / "first" / ".." / "first")]})
+    )
+    release.main(flags(folders))
+    card = (folders / "root" / "model_card.md").read_text()
+    assert "24.5 epochs in all: 20 epochs" in card and "student 2.0 hours" in card
+    assert "goes on from" not in card and "The weights are the mean of the last 2 stages'." in card
+    second = ["--earlier_stages", str(folders / "first"), str(folders / "model")]
+    with pytest.raises(ValueError, match="--earlier_stages: expected those that are in the soup behind all others"):
+        release.main([*flags(folders), *second])
 
 
 def test_a_last_stage_of_the_decoder_alone_leaves_the_teaching_to_an_earlier_one(folders):
@@ -256,3 +271,13 @@ def test_an_evaluation_without_baselines_is_an_error(folders):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="expected an evaluation with baselines"):
         release.main(flags(folders))
+
+
+def test_a_stage_by_reward_is_called_one_and_leaves_the_smoothing_to_an_earlier_one(folders):
+    path = folders / "model" / "train_args.json"
+    rewarded = {"objective": "scst", "scst_samples": 7, "label_smoothing": 0.0}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **rewarded}))
+    release.main(flags(folders))
+    card = (folders / "root" / "model_card.md").read_text()
+    assert "by the CIDEr of 7 sampled captions a photo in place of cross-entropy" in card
+    assert "label smoothing 0.1" in card, "that of the first stage"
