@@ -13,6 +13,7 @@ PICTURE, TEXT_HEIGHT, DPI = 2.3, 0.95, 110
 # Losses differ in size: each of these prefixes gets a panel of its own.
 PANELS = (
     ("loss", "loss"),
+    ("reward", "CIDEr of the samples / 100"),
     ("cider", "validation CIDEr"),
     ("accuracy", "validation accuracy"),
     ("rate", "learning rate"),

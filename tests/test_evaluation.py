@@ -200,6 +200,10 @@ def test_curves_are_drawn_from_the_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     plot_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 800, "three panels"
+    with open(tmp_path / "metrics.jsonl", "a") as log:
+        log.write('{"step": 31, "epoch": 1, "reward": 0.2}\n')
+    plot_curves(tmp_path / "metrics.jsonl", tmp_path / "rewarded.png")
+    assert Image.open(tmp_path / "rewarded.png").width > 1.2 * Image.open(tmp_path / "curves.png").width, "a fourth"
     (tmp_path / "empty.jsonl").write_text("")
     with pytest.raises(ValueError, match="expected rows"):
         plot_curves(tmp_path / "empty.jsonl", tmp_path / "curves.png")
