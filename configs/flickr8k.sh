@@ -53,6 +53,5 @@ stage flickr8k-cider accelerate launch train_distill.py --config_file configs/fl
     --model_name_or_path "$out/flickr8k-decoder"
 # The weights halfway between the last two stages caption better than either.
 if [[ ! -f $out/flickr8k/soup.json ]]; then
-    python -m tinycap.training.soup --models "$out/flickr8k-cider" "$out/flickr8k-decoder" --output_dir "$out/flickr8k" \
-        --overwrite_output_dir
+    python -m tinycap.training.soup --models "$out/flickr8k-cider" "$out/flickr8k-decoder" --output_dir "$out/flickr8k"
 fi

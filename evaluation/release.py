@@ -196,7 +196,7 @@ def describe_stages(earlier: list[str], model: str | Path) -> str:
     """All stages of a training in words, and of which of them a soup is the mean.
 
     Raises:
-        ValueError: a soup has stages in it before one that it doesn't have.
+        ValueError: the soup's stages aren't the last of all.
     """
     stages, last = all_stages(earlier, model), last_stages(model)
     words = "; ".join(map(describe_stage, stages))
