@@ -101,7 +101,7 @@ def test_eight_processes_load_a_repository_and_decode_a_data_set_at_once_with_co
     home = tmp_path / "home"
     assert not home.exists()
     script = Path(__file__).with_name("cold_start.py")
-    root = str(Path(tinycap.__file__).resolve().parent)
+    root = str(tinycap.REPOSITORY)
     done = subprocess.run(
         [sys.executable, script, repository, tmp_path / "photos", home],
         capture_output=True,

@@ -11,6 +11,7 @@ from datasets import Dataset, Image
 from tiny import draw_picture, png_bytes
 from transformers import GenerationConfig, pipeline
 
+import tinycap
 from tinycap.confidence_tinycap import ConfidenceCalibration
 from tinycap.evaluation import confidence
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
@@ -272,7 +273,7 @@ def test_log_probabilities_of_a_data_set_stay_with_their_captions(repository, ca
 
 
 def test_the_released_calibration_is_of_the_released_weights():
-    root = confidence.Path(confidence.__file__).resolve().parents[1]
+    root = tinycap.REPOSITORY
     stored = json.loads((root / "confidence.json").read_text())
     assert stored["weights_sha256"] == confidence.weights_sha256(root), (
         "python -m tinycap.evaluation.confidence --model_name_or_path . calibrates the new weights"

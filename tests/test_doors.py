@@ -151,16 +151,14 @@ def test_the_weights_may_be_read_by_others(repository):
 
 
 def test_saving_over_the_code_itself_is_refused(tokenizer):
-    from tinycap.training import repository as module
     from tinycap.training.repository import create_image_processor, save_repository
 
-    root = Path(module.__file__).resolve().parents[1]
     with pytest.raises(ValueError, match="folder other than the code's own"):
-        save_repository(root, tiny_model(), tokenizer, create_image_processor(24))
+        save_repository(tinycap.REPOSITORY, tiny_model(), tokenizer, create_image_processor(24))
 
 
 def test_the_root_of_the_project_is_such_a_repository(pictures, tmp_path):
-    root = str(Path(tinycap.__file__).resolve().parent)
+    root = str(tinycap.REPOSITORY)
     captioner = pipeline("image-to-text", model=root, **TRUST)
     captions = [entries[0]["generated_text"] for entries in captioner(pictures, batch_size=3)]
     assert all(captions)

@@ -10,6 +10,7 @@ from PIL import Image
 from tiny import CAPTIONS, draw_picture
 from transformers import AutoModel, AutoProcessor
 
+from tinycap import REPOSITORY
 from tinycap.evaluation import caption_metrics
 from tinycap.evaluation.__main__ import main
 from tinycap.evaluation.baselines import baseline_scores, leave_one_out, most_typical_caption
@@ -271,8 +272,6 @@ def test_importing_the_model_does_not_import_the_metrics():
         "import sys, tinycap.modeling_tinycap, tinycap.pipeline_tinycap; "
         "print([m for m in ('pycocoevalcap', 'matplotlib', 'evaluate', 'datasets.load') if m in sys.modules])"
     )
-    from pathlib import Path
-
-    root = Path(caption_metrics.__path__[0]).parents[1]
+    root = REPOSITORY
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip().endswith("[]")

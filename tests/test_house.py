@@ -14,7 +14,7 @@ import tinycap
 from tinycap import train_distill
 
 
-ROOT = Path(tinycap.__file__).resolve().parent
+ROOT = tinycap.REPOSITORY
 MODEL_FILES = (
     *("configuration_tinycap.py", "modeling_tinycap.py", "processing_tinycap.py", "pipeline_tinycap.py"),
     "confidence_tinycap.py",
@@ -132,13 +132,13 @@ def test_the_hub_is_not_asked_where_it_is_said_to_be_offline(tmp_path):
     ],
 )
 def test_arrows_go_one_way(folder, forbidden):
-    for path in (ROOT / folder).rglob("*.py"):
+    for path in (ROOT / "tinycap" / folder).rglob("*.py"):
         assert forbidden not in path.read_text(encoding="utf-8"), path
 
 
 def test_no_file_names_a_path_of_the_machine_it_was_written_on():
     home = str(Path.home())
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.glob("*/*.py"), *ROOT.glob("*.json")]:
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*.md"), *ROOT.rglob("*.py"), *ROOT.glob("*.json")]:
         assert home not in path.read_text(encoding="utf-8"), path
 
 

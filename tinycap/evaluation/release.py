@@ -24,6 +24,7 @@ import torch
 import transformers
 from PIL import Image
 
+from tinycap import REPOSITORY
 from tinycap.evaluation.__main__ import main as run_evaluation
 from tinycap.evaluation.failures import FAILURES
 from tinycap.evaluation.reports import plot_curves
@@ -31,7 +32,7 @@ from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.soup import SOUP_FILE
 
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = REPOSITORY
 # What `from_pretrained` and `pipeline` read; the code is at the root already.
 RELEASED = (
     *("config.json", "generation_config.json", "model.safetensors"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from transformers import CLIPImageProcessor, GenerationConfig, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
+from tinycap import REPOSITORY
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
 
@@ -57,7 +58,7 @@ def save_repository(
     """
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if output_dir.resolve() == Path(__file__).resolve().parents[1]:
+    if output_dir.resolve() == REPOSITORY:
         raise ValueError(f"output_dir: expected a folder other than the code's own, got {output_dir}")
     model.save_pretrained(output_dir)
     save_processors(output_dir, tokenizer, image_processor, PROCESSOR_CLASS)

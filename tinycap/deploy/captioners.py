@@ -11,12 +11,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tinycap import REPOSITORY
 from tinycap.confidence_tinycap import CONFIDENCE_NAME, ConfidenceCalibration
 
 
 BACKENDS = ("torch", "onnx")
 # The folder of this package's own checkpoint: the repository's root in a clone, the package's folder in a wheel.
-RELEASED_MODEL = Path(__file__).resolve().parents[1]
+RELEASED_MODEL = REPOSITORY
 
 
 @dataclass

@@ -1,0 +1,1 @@
+from confidence_tinycap import *

@@ -1,0 +1,1 @@
+from processing_tinycap import *

@@ -1,0 +1,1 @@
+from weights_tinycap import *
