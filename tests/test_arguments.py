@@ -1,13 +1,8 @@
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from tinycap import train_distill, train_teacher
-from tinycap.training import soup
 
 
 ROOT = Path(train_distill.__file__).resolve().parent
@@ -83,50 +78,6 @@ def test_a_file_that_is_not_there_is_an_error_that_names_it(tmp_path, capsys):
 def test_a_contradiction_between_file_and_flags_is_found(config_file, capsys):
     message = refused(["--config_file", config_file("model_name_or_path: m"), "--tokenizer_name", "t"], capsys)
     assert "--tokenizer_name: contradicts --model_name_or_path" in message
-
-
-def test_the_whole_recipe_is_six_stages_and_a_soup_that_a_second_run_does_not_repeat(tmp_path):
-    """The real script, with a stand-in for what it launches."""
-    log, out = tmp_path / "log.jsonl", tmp_path / "out"
-    stub = f"""#!{sys.executable}
-import json, pathlib, sys
-folder = pathlib.Path(sys.argv[sys.argv.index("--output_dir") + 1])
-folder.mkdir(parents=True)
-for name in ("eval_results.json", "soup.json"):
-    (folder / name).write_text("{{}}")
-open({str(log)!r}, "a").write(json.dumps(sys.argv[1:]) + "\\n")
-"""
-    for name in ("accelerate", "python"):
-        (tmp_path / name).write_text(stub)
-        (tmp_path / name).chmod(0o755)
-    (out / "efficientnet_lite0").mkdir(parents=True)
-    (out / "efficientnet_lite0" / "config.json").write_text("{}")
-    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    command = ["bash", "configs/flickr8k.sh", "photos", "encoder", str(out)]
-    for _ in range(2):
-        subprocess.run(command, cwd=ROOT, env=environment, check=True)
-    launched = [json.loads(line) for line in log.read_text().splitlines()]
-    assert len(launched) == 7, "each stage once"
-    assert launched[-1][:2] == ["-m", "tinycap.training.soup"]
-    kitchen = soup.parse_args(launched.pop()[2:])
-    flags = [
-        [word.replace("configs/", f"{ROOT}/configs/") for word in words[1:]]
-        for words in (
-            words[words.index(script) :]
-            for words, script in zip(launched, ("train_teacher.py", *["train_distill.py"] * 5))
-        )
-    ]
-    train_teacher.parse_args(flags[0])
-    stages = [train_distill.parse_args(words) for words in flags[1:]]
-    assert [args.image_size for args in stages] == [112, 112, 224, 224, 224]
-    assert [args.mixup for args in stages] == [0, 0.5, 0.5, 0, 0]
-    assert [args.optimizer for args in stages] == [*["muon"] * 4, "adamw"], "the files are read"
-    assert [args.objective for args in stages] == [*["cross_entropy"] * 4, "scst"]
-    assert all(args.dataset_name == "photos" for args in stages)
-    assert [args.freeze_vision_model for args in stages] == [False, False, False, True, True]
-    assert [args.model_name_or_path for args in stages[1:]] == [args.output_dir for args in stages[:-1]]
-    assert kitchen.models == [stages[-1].output_dir, stages[-2].output_dir], "searched for as the last stage is"
-    assert kitchen.output_dir == str(out / "flickr8k")
 
 
 @pytest.mark.parametrize(

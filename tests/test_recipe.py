@@ -1,0 +1,81 @@
+"""Recipes: several stages by one command."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+from tinycap import REPOSITORY, train_distill, train_teacher
+from tinycap.training import efficientnet_lite, recipe, soup
+
+
+RECIPE = REPOSITORY / "configs" / "flickr8k.yaml"
+VARIABLES = ["dataset=photos", "text_model=encoder"]
+
+
+@pytest.fixture
+def launched(monkeypatch) -> list[list[str]]:
+    """The commands of the stages, each of which leaves its result without being run."""
+    commands = []
+
+    def run(command, check):
+        assert check
+        commands.append(command)
+        folder = Path(command[command.index("--output_dir") + 1])
+        folder.mkdir(parents=True)
+        for name in recipe.RESULTS.values():
+            (folder / name).write_text("{}")
+
+    monkeypatch.setattr(recipe.subprocess, "run", run)
+    return commands
+
+
+def flags_of(command: list[str], run: str) -> list[str]:
+    return command[command.index(run) + 1 :]
+
+
+def test_the_released_recipe_runs_each_stage_once_with_flags_that_parse(launched, tmp_path):
+    for _ in range(2):
+        recipe.main([str(RECIPE), "--output_dir", str(tmp_path), *VARIABLES])
+    assert len(launched) == 8, "a second call repeats nothing"
+    assert all(command[0] == sys.executable for command in launched)
+    assert flags_of(launched[0], efficientnet_lite.__name__) == ["--output_dir", str(tmp_path / "efficientnet_lite0")]
+    teacher = train_teacher.parse_args(flags_of(launched[1], str(REPOSITORY / "train_teacher.py")))
+    assert teacher.image_model_name_or_path == str(tmp_path / "efficientnet_lite0") and teacher.freeze_image_model
+    script = str(REPOSITORY / "train_distill.py")
+    stages = [train_distill.parse_args(flags_of(command, script)) for command in launched[2:7]]
+    assert [args.image_size for args in stages] == [112, 112, 224, 224, 224]
+    assert [args.mixup for args in stages] == [0, 0.5, 0.5, 0, 0]
+    assert [args.optimizer for args in stages] == [*["muon"] * 4, "adamw"]
+    assert [args.objective for args in stages] == [*["cross_entropy"] * 4, "scst"]
+    assert [args.freeze_vision_model for args in stages] == [False, False, False, True, True]
+    assert [args.model_name_or_path for args in stages[1:]] == [args.output_dir for args in stages[:-1]]
+    assert all(args.dataset_name == "photos" for args in stages)
+    mean = soup.parse_args(flags_of(launched[7], soup.__name__))
+    assert mean.models == [stages[-1].output_dir, stages[-2].output_dir]
+    assert mean.output_dir == str(tmp_path / "flickr8k")
+
+
+def test_an_interrupted_stage_goes_on_from_its_newest_checkpoint(launched, tmp_path, monkeypatch):
+    monkeypatch.setattr(recipe, "complete_checkpoints", lambda folder: [folder / "checkpoint-7"])
+    recipe.main([str(RECIPE), "--output_dir", str(tmp_path), *VARIABLES])
+    assert launched[1][-2:] == ["--resume_from_checkpoint", "latest"]
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ("stages: {a: {run: train_distill.py, dataset_name: '{photos}'}}", ["stage a", "no value for 'photos'"]),
+        ("stages: {a: {run: rm}}", ["stage a", "expected one of train_teacher.py", "got rm"]),
+        ("stages: {a: {run: train_distill.py, from: b}}", ["stage a", "expected a stage before it, got b"]),
+        ("learning_rate: 3", ["expected a recipe with `stages`"]),
+        ("stages: [a", ["expected a recipe with `stages`"]),
+    ],
+)
+def test_a_bad_recipe_is_an_error_before_anything_runs(text, words, launched, tmp_path):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        recipe.main([str(path), "--output_dir", str(tmp_path / "out")])
+    assert all(word in str(error.value) for word in [str(path), *words])
+    assert not launched and not (tmp_path / "out").exists()

@@ -1,0 +1,113 @@
+"""Runs the stages of a recipe, one after the other: several trainings that make one captioner.
+
+    python -m tinycap.training.recipe configs/flickr8k.yaml dataset=flickr8k text_model=all-MiniLM-L6-v2
+
+A recipe is a YAML file of `stages`, each with what to `run` (a training script or a module of this package) and its
+flags, and of `defaults`, the flags that all stages of a script share. `from: stage` goes on from another stage's model.
+A stage that has its result is not run again, and one that was interrupted goes on from its newest checkpoint.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tinycap import REPOSITORY
+from tinycap.training.checkpoints import complete_checkpoints
+
+
+# The file that only a finished stage has, by what it runs.
+RESULTS = {
+    "train_teacher.py": "eval_results.json",
+    "train_distill.py": "eval_results.json",
+    "tinycap.training.efficientnet_lite": "config.json",
+    "tinycap.training.soup": "soup.json",
+}
+
+
+def read_stages(path: Path, variables: dict[str, str]) -> dict[str, dict[str, Any]]:
+    """The flags of each stage, by its name, in order; `run` and `from` among them.
+
+    Args:
+        path: the recipe.
+        variables: what `{name}` stands for in its values.
+
+    Raises:
+        ValueError: the file isn't a recipe, or a variable has no value; names the stage.
+    """
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
+        defaults, stages = recipe.get("defaults", {}), recipe["stages"]
+    except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path}: expected a recipe with `stages`: {error!r}") from error
+
+    def fill(name: str, value: Any) -> Any:
+        try:
+            return value.format(**variables) if isinstance(value, str) else value
+        except KeyError as missing:
+            raise ValueError(
+                f"{path}, stage {name}: no value for {missing}; give it as {missing.args[0]}=..."
+            ) from None
+
+    filled = {}
+    for name, stage in stages.items():
+        if stage.get("run") not in RESULTS:
+            raise ValueError(f"{path}, stage {name}: run: expected one of {', '.join(RESULTS)}, got {stage.get('run')}")
+        flags = {**defaults.get(stage["run"], {}), **stage}
+        filled[name] = {
+            flag: [fill(name, item) for item in value] if isinstance(value, list) else fill(name, value)
+            for flag, value in flags.items()
+        }
+        if stage.get("from", name) not in filled:
+            raise ValueError(f"{path}, stage {name}: from: expected a stage before it, got {stage['from']}")
+    return filled
+
+
+def stage_command(stage: dict[str, Any], folder: Path) -> list[str]:
+    """The command line of a stage that writes to `folder`."""
+    flags = {flag: value for flag, value in stage.items() if flag not in ("run", "from")}
+    if "from" in stage:
+        flags["model_name_or_path"] = folder.parent / stage["from"]
+    words = ["--output_dir", str(folder)]
+    for flag, value in flags.items():
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, list) else [value])]
+    if not stage["run"].endswith(".py"):
+        return [sys.executable, "-m", stage["run"], *words]
+    launch = [sys.executable, "-m", "accelerate.commands.launch"]
+    if "mixed_precision" in flags:
+        launch += ["--mixed_precision", flags["mixed_precision"]]
+    start = ["--resume_from_checkpoint", "latest"] if complete_checkpoints(folder) else ["--overwrite_output_dir"]
+    return [*launch, str(REPOSITORY / stage["run"]), *words, *start]
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs every stage that isn't finished.
+
+    Raises:
+        ValueError: the recipe can't be read; nothing has been run then.
+        subprocess.CalledProcessError: a stage failed.
+    """
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("recipe", type=Path, help="YAML file, such as configs/flickr8k.yaml")
+    parser.add_argument("variables", nargs="*", metavar="NAME=VALUE", help="what {NAME} stands for in the recipe")
+    parser.add_argument("--output_dir", type=Path, default=Path("outputs"), help="folder of the stages' folders")
+    args = parser.parse_intermixed_args(argv)
+    variables = dict(variable.partition("=")[::2] for variable in args.variables)
+    stages = read_stages(args.recipe, {"out": str(args.output_dir), **variables})
+    for name, stage in stages.items():
+        folder = args.output_dir / name
+        if not (folder / RESULTS[stage["run"]]).is_file():
+            subprocess.run(stage_command(stage, folder), check=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, subprocess.CalledProcessError) as error:
+        sys.exit(f"recipe: error: {error}")
