@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinycap.evaluation.baselines import baseline_scores
-from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
+from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each, metric_caveats
 from tinycap.evaluation.captioning import Captions, caption_dataset
 from tinycap.evaluation.failures import analyse
 from tinycap.evaluation.fidelity import distillation_fidelity
@@ -241,6 +241,8 @@ def score(args: argparse.Namespace, found: Captions, references: list[list[str]]
         "num_skipped": len(found.skipped),
         **score_captions(found.captions, references, tuple(args.java_metrics)),
     }
+    if caveats := metric_caveats(references):
+        results["caveats"] = caveats
     if found.teacher_embeds is not None:
         results["fidelity"] = distillation_fidelity(found.image_embeds, found.teacher_embeds)
     if args.baselines:

@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+import unicodedata
 
 import datasets
 import evaluate
@@ -36,6 +37,14 @@ REFERENCES = [[CAPTIONS[0], "A dog is running ."], [CAPTIONS[1], "Two people on 
         ("Mr. Smith has 2,000 balls...", "mr. smith has 2,000 balls"),
         ("  ", ""),
         ("cannot", "can not"),
+        ("एक कुत्ता, दौड़ रहा है।", "एक कुत्ता दौड़ रहा है"),
+        ("கருப்பு நாய் ஓடுகிறது.", "கருப்பு நாய் ஓடுகிறது"),
+        ("كَلْبٌ يَجْرِي، هُنَا", "كَلْبٌ يَجْرِي هُنَا"),
+        ("Ein Ba\u0308r mit Hu\u0308ten", "ein bär mit hüten"),
+        ("मार्क्\u200dस", "मार्क्स"),
+        ("一只狗。", "一 只 狗"),
+        ("犬がiPhoneで、遊ぶ", "犬 が iphone で 遊 ぶ"),
+        ("น้ำ", "น้ ำ"),
     ],
 )
 def test_tokens_are_the_penn_treebanks_without_punctuation(text, tokens):
@@ -66,9 +75,32 @@ def test_bleu_1_is_the_share_of_words_that_a_reference_has():
     assert scores["bleu_1"] == pytest.approx(50, abs=1e-3)
 
 
+def test_composed_and_decomposed_captions_score_the_same():
+    captions = [["Ein Bär läuft über grünes Gras", "Ein Bär"], ["Zwei Männer", "Männer stehen"], ["ein Hündchen"]]
+    decomposed = [unicodedata.normalize("NFD", group[0]) for group in captions]
+    assert score_captions(decomposed, captions)["cider"] == score_captions([c[0] for c in captions], captions)["cider"]
+
+
+@pytest.mark.parametrize("captions", [["a dog", "two men walk"], ["a b c d e x y", "f g h i"]])
+def test_bleu_without_a_match_is_zero_and_not_nearly_so(captions):
+    scores = score_captions(captions, [["dog a house e d c b a"], ["walk men two"]])
+    assert scores["bleu_2"] == scores["bleu_3"] == scores["bleu_4"] == 0 < scores["bleu_1"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_cider_that_says_little_is_warned_of_with_the_reason():
+    score_captions(["a dog", "a cat"], [["a dog"], ["a cat"]])
+    with pytest.warns(UserWarning, match="CIDEr of one image is 0"):
+        assert score_captions(["a dog"], [["a dog"]])["cider"] == 0
+    chinese = ["一只狗在草地上奔跑", "两个人走在街上", "一个小孩在读书"]
+    with pytest.warns(UserWarning, match="characters, not words"):
+        found = score_captions(["一只狗奔跑", *chinese[1:]], [[caption] for caption in chinese])
+    assert 100 < found["cider"] < 1000
+
+
 def test_empty_captions_are_scored_as_nothing():
     scores = score_captions(["", "...", ""], REFERENCES)
-    assert scores["bleu_1"] < 1e-3 and scores["cider"] == 0 and scores["mean_length"] < 1
+    assert scores["bleu_1"] == 0 and scores["cider"] == 0 and scores["mean_length"] < 1
 
 
 def test_lists_that_do_not_match_are_an_error():
