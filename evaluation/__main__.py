@@ -19,11 +19,10 @@ import datasets
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinycap.evaluation.baselines import baseline_scores
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each, metric_caveats
-from tinycap.evaluation.captioning import Captions, caption_dataset
+from tinycap.evaluation.captioning import Captions, caption_dataset, load_captioner
 from tinycap.evaluation.failures import analyse
 from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.html_report import explain_pictures, failure_tables, score_table, write_report
@@ -58,15 +57,13 @@ def open_model_and_data(args: argparse.Namespace) -> tuple:
     """The model, its processor, the rows to caption and their `Columns`, as `add_data_arguments`'s flags say.
 
     Raises:
-        ValueError: there is no such split or column; names what there is.
+        ValueError: there is no such split or column, or the model isn't a TinyCap; names what there is.
     """
     dataset = load_split(args.dataset_name, args.split, args.dataset_config_name)
     columns = resolve_columns(dataset, args.image_column, args.caption_column)
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
-    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
-    return model, processor, dataset, columns
+    return *load_captioner(args.model_name_or_path), dataset, columns
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

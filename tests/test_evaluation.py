@@ -1,4 +1,6 @@
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
 import unicodedata
@@ -11,7 +13,7 @@ from PIL import Image
 from tiny import CAPTIONS, draw_picture
 from transformers import AutoModel, AutoProcessor
 
-from tinycap.evaluation import caption_metrics
+from tinycap.evaluation import caption_metrics, confidence
 from tinycap.evaluation.__main__ import main
 from tinycap.evaluation.baselines import baseline_scores, leave_one_out, most_typical_caption
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
@@ -296,6 +298,33 @@ def test_the_command_scores_a_checkpoint_and_leaves_its_reports(tinycap, reposit
     assert Image.open(tmp_path / "out" / "samples.png").width > 300
     with pytest.raises(ValueError, match="--overwrite_output_dir"):
         main([*flags, "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("command", [main, confidence.main])
+def test_evaluation_runs_no_code_of_the_models_repository(command, repository, photos, tmp_path):
+    folder = shutil.copytree(repository, tmp_path / "model")
+    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        content["auto_map"] = {
+            auto: "evil.Evil" for auto in ("AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
+        }
+        content["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+        (folder / name).write_text(json.dumps(content))
+    for path in [*folder.glob("*.py"), folder / "evil.py"]:
+        path.write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    # Captions, or an error; the calibration finds too few of them right.
+    flags = ["--model_name_or_path", str(folder), "--dataset_name", photos, "--output_dir", str(tmp_path / "out")]
+    with contextlib.suppress(ValueError):
+        command(flags)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_evaluation_refuses_a_model_that_is_not_a_tinycap(teacher, photos, tmp_path):
+    flags = ["--dataset_name", photos, "--output_dir", str(tmp_path / "out"), "--model_name_or_path"]
+    with pytest.raises(ValueError, match="expected model_type 'tinycap', got 'clip_vision_model'"):
+        main([*flags, teacher])
+    with pytest.raises(ValueError, match="nowhere"):
+        main([*flags, str(tmp_path / "nowhere"), "--overwrite_output_dir"])
 
 
 def test_importing_the_model_does_not_import_the_metrics():
