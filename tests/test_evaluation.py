@@ -4,6 +4,8 @@ import shutil
 import subprocess
 import sys
 import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import evaluate
@@ -13,7 +15,7 @@ from PIL import Image
 from tiny import CAPTIONS, draw_picture
 from transformers import AutoModel, AutoProcessor
 
-from tinycap.evaluation import caption_metrics, confidence
+from tinycap.evaluation import caption_metrics, confidence, reports
 from tinycap.evaluation.__main__ import main
 from tinycap.evaluation.baselines import baseline_scores, leave_one_out, most_typical_caption
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
@@ -228,6 +230,47 @@ def test_a_contact_sheet_shows_every_picture(tmp_path):
         contact_sheet(pictures, ["one"], tmp_path / "sheet.png")
 
 
+def sheet_fonts(monkeypatch, tmp_path, caption: str, fonts: dict[str, str]) -> list[str]:
+    """The families a contact sheet's caption is drawn with, where just `fonts` are installed: letters by name."""
+    from matplotlib import figure, font_manager
+
+    installed = [font_manager.FontEntry(fname=name, name=name) for name in fonts]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", installed)
+    monkeypatch.setattr(
+        font_manager, "get_font", lambda name: SimpleNamespace(get_charmap=lambda: dict.fromkeys(map(ord, fonts[name])))
+    )
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "text", lambda self, x, y, text, **options: drawn.append(options))
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **options: Path(path).touch())
+    contact_sheet([Image.new("RGB", (30, 20))], [caption], tmp_path / "sheet.png")
+    return drawn[0]["fontfamily"]
+
+
+def test_letters_of_other_scripts_are_drawn_with_a_font_that_has_them(monkeypatch, tmp_path, caplog):
+    fonts = {"Last Resort X": "日本犬", "Noto": "日本", "cmmi10": "犬", "DejaVu Sans": "a dogИ"}
+    assert sheet_fonts(monkeypatch, tmp_path, "a dog", fonts) == ["DejaVu Sans"]
+    assert sheet_fonts(monkeypatch, tmp_path, "日本 dog И", fonts) == ["DejaVu Sans", "Noto"] and not caplog.text
+    assert sheet_fonts(monkeypatch, tmp_path, "日本の犬", fonts) == ["Noto"]
+    assert "no installed font has the letters の犬" in caplog.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_wide_letters_stay_under_their_image(monkeypatch):
+    assert max(map(len, reports._wrap("犬" * 60, 38, max_lines=3).split("\n"))) == 19
+    assert max(map(len, reports._wrap("dog " * 60, 38, max_lines=3).split("\n"))) > 30
+
+
+def test_curves_have_no_panel_without_finite_values(tmp_path):
+    rows = [{"step": step, "loss": 2.0, "grad_rate": float("nan"), "eval_cider": None} for step in range(3)]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_curves(log, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width < 600, "one panel"
+    log.write_text('{"step": 1, "loss": NaN}\n')
+    with pytest.raises(ValueError, match="finite metrics"):
+        plot_curves(log, tmp_path / "curves.png")
+
+
 def test_curves_are_drawn_from_the_log(tmp_path):
     rows = [{"step": step, "loss": 3.0 / step, "learning_rate": 0.1, "epoch": 0} for step in range(1, 30)]
     rows.append({"step": 30, "epoch": 1, "eval_cider": 9.0})
@@ -332,8 +375,6 @@ def test_importing_the_model_does_not_import_the_metrics():
         "import sys, tinycap.modeling_tinycap, tinycap.pipeline_tinycap; "
         "print([m for m in ('pycocoevalcap', 'matplotlib', 'evaluate', 'datasets.load') if m in sys.modules])"
     )
-    from pathlib import Path
-
     root = Path(caption_metrics.__path__[0]).parents[1]
     found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
     assert found.stdout.strip().endswith("[]")
