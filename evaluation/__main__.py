@@ -163,8 +163,18 @@ def main(argv: list[str] | None = None) -> dict:
         write_results(args, evaluated, results, analysis)
         if args.report_photos:
             write_html(args, model, processor, evaluated, results, analysis)
-        print(json.dumps(results, indent=2))
+        print(summary(results, output_dir))
     return results
+
+
+def summary(results: dict, output_dir: Path) -> str:
+    """What the terminal shows at the end: the metrics of model and baselines as a table, and where the rest is."""
+    table = score_table(results)
+    cells = [table["columns"], *(row["cells"] for row in table["rows"])]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*cells)]
+    lines = ["  ".join(f"{str(cell):>{width}}" for cell, width in zip(row, widths)) for row in cells]
+    lines.append(f"{results['num_images']} images, {results['num_skipped']} skipped. All results: {output_dir}")
+    return "\n".join(lines + results.get("caveats", []))
 
 
 @dataclass

@@ -362,6 +362,14 @@ def test_evaluation_runs_no_code_of_the_models_repository(command, repository, p
     assert not (tmp_path / "was_run").exists()
 
 
+def test_evaluation_ends_with_a_short_table(repository, photos, tmp_path, capsys):
+    flags = ["--model_name_or_path", str(repository), "--dataset_name", photos, "--output_dir", str(tmp_path / "out")]
+    results = main([*flags, "--report_photos", "0"])
+    head, model, last = capsys.readouterr().out.splitlines()
+    assert head.split() == ["CIDEr", "BLEU-1", "BLEU-4", "ROUGE-L", "distinct", "captions", "words"]
+    assert f"the model  {results['cider']:5.1f}" in model and last.startswith("6 images, 0 skipped.")
+
+
 def test_evaluation_refuses_a_model_that_is_not_a_tinycap(teacher, photos, tmp_path):
     flags = ["--dataset_name", photos, "--output_dir", str(tmp_path / "out"), "--model_name_or_path"]
     with pytest.raises(ValueError, match="expected model_type 'tinycap', got 'clip_vision_model'"):
