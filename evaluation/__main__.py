@@ -28,7 +28,7 @@ from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.html_report import explain_pictures, failure_tables, score_table, write_report
 from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet
-from tinycap.evaluation.unlike_photos import caption_unlike_photos, draw_unlike_photos, mean_token_probability
+from tinycap.evaluation.unlike_photos import caption_unlike_photos, draw_unlike_photos, mean_caption_probability
 from tinycap.processing_tinycap import load_image
 from tinycap.training.data import Columns, clean_captions, load_split, resolve_columns
 from tinycap.training.logs import write_json, write_text
@@ -263,7 +263,7 @@ def analyse_failures(args: argparse.Namespace, model, processor, evaluated: Eval
     analysis = analyse(found.captions, evaluated.references, evaluated.ciders, args.seed)
     drawn = evaluated.draw(NUM_COMPARED, args.seed)
     pixel_values = processor.image_processor([evaluated.picture(position) for position in drawn], return_tensors="pt")
-    analysis["token_probability"] = mean_token_probability(
+    analysis["token_probability"] = mean_caption_probability(
         model, pixel_values["pixel_values"].to(model.device), [found.tokens[position] for position in drawn]
     )
     analysis["unlike_photos"] = caption_unlike_photos(model, processor, args.seed, **generation)

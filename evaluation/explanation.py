@@ -37,7 +37,7 @@ class TokenProbability:
     alternatives: list[tuple[int, float]]
 
 
-def sureness(tokens: Sequence[TokenProbability]) -> float:
+def mean_token_probability(tokens: Sequence[TokenProbability]) -> float:
     """Geometric mean of the probabilities: how sure the decoder is of what it says."""
     # A probability may be too small for float32.
     return math.exp(sum(math.log(max(token.probability, 1e-30)) for token in tokens) / len(tokens))

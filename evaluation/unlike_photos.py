@@ -8,7 +8,7 @@ from collections.abc import Callable
 from PIL import Image, ImageDraw, ImageFont
 
 from tinycap.evaluation.captioning import caption_dataset
-from tinycap.evaluation.explanation import sureness, token_probabilities
+from tinycap.evaluation.explanation import mean_token_probability, token_probabilities
 from tinycap.evaluation.failures import read_claims
 from tinycap.training.scenes import draw_scene, make_scene
 
@@ -111,9 +111,11 @@ def draw_unlike_photos(seed: int, per_kind: int = PER_KIND) -> dict[str, list[Im
     }
 
 
-def mean_token_probability(model, pixel_values, tokens) -> float:
-    """The `sureness` of all tokens of N captions together."""
-    return sureness([token for caption in token_probabilities(model, pixel_values, tokens) for token in caption])
+def mean_caption_probability(model, pixel_values, tokens) -> float:
+    """The `mean_token_probability` of all tokens of N captions together."""
+    return mean_token_probability(
+        [token for caption in token_probabilities(model, pixel_values, tokens) for token in caption]
+    )
 
 
 def caption_unlike_photos(model, processor, seed: int, **generate_kwargs) -> list[dict]:
@@ -139,7 +141,7 @@ def caption_unlike_photos(model, processor, seed: int, **generate_kwargs) -> lis
                 "commonest": commonest,
                 "share": 100 * number / len(pictures),
                 "names_person_or_dog": 100 * sum(map(bool, named)) / len(pictures),
-                "token_probability": mean_token_probability(model, pixel_values, found.tokens),
+                "token_probability": mean_caption_probability(model, pixel_values, found.tokens),
                 "captions": found.captions,
                 "tokens": found.tokens,
             }
