@@ -27,8 +27,8 @@ from tinycap.evaluation.failures import analyse
 from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.html_report import explain_pictures, failure_tables, score_table, write_report
 from tinycap.evaluation.metrics import score_captions
+from tinycap.evaluation.ood_images import caption_ood_images, draw_ood_images, mean_caption_probability
 from tinycap.evaluation.reports import contact_sheet
-from tinycap.evaluation.unlike_photos import caption_unlike_photos, draw_unlike_photos, mean_caption_probability
 from tinycap.processing_tinycap import load_image
 from tinycap.training.data import Columns, clean_captions, load_split, resolve_columns
 from tinycap.training.logs import write_json, write_text
@@ -266,7 +266,7 @@ def analyse_failures(args: argparse.Namespace, model, processor, evaluated: Eval
     analysis["token_probability"] = mean_caption_probability(
         model, pixel_values["pixel_values"].to(model.device), [found.tokens[position] for position in drawn]
     )
-    analysis["unlike_photos"] = caption_unlike_photos(model, processor, args.seed, **generation)
+    analysis["unlike_photos"] = caption_ood_images(model, processor, args.seed, **generation)
     return analysis
 
 
@@ -300,7 +300,7 @@ def write_results(args: argparse.Namespace, evaluated: Evaluated, results: dict,
         title="Model's caption, and a human's in grey",
     )
     if analysis is not None:
-        drawn = draw_unlike_photos(args.seed)
+        drawn = draw_ood_images(args.seed)
         contact_sheet(
             [drawn[row["kind"]][number] for row in analysis["unlike_photos"] for number in range(SHOWN_OF_A_KIND)],
             [row["captions"][number] for row in analysis["unlike_photos"] for number in range(SHOWN_OF_A_KIND)],
@@ -333,7 +333,7 @@ def write_html(
     unlike, tables = [], [score_table(results)]
     if analysis is not None:
         tables += failure_tables(analysis)
-        drawn = draw_unlike_photos(args.seed)
+        drawn = draw_ood_images(args.seed)
         for row in analysis["unlike_photos"]:
             pictures = drawn[row["kind"]][: 2 * SHOWN_OF_A_KIND]
             tokens = row["tokens"][: len(pictures)]

@@ -104,7 +104,7 @@ def score_table(results: dict) -> dict:
 
 
 def failure_tables(analysis: dict) -> list[dict]:
-    """The failures, categories, genders and unlike pictures of `failures.py` and `unlike_photos.py`."""
+    """The failures, categories, genders and unlike pictures of `failures.py` and `ood_images.py`."""
     whose = {"model": "the model, %", "human": "a human, %", "other_photos": "captions of other photos, %"}
     whose = {name: label for name, label in whose.items() if name in analysis["failures"]}
     failures = {

@@ -103,7 +103,7 @@ KINDS: dict[str, Callable[[random.Random], Image.Image]] = {
 }
 
 
-def draw_unlike_photos(seed: int, per_kind: int = PER_KIND) -> dict[str, list[Image.Image]]:
+def draw_ood_images(seed: int, per_kind: int = PER_KIND) -> dict[str, list[Image.Image]]:
     """`per_kind` pictures of each of `KINDS`, the same for the same seed."""
     return {
         kind: [draw(random.Random(f"{seed}-{kind}-{number}")) for number in range(per_kind)]
@@ -118,7 +118,7 @@ def mean_caption_probability(model, pixel_values, tokens) -> float:
     )
 
 
-def caption_unlike_photos(model, processor, seed: int, **generate_kwargs) -> list[dict]:
+def caption_ood_images(model, processor, seed: int, **generate_kwargs) -> list[dict]:
     """Captions all of them.
 
     Returns:
@@ -127,7 +127,7 @@ def caption_unlike_photos(model, processor, seed: int, **generate_kwargs) -> lis
         (geometric mean).
     """
     rows = []
-    for kind, pictures in draw_unlike_photos(seed).items():
+    for kind, pictures in draw_ood_images(seed).items():
         found = caption_dataset(model, processor, [{"image": picture} for picture in pictures], **generate_kwargs)
         pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
         counts = Counter(found.captions)
