@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from tinycap.evaluation.captioning import caption_dataset
 from tinycap.evaluation.explanation import mean_token_probability, token_probabilities
-from tinycap.evaluation.failures import read_claims
+from tinycap.evaluation.failures import parse_caption
 from tinycap.training.scenes import draw_scene, make_scene
 
 
@@ -132,7 +132,7 @@ def caption_ood_images(model, processor, seed: int, **generate_kwargs) -> list[d
         pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
         counts = Counter(found.captions)
         commonest, number = counts.most_common(1)[0]
-        named = [read_claims(caption).named & {"person", "dog"} for caption in found.captions]
+        named = [parse_caption(caption).named & {"person", "dog"} for caption in found.captions]
         rows.append(
             {
                 "kind": kind,
