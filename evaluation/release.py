@@ -29,6 +29,7 @@ from tinycap.evaluation.__main__ import main as run_evaluation
 from tinycap.evaluation.failures import FAILURES
 from tinycap.evaluation.reports import plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.training.logs import hours_of, read_json
 from tinycap.training.teacher import FEATURES
 
 
@@ -75,23 +76,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="output folders of the model's training runs, in their order",
     )
     return parser.parse_args(argv)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; is its folder the right one?") from None
-
-
-def hours_of(folder: str | Path) -> float:
-    """Hours that a run's loop took, from its `metrics.jsonl`."""
-    path = Path(folder) / "metrics.jsonl"
-    try:
-        last = path.read_text(encoding="utf-8").splitlines()[-1]
-    except (FileNotFoundError, IndexError):
-        raise ValueError(f"{path}: expected the log of a run") from None
-    return json.loads(last)["elapsed_seconds"] / 3600
 
 
 def score_table(evaluation: dict) -> str:

@@ -1,14 +1,12 @@
 import json
 import shutil
 
-import datasets
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import CAPTIONS, draw_picture, png_bytes
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tinycap.evaluation import release
+from tinycap.evaluation.__main__ import parse_args
 from tinycap.evaluation.failures import analyse
 
 
@@ -186,27 +184,19 @@ def test_an_evaluation_without_failures_is_an_error(folders):
         release.main(flags(folders))
 
 
-def test_one_command_evaluates_and_fills_the_card(folders, tmp_path):
-    """Needs no evaluation folder: the command makes it, from the checkpoint and the photos."""
-    shutil.rmtree(folders / "evaluation")
-    vision = {"image_size": 24, "patch_size": 8, "hidden_size": 14, "intermediate_size": 18, "num_hidden_layers": 1}
-    config = CLIPVisionConfig(**vision, num_attention_heads=2, projection_dim=13)
-    CLIPVisionModelWithProjection(config).save_pretrained(folders / "teacher")
-    rows = {
-        "image": [{"bytes": png_bytes(draw_picture(seed)), "path": None} for seed in range(5)],
-        "captions": [[CAPTIONS[seed % 4], "A dog runs."] for seed in range(5)],
-    }
-    features = {"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}
-    (folders / "photos").mkdir()
-    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    for split in ("train", "validation"):
-        table.to_parquet(folders / "photos" / f"{split}.parquet")
-    release.main([*flags(folders), "--dataset_name", str(folders / "photos")])
-    found = json.loads((folders / "evaluation" / "eval_results.json").read_text())
-    card = (folders / "root" / "model_card.md").read_text()
-    assert f"value: {found['cider']:.2f}" in card and found["num_images"] == 5
-    assert f"mean cosine distance {found['fidelity']['cosine_distance']:.3f}" in card
-    assert "| page of text |" in card and (folders / "evaluation" / "report.html").exists()
+def test_one_command_evaluates_and_fills_the_card(folders, monkeypatch):
+    shutil.move(folders / "evaluation", folders / "made")
+
+    def run_evaluation(argv):
+        args = parse_args(argv)
+        assert (args.model_name_or_path, args.dataset_name) == (str(folders / "model"), "my_photos")
+        assert (args.teacher_name_or_path, args.teacher_feature) == (str(folders / "teacher"), "pooled")
+        assert args.baselines and args.failures
+        shutil.move(folders / "made", args.output_dir)
+
+    monkeypatch.setattr(release, "run_evaluation", run_evaluation)
+    release.main([*flags(folders), "--dataset_name", "my_photos"])
+    assert "value: 21.46" in (folders / "root" / "model_card.md").read_text()
 
 
 def test_an_evaluation_without_baselines_is_an_error(folders):
