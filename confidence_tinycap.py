@@ -8,6 +8,7 @@ pipeline and the ONNX captioner read the same file by the same code.
 import json
 import math
 import os
+import reprlib
 from typing import Any
 
 
@@ -24,11 +25,18 @@ def caption_features(log_prob: float, num_tokens: int) -> dict[str, float]:
         num_tokens: how many they are.
 
     Raises:
-        ValueError: there is no token.
+        ValueError: there is no token, or `log_prob` is NaN.
     """
     if num_tokens < 1:
         raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
+    if math.isnan(log_prob):
+        raise ValueError(f"log_prob: expected a log-probability, got {log_prob}")
     return {"mean_log_prob": log_prob / num_tokens, "num_tokens": float(num_tokens)}
+
+
+def _is_finite(value: Any) -> bool:
+    # No fitted value is this large; a longer integer would overflow a float.
+    return type(value) in (int, float) and -1e100 < value < 1e100
 
 
 class ConfidenceCalibration:
@@ -40,20 +48,28 @@ class ConfidenceCalibration:
         name: what to call it in an error.
 
     Raises:
-        ValueError: a part is missing; names it.
+        ValueError: a part is missing or isn't a finite number; names it.
     """
 
     def __init__(self, content: dict[str, Any], name: str = CONFIDENCE_NAME):
+        entries = content.get("calibrations") if isinstance(content, dict) else None
+        if not isinstance(entries, list) or not entries:
+            raise ValueError(f"{name}: expected an object with a list of calibrations, got {reprlib.repr(content)}")
         self.content = content
         self.by_num_beams = {}
-        for entry in content.get("calibrations", []):
-            missing = {"num_beams", "intercept", "coefficients"} - set(entry)
-            missing |= set(FEATURES) - set(entry.get("coefficients", FEATURES))
-            if missing:
-                raise ValueError(f"{name}: expected {', '.join(sorted(missing))} in each of its calibrations")
-            self.by_num_beams[entry["num_beams"]] = entry
-        if not self.by_num_beams:
-            raise ValueError(f"{name}: expected a list of calibrations, got {sorted(content)}")
+        for index, entry in enumerate(entries):
+            place = f"{name}: calibrations[{index}]"
+            coefficients = entry.get("coefficients") if isinstance(entry, dict) else None
+            if not isinstance(coefficients, dict):
+                raise ValueError(f"{place}: expected an object with coefficients, got {reprlib.repr(entry)}")
+            numbers = {"intercept": entry.get("intercept"), **{name: coefficients.get(name) for name in FEATURES}}
+            wrong = {name: value for name, value in numbers.items() if not _is_finite(value)}
+            if wrong:
+                raise ValueError(f"{place}: expected a finite number for each of {', '.join(wrong)}, got {wrong}")
+            num_beams = entry.get("num_beams")
+            if type(num_beams) is not int or num_beams < 1 or num_beams in self.by_num_beams:
+                raise ValueError(f"{place}: expected another num_beams of at least 1, got {num_beams!r}")
+            self.by_num_beams[num_beams] = entry
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "ConfidenceCalibration":
@@ -65,11 +81,12 @@ class ConfidenceCalibration:
         path = os.path.join(path, CONFIDENCE_NAME) if os.path.isdir(path) else os.fspath(path)
         try:
             with open(path, encoding="utf-8") as file:
-                return cls(json.load(file), path)
+                content = json.load(file)
         except FileNotFoundError:
             raise ValueError(f"{path}: no such file; {HOW_TO_CALIBRATE}") from None
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: expected JSON: {error}") from error
+        except (OSError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: expected a JSON file, got {error}") from error
+        return cls(content, path)
 
     def __call__(self, log_prob: float, num_tokens: int, num_beams: int = 1) -> float:
         """Probability, from 0 to 1, that a caption is right.

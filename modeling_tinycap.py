@@ -32,8 +32,9 @@ from transformers.generation import (
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions, Seq2SeqLMOutput
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
-from transformers.utils import ModelOutput, logging
+from transformers.utils import ModelOutput, cached_file, logging
 
+from .confidence_tinycap import CONFIDENCE_NAME
 from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisionConfig
 from .greedy_tinycap import GreedySteps, greedy_search
 from .weights_tinycap import HUB_ARGUMENTS, check_finite_weights, check_shapes, find_weights, stored_shapes
@@ -42,7 +43,6 @@ from .weights_tinycap import HUB_ARGUMENTS, check_finite_weights, check_shapes, 
 if TYPE_CHECKING:
     # `save_pretrained` copies the files it finds in relative imports: this brings the pipeline along. transformers 4
     # looks no further than this file, so that what the pipeline imports stands here too.
-    from .confidence_tinycap import ConfidenceCalibration  # noqa: F401
     from .pipeline_tinycap import ImageToTextPipeline  # noqa: F401
     from .processing_tinycap import load_image  # noqa: F401
 
@@ -360,8 +360,8 @@ class TinyCapPreTrainedModel(PreTrainedModel):
         kwargs["use_safetensors"] = True
         wants_report, tolerant = kwargs.pop("output_loading_info", False), kwargs.get("ignore_mismatched_sizes", False)
         shapes = {}
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if source is not None and kwargs.get("state_dict") is None:
-            hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
             path = find_weights(os.fspath(source), **hub_kwargs)
             config = kwargs.get("config")
             if path is not None:
@@ -372,6 +372,10 @@ class TinyCapPreTrainedModel(PreTrainedModel):
                     check_shapes(path, shapes, config)
         model, report = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         check_finite_weights(model, source)
+        if source is not None:
+            # Looked up here, because only this call knows the model's revision, token and cache.
+            quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+            model.confidence_path = cached_file(source, CONFIDENCE_NAME, **hub_kwargs, **quiet)
         missing = sorted(report["missing_keys"])
         # A student alone begins a captioner: its decoder is new.
         is_student = bool(shapes) and not any(name.startswith(("decoder.", "vision_model.")) for name in shapes)

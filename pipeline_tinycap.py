@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from transformers.pipelines.base import GenericTensor, Pipeline
-from transformers.utils import cached_file
 
 from .confidence_tinycap import CONFIDENCE_NAME, HOW_TO_CALIBRATE, ConfidenceCalibration
 from .processing_tinycap import load_image
@@ -126,16 +125,15 @@ class ImageToTextPipeline(Pipeline):
 
     @property
     def calibration(self) -> ConfidenceCalibration:
-        """The model's own, from the folder or repository that it was loaded from.
+        """The model's own, from the folder, or repository and revision, that it was loaded from.
 
         Raises:
-            ValueError: it has none.
+            ValueError: it has none, or a malformed one.
         """
         if not hasattr(self, "_calibration"):
-            name = self.model.config._name_or_path
-            options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-            path = cached_file(name, CONFIDENCE_NAME, **options) if name else None
+            path = getattr(self.model, "confidence_path", None)
             if path is None:
+                name = self.model.config._name_or_path
                 raise ValueError(f"model {name!r} has no {CONFIDENCE_NAME}; {HOW_TO_CALIBRATE}")
             self._calibration = ConfidenceCalibration.from_file(path)
         return self._calibration

@@ -32,7 +32,6 @@ from transformers import AutoImageProcessor, PretrainedConfig, get_scheduler
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
 from tinycap import train_teacher
 from tinycap.configuration_tinycap import MEMORIES, TinyCapConfig
-from tinycap.evaluation.cider_reward import CiderReward
 from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
@@ -53,6 +52,7 @@ from tinycap.training.checkpoints import (
     resolve_resume,
     seed_step,
 )
+from tinycap.training.cider_reward import CiderReward
 from tinycap.training.data import (
     Augmentation,
     CaptionCollator,

@@ -37,8 +37,10 @@ from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.deploy.export import export_onnx
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
 from tinycap.deploy.token_search import greedy_search
+from tinycap.evaluation.captioning import load_captioner
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.pipeline_tinycap import ImageToTextPipeline
 from tinycap.processing_tinycap import load_image
 
 
@@ -83,19 +85,18 @@ class IdleHead(torch.nn.Module):
 
 def tinycap_captioners(folder: str, exported: Path, photo: Path) -> dict[str, Callable[[int], Callable]]:
     """For each name, what makes a call for a batch size."""
-    model = TinyCapForConditionalGeneration.from_pretrained(folder).eval()
+    model, processor = load_captioner(folder)
     # An end token that no caption reaches, so that the check for it is paid for and never met.
     never_ends = {"num_beams": 1, "max_new_tokens": NUM_TOKENS, "eos_token_id": model.config.pad_token_id}
-    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     floor = Floor(model)
-    pipe = transformers.pipeline("image-to-text", model=folder, trust_remote_code=True)
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    pipe = ImageToTextPipeline(model=model, **parts)
     transposed = copy.deepcopy(model).store_head_transposed()
     # What is left is the student, the first step, and transformers' own work around the others.
     idle = copy.deepcopy(model)
     idle.decoder.next_token = lambda input_ids, cache: input_ids
     idle.lm_head = IdleHead(model.lm_head)
-    transposed_pipe = transformers.pipeline("image-to-text", model=folder, trust_remote_code=True)
-    transposed_pipe.model.store_head_transposed()
+    transposed_pipe = ImageToTextPipeline(model=transposed, **parts)
     sessions = {
         "ONNX float32": OnnxCaptioner.from_pretrained(exported, num_threads=1),
         "ONNX int8": OnnxCaptioner.from_pretrained(exported, quantized=True, num_threads=1),

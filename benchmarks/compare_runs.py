@@ -18,8 +18,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.results import run_facts, save_results  # noqa: E402
-from tinycap.evaluation.release import hours_of, read_json  # noqa: E402
 from tinycap.evaluation.reports import plot_groups  # noqa: E402
+from tinycap.training.logs import hours_of, read_json  # noqa: E402
 
 
 # Key in the results, heading, digits.

@@ -26,10 +26,11 @@ def caption_by_onnx(folder: str, photo: str, quantized: bool) -> None:
 
 def caption_by_pipeline(folder: str, photo: str) -> None:
     import torch
-    from transformers import pipeline
+
+    from tinycap.deploy.captioners import CaptionOptions, TorchCaptioner
 
     torch.set_num_threads(1)
-    assert pipeline("image-to-text", model=folder, trust_remote_code=True)(photo)[0]["generated_text"]
+    assert TorchCaptioner(CaptionOptions(folder)).pipeline(photo)[0]["generated_text"]
 
 
 def caption_by_peer(folder: str, name: str) -> None:

@@ -29,9 +29,10 @@ import PIL
 import torch
 import transformers
 from PIL import features
-from transformers import pipeline
 
 from benchmarks.hostile_images import MUTATIONS, SEEDS, cases, drive
+from tinycap.evaluation.captioning import load_captioner
+from tinycap.pipeline_tinycap import ImageToTextPipeline
 from tinycap.training.logs import write_json, write_text
 
 
@@ -65,7 +66,10 @@ def run(args: argparse.Namespace) -> dict:
     folder, kept = output_dir / "case", output_dir / "failed"
     for made in (folder, kept):
         made.mkdir(parents=True, exist_ok=True)
-    captioner = pipeline("image-to-text", model=args.model_name_or_path, trust_remote_code=True)
+    model, processor = load_captioner(args.model_name_or_path)
+    captioner = ImageToTextPipeline(
+        model=model, tokenizer=processor.tokenizer, image_processor=processor.image_processor
+    )
     doors = tuple(command_door(command) for command in args.command)
     table = {}
     counts, errors, warned = collections.Counter(), collections.Counter(), collections.Counter()

@@ -15,14 +15,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from transformers import AutoProcessor
-
 from benchmarks.results import run_facts, save_results
 from tinycap.deploy.export import export_onnx
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
-from tinycap.evaluation.captioning import caption_dataset
+from tinycap.evaluation.captioning import caption_dataset, load_captioner
 from tinycap.evaluation.metrics import score_captions
-from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.data import clean_captions, load_split, resolve_columns
 
 
@@ -46,8 +43,7 @@ def main() -> None:
     if args.max_samples is not None:
         dataset = dataset.select(range(args.max_samples))
     references = [clean_captions(row) for row in dataset[columns.caption]]
-    model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path).eval()
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
+    model, processor = load_captioner(args.model_name_or_path)
     results = {
         **run_facts(),
         "num_images": len(dataset),

@@ -4,7 +4,7 @@ import pytest
 import torch
 from tiny import tiny_config
 
-from benchmarks import compare_runs, saliency_faithfulness
+from benchmarks import compare_runs
 from benchmarks.peers import PEERS
 from benchmarks.reference import ReferenceCaptioner, as_pairs, reference_losses
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -34,35 +34,6 @@ def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
     theirs["loss"].backward()
     torch.testing.assert_close(model.decoder.embed_tokens.weight.grad, reference.tokens.weight.grad)
     torch.testing.assert_close(model.vision_model.projection.weight.grad, reference.projection.weight.grad)
-
-
-def test_the_deletion_test_paints_over_what_a_map_calls_most_or_least(model, pixel_values):
-    tokens = [[5, 9, 2], [7, 2], [4, 4, 2], [30, 2], [11, 12, 13]]
-    maps = torch.arange(9.0).view(1, 3, 3).expand(5, 3, 3)
-    painted = pixel_values.clone()
-    painted[:, :, 16:] = 0
-    plain, bottom_gone = (
-        saliency_faithfulness.log_probabilities(model, pixels, tokens) for pixels in (pixel_values, painted)
-    )
-    found = saliency_faithfulness.fall(model, pixel_values, tokens, maps, 1 / 3, largest=True)
-    assert abs(found - (plain - bottom_gone).mean().item()) < 1e-4 < abs(found)
-    assert saliency_faithfulness.fall(model, pixel_values, tokens, -maps, 1 / 3, largest=False) == found
-
-
-def test_attention_rollout_shares_one_among_all_tokens(model, pixel_values):
-    maps = saliency_faithfulness.attention_rollout(model, pixel_values)
-    assert maps.shape == (5, 3, 3) and (maps > 0).all() and (maps.sum(dim=(1, 2)) < 1).all()
-
-
-def test_the_gradient_at_the_photo_is_integrated_gradients_last_point(model, pixel_values):
-    tokens = [[5, 9, 2]] * 5
-    point = pixel_values.clone().requires_grad_()
-    labels = torch.tensor(tokens)
-    log_probabilities = model(pixel_values=point, labels=labels, use_cache=False).logits.log_softmax(dim=-1)
-    log_probabilities.gather(-1, labels[..., None]).sum().backward()
-    expected = torch.nn.functional.avg_pool2d((point.grad * pixel_values).sum(1, keepdim=True), 8)[:, 0] * 64
-    found = saliency_faithfulness.gradient_times_pixel(model, pixel_values, tokens)
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize(

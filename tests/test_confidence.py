@@ -9,7 +9,7 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from tiny import draw_picture, png_bytes
-from transformers import GenerationConfig, pipeline
+from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, pipeline
 
 import tinycap
 from tinycap.confidence_tinycap import ConfidenceCalibration
@@ -17,7 +17,8 @@ from tinycap.evaluation import confidence
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.captioning import caption_dataset
 from tinycap.evaluation.metrics import score_captions
-from tinycap.pipeline_tinycap import caption_log_probs
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.pipeline_tinycap import ImageToTextPipeline, caption_log_probs
 
 
 CALIBRATION = {
@@ -140,18 +141,92 @@ def test_a_model_that_was_trained_on_takes_no_old_calibration_along(calibrated_r
     assert not (tmp_path / "saved" / "confidence.json").exists()
 
 
-def test_a_broken_calibration_is_an_error_that_names_the_part(tmp_path):
-    for content, words in (
-        ({"calibrations": []}, "calibrations"),
-        ({"calibrations": [{"num_beams": 1, "coefficients": {}}]}, "intercept, mean_log_prob, num_tokens"),
-    ):
-        with pytest.raises(ValueError, match=words):
-            ConfidenceCalibration(content)
-    (tmp_path / "confidence.json").write_text("{")
-    with pytest.raises(ValueError, match="confidence.json"):
+@pytest.mark.parametrize(
+    "content, words",
+    [
+        ("{", "expected a JSON file"),
+        ("[" * 100_000, "expected a JSON file"),
+        ("\udcff", "expected a JSON file"),
+        ("[1, 2]", r"list of calibrations, got \[1, 2\]"),
+        ('{"calibrations": []}', "list of calibrations"),
+        ('{"calibrations": {"num_beams": 1}}', "list of calibrations"),
+        ('{"calibrations": [3]}', r"calibrations\[0\]: expected an object with coefficients, got 3"),
+        ('{"calibrations": [{"num_beams": 1, "coefficients": {}}]}', "intercept, mean_log_prob, num_tokens, got"),
+        ({"intercept": float("nan")}, "intercept, got {'intercept': nan}"),
+        ({"intercept": "2.0"}, "intercept, got {'intercept': '2.0'}"),
+        ({"intercept": 10**400}, "intercept, got"),
+        ({"coefficients": {"mean_log_prob": float("inf"), "num_tokens": 1}}, "mean_log_prob, got"),
+        ({"coefficients": {"mean_log_prob": 1.0, "num_tokens": None}}, "num_tokens, got"),
+        ({"coefficients": [1, 2]}, "expected an object with coefficients"),
+        ({"num_beams": "1"}, "num_beams of at least 1, got '1'"),
+        ({"num_beams": 4}, r"calibrations\[1\]: expected another num_beams of at least 1, got 4"),
+    ],
+)
+def test_a_malformed_calibration_is_an_error_naming_file_and_part(tmp_path, content, words):
+    if isinstance(content, dict):
+        first, second = CALIBRATION["calibrations"]
+        content = json.dumps({"calibrations": [{**first, **content}, second]})
+    path = tmp_path / "confidence.json"
+    path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    with pytest.raises(ValueError, match=words) as error:
         ConfidenceCalibration.from_file(tmp_path)
+    assert str(path) in str(error.value)
+
+
+def test_a_missing_calibration_file_is_an_error(tmp_path):
     with pytest.raises(ValueError, match="no such file"):
         ConfidenceCalibration.from_file(tmp_path / "nowhere.json")
+
+
+def test_a_log_probability_that_is_nan_gives_no_confidence():
+    with pytest.raises(ValueError, match="log_prob"):
+        ConfidenceCalibration(CALIBRATION)(float("nan"), 3)
+
+
+@pytest.fixture
+def hub_cache(repository, tmp_path):
+    """A Hub cache with a model of two revisions, "main" without and "v2" with a calibration."""
+    cache = tmp_path / "cache"
+    for revision, commit in (("main", "1" * 40), ("v2", "2" * 40)):
+        model = cache / "models--me--captioner"
+        shutil.copytree(repository, model / "snapshots" / commit)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / revision).write_text(commit)
+    (model / "snapshots" / commit / "confidence.json").write_text(json.dumps(CALIBRATION))
+    return cache
+
+
+def test_the_calibration_comes_from_the_models_own_revision_and_cache(hub_cache, pictures):
+    def captioner(**options):
+        options["cache_dir"] = str(hub_cache)
+        return ImageToTextPipeline(
+            TinyCapForConditionalGeneration.from_pretrained("me/captioner", **options),
+            tokenizer=AutoTokenizer.from_pretrained("me/captioner", **options),
+            image_processor=AutoImageProcessor.from_pretrained("me/captioner", **options),
+        )
+
+    assert 0 < captioner(revision="v2")(pictures[0], return_confidence=True)[0]["confidence"] < 1
+    with pytest.raises(ValueError, match="no confidence.json"):
+        captioner()(pictures[0], return_confidence=True)
+
+
+def test_the_calibration_is_asked_for_with_the_models_token(repository, monkeypatch):
+    asked = []
+
+    def cached_file(name, filename, **options):
+        asked.append((name, filename, options["token"], options["revision"]))
+        return str(repository / filename)
+
+    monkeypatch.setattr("tinycap.modeling_tinycap.cached_file", cached_file)
+    model = TinyCapForConditionalGeneration.from_pretrained(repository, token="hf_secret", revision="v2")
+    assert asked == [(repository, "confidence.json", "hf_secret", "v2")]
+    assert "hf_secret" not in repr(model.__dict__) + repr(model.config.to_dict()), "saved with the model"
+
+
+def test_a_calibration_in_the_models_subfolder_is_the_models(calibrated_repository, tmp_path):
+    shutil.copytree(calibrated_repository, tmp_path / "all" / "small")
+    model = TinyCapForConditionalGeneration.from_pretrained(tmp_path / "all", subfolder="small")
+    assert model.confidence_path == str(tmp_path / "all" / "small" / "confidence.json")
 
 
 def test_the_nearest_number_of_beams_is_taken_and_no_score_overflows():

@@ -1,6 +1,11 @@
+import contextlib
 import json
+import shutil
 import subprocess
 import sys
+import unicodedata
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import evaluate
@@ -11,7 +16,7 @@ from tiny import CAPTIONS, draw_picture
 from transformers import AutoModel, AutoProcessor
 
 from tinycap import REPOSITORY
-from tinycap.evaluation import caption_metrics
+from tinycap.evaluation import caption_metrics, confidence, reports
 from tinycap.evaluation.__main__ import main
 from tinycap.evaluation.baselines import baseline_scores, leave_one_out, most_typical_caption
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
@@ -37,6 +42,14 @@ REFERENCES = [[CAPTIONS[0], "A dog is running ."], [CAPTIONS[1], "Two people on 
         ("Mr. Smith has 2,000 balls...", "mr. smith has 2,000 balls"),
         ("  ", ""),
         ("cannot", "can not"),
+        ("एक कुत्ता, दौड़ रहा है।", "एक कुत्ता दौड़ रहा है"),
+        ("கருப்பு நாய் ஓடுகிறது.", "கருப்பு நாய் ஓடுகிறது"),
+        ("كَلْبٌ يَجْرِي، هُنَا", "كَلْبٌ يَجْرِي هُنَا"),
+        ("Ein Ba\u0308r mit Hu\u0308ten", "ein bär mit hüten"),
+        ("मार्क्\u200dस", "मार्क्स"),
+        ("一只狗。", "一 只 狗"),
+        ("犬がiPhoneで、遊ぶ", "犬 が iphone で 遊 ぶ"),
+        ("น้ำ", "น้ ำ"),
     ],
 )
 def test_tokens_are_the_penn_treebanks_without_punctuation(text, tokens):
@@ -67,9 +80,32 @@ def test_bleu_1_is_the_share_of_words_that_a_reference_has():
     assert scores["bleu_1"] == pytest.approx(50, abs=1e-3)
 
 
+def test_composed_and_decomposed_captions_score_the_same():
+    captions = [["Ein Bär läuft über grünes Gras", "Ein Bär"], ["Zwei Männer", "Männer stehen"], ["ein Hündchen"]]
+    decomposed = [unicodedata.normalize("NFD", group[0]) for group in captions]
+    assert score_captions(decomposed, captions)["cider"] == score_captions([c[0] for c in captions], captions)["cider"]
+
+
+@pytest.mark.parametrize("captions", [["a dog", "two men walk"], ["a b c d e x y", "f g h i"]])
+def test_bleu_without_a_match_is_zero_and_not_nearly_so(captions):
+    scores = score_captions(captions, [["dog a house e d c b a"], ["walk men two"]])
+    assert scores["bleu_2"] == scores["bleu_3"] == scores["bleu_4"] == 0 < scores["bleu_1"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_cider_that_says_little_is_warned_of_with_the_reason():
+    score_captions(["a dog", "a cat"], [["a dog"], ["a cat"]])
+    with pytest.warns(UserWarning, match="CIDEr of one image is 0"):
+        assert score_captions(["a dog"], [["a dog"]])["cider"] == 0
+    chinese = ["一只狗在草地上奔跑", "两个人走在街上", "一个小孩在读书"]
+    with pytest.warns(UserWarning, match="characters, not words"):
+        found = score_captions(["一只狗奔跑", *chinese[1:]], [[caption] for caption in chinese])
+    assert 100 < found["cider"] < 1000
+
+
 def test_empty_captions_are_scored_as_nothing():
     scores = score_captions(["", "...", ""], REFERENCES)
-    assert scores["bleu_1"] < 1e-3 and scores["cider"] == 0 and scores["mean_length"] < 1
+    assert scores["bleu_1"] == 0 and scores["cider"] == 0 and scores["mean_length"] < 1
 
 
 def test_lists_that_do_not_match_are_an_error():
@@ -195,6 +231,47 @@ def test_a_contact_sheet_shows_every_picture(tmp_path):
         contact_sheet(pictures, ["one"], tmp_path / "sheet.png")
 
 
+def sheet_fonts(monkeypatch, tmp_path, caption: str, fonts: dict[str, str]) -> list[str]:
+    """The families a contact sheet's caption is drawn with, where just `fonts` are installed: letters by name."""
+    from matplotlib import figure, font_manager
+
+    installed = [font_manager.FontEntry(fname=name, name=name) for name in fonts]
+    monkeypatch.setattr(font_manager.fontManager, "ttflist", installed)
+    monkeypatch.setattr(
+        font_manager, "get_font", lambda name: SimpleNamespace(get_charmap=lambda: dict.fromkeys(map(ord, fonts[name])))
+    )
+    drawn = []
+    monkeypatch.setattr(figure.Figure, "text", lambda self, x, y, text, **options: drawn.append(options))
+    monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **options: Path(path).touch())
+    contact_sheet([Image.new("RGB", (30, 20))], [caption], tmp_path / "sheet.png")
+    return drawn[0]["fontfamily"]
+
+
+def test_letters_of_other_scripts_are_drawn_with_a_font_that_has_them(monkeypatch, tmp_path, caplog):
+    fonts = {"Last Resort X": "日本犬", "Noto": "日本", "cmmi10": "犬", "DejaVu Sans": "a dogИ"}
+    assert sheet_fonts(monkeypatch, tmp_path, "a dog", fonts) == ["DejaVu Sans"]
+    assert sheet_fonts(monkeypatch, tmp_path, "日本 dog И", fonts) == ["DejaVu Sans", "Noto"] and not caplog.text
+    assert sheet_fonts(monkeypatch, tmp_path, "日本の犬", fonts) == ["Noto"]
+    assert "no installed font has the letters の犬" in caplog.text
+
+
+@pytest.mark.filterwarnings("error")
+def test_wide_letters_stay_under_their_image(monkeypatch):
+    assert max(map(len, reports._wrap("犬" * 60, 38, max_lines=3).split("\n"))) == 19
+    assert max(map(len, reports._wrap("dog " * 60, 38, max_lines=3).split("\n"))) > 30
+
+
+def test_curves_have_no_panel_without_finite_values(tmp_path):
+    rows = [{"step": step, "loss": 2.0, "grad_rate": float("nan"), "eval_cider": None} for step in range(3)]
+    log = tmp_path / "metrics.jsonl"
+    log.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    plot_curves(log, tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").width < 600, "one panel"
+    log.write_text('{"step": 1, "loss": NaN}\n')
+    with pytest.raises(ValueError, match="finite metrics"):
+        plot_curves(log, tmp_path / "curves.png")
+
+
 def test_curves_are_drawn_from_the_log(tmp_path):
     rows = [{"step": step, "loss": 3.0 / step, "learning_rate": 0.1, "epoch": 0} for step in range(1, 30)]
     rows.append({"step": 30, "epoch": 1, "eval_cider": 9.0})
@@ -265,6 +342,40 @@ def test_the_command_scores_a_checkpoint_and_leaves_its_reports(tinycap, reposit
     assert Image.open(tmp_path / "out" / "samples.png").width > 300
     with pytest.raises(ValueError, match="--overwrite_output_dir"):
         main([*flags, "--output_dir", str(tmp_path / "out")])
+
+
+@pytest.mark.parametrize("command", [main, confidence.main])
+def test_evaluation_runs_no_code_of_the_models_repository(command, repository, photos, tmp_path):
+    folder = shutil.copytree(repository, tmp_path / "model")
+    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
+        content = json.loads((folder / name).read_text())
+        autos = ("AutoConfig", "AutoModelForImageTextToText", "AutoProcessor", "AutoImageProcessor")
+        content["auto_map"] = {auto: "evil.Evil" for auto in autos}
+        content["auto_map"]["AutoTokenizer"] = ["evil.Evil", "evil.Evil"]
+        (folder / name).write_text(json.dumps(content))
+    for path in [*folder.glob("*.py"), folder / "evil.py"]:
+        path.write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
+    # Captions, or an error; the calibration finds too few of them right.
+    flags = ["--model_name_or_path", str(folder), "--dataset_name", photos, "--output_dir", str(tmp_path / "out")]
+    with contextlib.suppress(ValueError, AttributeError):
+        command(flags)
+    assert not (tmp_path / "was_run").exists()
+
+
+def test_evaluation_ends_with_a_short_table(repository, photos, tmp_path, capsys):
+    flags = ["--model_name_or_path", str(repository), "--dataset_name", photos, "--output_dir", str(tmp_path / "out")]
+    results = main([*flags, "--report_photos", "0"])
+    head, model, last = capsys.readouterr().out.splitlines()
+    assert head.split() == ["CIDEr", "BLEU-1", "BLEU-4", "ROUGE-L", "distinct", "captions", "words"]
+    assert f"the model  {results['cider']:5.1f}" in model and last.startswith("6 images, 0 skipped.")
+
+
+def test_evaluation_refuses_a_model_that_is_not_a_tinycap(teacher, photos, tmp_path):
+    flags = ["--dataset_name", photos, "--output_dir", str(tmp_path / "out"), "--model_name_or_path"]
+    with pytest.raises(ValueError, match="expected model_type 'tinycap', got 'clip_vision_model'"):
+        main([*flags, teacher])
+    with pytest.raises(ValueError, match="nowhere"):
+        main([*flags, str(tmp_path / "nowhere"), "--overwrite_output_dir"])
 
 
 def test_importing_the_model_does_not_import_the_metrics():

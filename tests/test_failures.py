@@ -3,14 +3,14 @@ import pytest
 from tinycap.evaluation.failures import (
     analyse,
     categories_of,
-    find_failures,
+    find_errors,
     gender_verdicts,
-    read_claims,
+    parse_caption,
 )
 
 
 def failures(caption: str, *references: str) -> dict[str, str]:
-    return find_failures(read_claims(caption), [read_claims(text) for text in references])
+    return find_errors(parse_caption(caption), [parse_caption(text) for text in references])
 
 
 DOGS = ["A brown dog runs on the grass.", "A tan dog is running.", "The dog runs across a lawn."]
@@ -40,20 +40,20 @@ DOGS = ["A brown dog runs on the grass.", "A tan dog is running.", "The dog runs
     ],
 )
 def test_persons_and_dogs_are_counted(caption, being, count):
-    assert read_claims(caption).counts[being] == count
+    assert parse_caption(caption).counts[being] == count
 
 
 def test_a_noun_has_the_colours_before_it():
-    claims = read_claims("A black and white dog and a man in a light blue T-shirt with a big red ball")
-    assert claims.colors["dog"] == {"black", "white"} and claims.colors["shirt"] == {"blue"}
-    assert claims.colors["ball"] == {"red"} and "person" not in claims.colors
+    facts = parse_caption("A black and white dog and a man in a light blue T-shirt with a big red ball")
+    assert facts.colors["dog"] == {"black", "white"} and facts.colors["shirt"] == {"blue"}
+    assert facts.colors["ball"] == {"red"} and "person" not in facts.colors
 
 
 def test_words_of_two_parts_plurals_and_words_for_several_things_are_known():
-    assert read_claims("girls in bathing suits").named == {"person", "swimwear"}
-    assert read_claims("puppies on beaches").named == {"dog", "beach"}
-    assert {"person", "surfboard"} <= read_claims("a surfer").named
-    assert read_claims("qwerty uiop").named == set()
+    assert parse_caption("girls in bathing suits").named == {"person", "swimwear"}
+    assert parse_caption("puppies on beaches").named == {"dog", "beach"}
+    assert {"person", "surfboard"} <= parse_caption("a surfer").named
+    assert parse_caption("qwerty uiop").named == set()
 
 
 # --- what is wrong with it --------------------------------------------------------------------------------------------
@@ -102,14 +102,17 @@ def test_a_colour_that_nobody_gives_is_a_wrong_colour():
     ],
 )
 def test_a_gender_is_confirmed_or_contradicted_by_the_humans(caption, verdicts):
-    assert gender_verdicts(read_claims(caption), [read_claims("A boy runs."), read_claims("A child runs.")]) == verdicts
-    assert set(gender_verdicts(read_claims(caption), [read_claims("A child.")]).values()) <= {"open"}
+    assert (
+        gender_verdicts(parse_caption(caption), [parse_caption("A boy runs."), parse_caption("A child runs.")])
+        == verdicts
+    )
+    assert set(gender_verdicts(parse_caption(caption), [parse_caption("A child.")]).values()) <= {"open"}
 
 
 def test_a_category_is_what_most_humans_name():
-    claims = [read_claims(text) for text in ("A dog swims.", "A puppy in a lake.", "A wet animal.")]
-    assert categories_of(claims) == ["dogs", "water"]
-    assert categories_of([read_claims("A boy on a sled.")]) == ["people", "children", "boards, skis and sleds"]
+    facts = [parse_caption(text) for text in ("A dog swims.", "A puppy in a lake.", "A wet animal.")]
+    assert categories_of(facts) == ["dogs", "water"]
+    assert categories_of([parse_caption("A boy on a sled.")]) == ["people", "children", "boards, skis and sleds"]
 
 
 def test_the_analysis_sets_the_model_between_humans_and_captions_of_other_photos():

@@ -133,7 +133,9 @@ def test_the_hub_is_not_asked_where_it_is_said_to_be_offline(tmp_path):
 )
 def test_arrows_go_one_way(folder, forbidden):
     for path in (ROOT / "tinycap" / folder).rglob("*.py"):
-        assert forbidden not in path.read_text(encoding="utf-8"), path
+        # The metrics are a leaf: they import nothing of the package, and a reward is made of them.
+        text = path.read_text(encoding="utf-8").replace("tinycap.evaluation.caption_metrics", "")
+        assert forbidden not in text, path
 
 
 def test_no_file_names_a_path_of_the_machine_it_was_written_on():

@@ -73,7 +73,10 @@ def test_the_report_holds_every_photo_with_its_captions_and_scores(page, evaluat
         for name in ("caption", "references", "cider", "failures", "categories"):
             assert photo[name] == line[name]
         assert "".join(text for text, _, _ in photo["tokens"]).removesuffix(" (end)").strip() == line["caption"]
-        assert all(0 < probability <= 1 for _, probability, _ in photo["tokens"]) and 0 < photo["sureness"] <= 1
+        assert (
+            all(0 < probability <= 1 for _, probability, _ in photo["tokens"])
+            and 0 < photo["mean_token_probability"] <= 1
+        )
         assert photo["map"]["rows"] == photo["map"]["columns"] == 3
         assert len(base64.b64decode(photo["map"]["values"])) == 9
         image = Image.open(io.BytesIO(base64.b64decode(photo["image"])))

@@ -1,14 +1,12 @@
 import json
 import shutil
 
-import datasets
 import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
-from tiny import CAPTIONS, draw_picture, png_bytes
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tinycap.evaluation import release
+from tinycap.evaluation.__main__ import parse_args
 from tinycap.evaluation.failures import analyse
 
 
@@ -26,8 +24,6 @@ def _turn(milliseconds: float, ratio: float) -> dict:
 def _system(parameters: int, size: int, seconds: float, memory: float) -> dict:
     return {"parameters": parameters, "bytes_on_disk": size, "cpu_seconds": seconds, "peak_memory_mb": memory}
 
-
-TRAIN_ARGS = {"num_train_epochs": 20.0, "distill_weight": 1.0, "label_smoothing": 0.1, "teacher_feature": "pooled"}
 
 LATENCY = {
     **{"num_tokens": 16, "machine": "x86_64, 2 cores", "date": "2026-11-25"},
@@ -87,8 +83,6 @@ def folders(repository, tmp_path, monkeypatch):
         "teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 3600.0}\n',
         "first_teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 1800.0}\n',
         "first/metrics.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 9, "elapsed_seconds": 5400.0}\n',
-        "first/train_args.json": json.dumps({**TRAIN_ARGS, "patch_dropout": 0.5}),
-        "first/config.json": '{"vision_config": {"image_size": 13}}',
         "agreement/tokenizer_agreement.json": '{"largest_move": 0.125}',
         "latency/caption_latency.json": json.dumps(LATENCY),
     }
@@ -98,8 +92,6 @@ def folders(repository, tmp_path, monkeypatch):
     Image.new("RGB", (90, 70), "red").save(tmp_path / "evaluation" / "unlike_photos.png")
     shutil.copytree(repository, tmp_path / "model")
     (tmp_path / "model" / "metrics.jsonl").write_text('{"step": 9, "elapsed_seconds": 1800.0, "loss": 2.0}\n')
-    last = {**TRAIN_ARGS, "num_train_epochs": 4.5, "distill_weight": 0.25, "patch_dropout": 0.6, "mixup": 0.3}
-    (tmp_path / "model" / "train_args.json").write_text(json.dumps(last))
     return tmp_path
 
 
@@ -108,7 +100,8 @@ def flags(folders) -> list[str]:
         *("--model_name_or_path", str(folders / "model"), "--evaluation", str(folders / "evaluation")),
         *("--teacher", str(folders / "teacher"), "--agreement", str(folders / "agreement")),
         *("--latency", str(folders / "latency")),
-        *("--earlier_stages", str(folders / "first"), "--earlier_teachers", str(folders / "first_teacher")),
+        *("--stages", str(folders / "first"), str(folders / "model"), "--teacher_feature", "pooled"),
+        *("--earlier_teachers", str(folders / "first_teacher")),
     ]
 
 
@@ -122,61 +115,11 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
     assert "beam search with 3 beams, length penalty 0.8" in card
     assert "teacher 1.5 hours, student 2.0 hours" in card, "both stages of each"
-    assert (
-        "24.5 epochs in all: 20 epochs at 13 x 13 pixels, 50 % of the patches left out of each step; 4.5 epochs" in card
-    )
-    assert "60 % of the patches left out of each step, 30 % of the pictures two photos in one" in card
-    assert "`distill_weight` 0.25" in card
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
     assert "$" not in card.split("```bash")[0] and "@" not in card
     assert Image.open(root / "docs" / "curves.png").width > 300
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
-
-
-def test_the_card_of_a_soup_names_the_runs_that_it_is_the_mean_of(folders):
-    other = folders / "other"
-    other.mkdir()
-    for name in ("config.json", "metrics.jsonl", "train_args.json"):
-        shutil.copy(folders / "model" / name, other / name)
-    shutil.copytree(folders / "model", folders / "run")
-    for name in ("metrics.jsonl", "train_args.json"):
-        (folders / "model" / name).unlink()
-    (folders / "model" / "soup.json").write_text(json.dumps({"models": [str(folders / "run"), str(other)]}))
-    release.main(flags(folders))
-    card = (folders / "root" / "model_card.md").read_text()
-    assert "29 epochs in all: 20 epochs" in card and card.count("4.5 epochs at 24 x 24 pixels") == 2
-    assert "Each of the last 2 goes on from the one before all of them" in card
-    assert "The weights are the mean of the last 2 stages'." in card
-    assert "student 2.5 hours" in card and "`distill_weight` 0.25" in card
-
-
-def test_the_card_of_a_soup_with_an_earlier_stage_counts_that_stage_once(folders):
-    shutil.copytree(folders / "model", folders / "run")
-    (folders / "model" / "soup.json").write_text(
-        json.dumps({"models": [str(folders / "run"), str(folders / "first" / ".." / "first")]})
-    )
-    release.main(flags(folders))
-    card = (folders / "root" / "model_card.md").read_text()
-    assert "24.5 epochs in all: 20 epochs" in card and "student 2.0 hours" in card
-    assert "goes on from" not in card and "The weights are the mean of the last 2 stages'." in card
-    second = ["--earlier_stages", str(folders / "first"), str(folders / "model")]
-    with pytest.raises(ValueError, match="--earlier_stages: expected those that are in the soup behind all others"):
-        release.main([*flags(folders), *second])
-
-
-def test_a_last_stage_of_the_decoder_alone_leaves_the_teaching_to_an_earlier_one(folders):
-    path = folders / "model" / "train_args.json"
-    alone = {"distill_weight": 0.0, "freeze_vision_model": True, "reset_decoder": True, "memory_noise": 0.8}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **alone, "teacher_feature": "other"}))
-    release.main(flags(folders))
-    card = (folders / "root" / "model_card.md").read_text()
-    assert "; 4.5 epochs at 24 x 24 pixels, of the decoder alone, begun anew, 30 % of" in card
-    assert "noise of length 0.8 on the embeddings that the decoder sees" in card
-    assert "`distill_weight` 1." in card, "that of the first stage"
-    assert release.teaching([folders / "first", folders / "model"])["teacher_feature"] == "pooled"
-    with pytest.raises(ValueError, match="expected a run with a teacher"):
-        release.teaching([folders / "model"])
 
 
 def test_a_length_penalty_that_no_config_names_is_the_default(folders):
@@ -241,27 +184,19 @@ def test_an_evaluation_without_failures_is_an_error(folders):
         release.main(flags(folders))
 
 
-def test_one_command_evaluates_and_fills_the_card(folders, tmp_path):
-    """Needs no evaluation folder: the command makes it, from the checkpoint and the photos."""
-    shutil.rmtree(folders / "evaluation")
-    vision = {"image_size": 24, "patch_size": 8, "hidden_size": 14, "intermediate_size": 18, "num_hidden_layers": 1}
-    config = CLIPVisionConfig(**vision, num_attention_heads=2, projection_dim=13)
-    CLIPVisionModelWithProjection(config).save_pretrained(folders / "teacher")
-    rows = {
-        "image": [{"bytes": png_bytes(draw_picture(seed)), "path": None} for seed in range(5)],
-        "captions": [[CAPTIONS[seed % 4], "A dog runs."] for seed in range(5)],
-    }
-    features = {"image": datasets.Image(), "captions": datasets.List(datasets.Value("string"))}
-    (folders / "photos").mkdir()
-    table = datasets.Dataset.from_dict(rows, features=datasets.Features(features))
-    for split in ("train", "validation"):
-        table.to_parquet(folders / "photos" / f"{split}.parquet")
-    release.main([*flags(folders), "--dataset_name", str(folders / "photos")])
-    found = json.loads((folders / "evaluation" / "eval_results.json").read_text())
-    card = (folders / "root" / "model_card.md").read_text()
-    assert f"value: {found['cider']:.2f}" in card and found["num_images"] == 5
-    assert f"mean cosine distance {found['fidelity']['cosine_distance']:.3f}" in card
-    assert "| page of text |" in card and (folders / "evaluation" / "report.html").exists()
+def test_one_command_evaluates_and_fills_the_card(folders, monkeypatch):
+    shutil.move(folders / "evaluation", folders / "made")
+
+    def run_evaluation(argv):
+        args = parse_args(argv)
+        assert (args.model_name_or_path, args.dataset_name) == (str(folders / "model"), "my_photos")
+        assert (args.teacher_name_or_path, args.teacher_feature) == (str(folders / "teacher"), "pooled")
+        assert args.baselines and args.failures
+        shutil.move(folders / "made", args.output_dir)
+
+    monkeypatch.setattr(release, "run_evaluation", run_evaluation)
+    release.main([*flags(folders), "--dataset_name", "my_photos"])
+    assert "value: 21.46" in (folders / "root" / "model_card.md").read_text()
 
 
 def test_an_evaluation_without_baselines_is_an_error(folders):
@@ -271,13 +206,3 @@ def test_an_evaluation_without_baselines_is_an_error(folders):
     path.write_text(json.dumps(content))
     with pytest.raises(ValueError, match="expected an evaluation with baselines"):
         release.main(flags(folders))
-
-
-def test_a_stage_by_reward_is_called_one_and_leaves_the_smoothing_to_an_earlier_one(folders):
-    path = folders / "model" / "train_args.json"
-    rewarded = {"objective": "scst", "scst_samples": 7, "label_smoothing": 0.0}
-    path.write_text(json.dumps({**json.loads(path.read_text()), **rewarded}))
-    release.main(flags(folders))
-    card = (folders / "root" / "model_card.md").read_text()
-    assert "by the CIDEr of 7 sampled captions a photo in place of cross-entropy" in card
-    assert "label smoothing 0.1" in card, "that of the first stage"

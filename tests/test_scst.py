@@ -3,7 +3,7 @@ from pycocoevalcap.cider.cider import Cider
 from tiny import CAPTIONS, tiny_repository_model
 
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
-from tinycap.evaluation.cider_reward import END_WORD, CiderReward
+from tinycap.training.cider_reward import END_WORD, CiderReward
 from tinycap.training.scst import SelfCriticalObjective, labels_of, self_critical_advantage, self_critical_loss
 
 

@@ -19,17 +19,16 @@ import datasets
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from tinycap.evaluation.baselines import baseline_scores
-from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
-from tinycap.evaluation.captioning import Captions, caption_dataset
+from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each, metric_caveats
+from tinycap.evaluation.captioning import Captions, caption_dataset, load_captioner
 from tinycap.evaluation.failures import analyse
 from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.html_report import explain_pictures, failure_tables, score_table, write_report
 from tinycap.evaluation.metrics import score_captions
+from tinycap.evaluation.ood_images import caption_ood_images, draw_ood_images, mean_caption_probability
 from tinycap.evaluation.reports import contact_sheet
-from tinycap.evaluation.unlike_photos import caption_unlike_photos, draw_unlike_photos, mean_token_probability
 from tinycap.processing_tinycap import load_image
 from tinycap.training.data import Columns, clean_captions, load_split, resolve_columns
 from tinycap.training.logs import write_json, write_text
@@ -58,15 +57,13 @@ def open_model_and_data(args: argparse.Namespace) -> tuple:
     """The model, its processor, the rows to caption and their `Columns`, as `add_data_arguments`'s flags say.
 
     Raises:
-        ValueError: there is no such split or column; names what there is.
+        ValueError: there is no such split or column, or the model isn't a TinyCap; names what there is.
     """
     dataset = load_split(args.dataset_name, args.split, args.dataset_config_name)
     columns = resolve_columns(dataset, args.image_column, args.caption_column)
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
-    model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
-    return model, processor, dataset, columns
+    return *load_captioner(args.model_name_or_path), dataset, columns
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -166,8 +163,18 @@ def main(argv: list[str] | None = None) -> dict:
         write_results(args, evaluated, results, analysis)
         if args.report_photos:
             write_html(args, model, processor, evaluated, results, analysis)
-        print(json.dumps(results, indent=2))
+        print(summary(results, output_dir))
     return results
+
+
+def summary(results: dict, output_dir: Path) -> str:
+    """What the terminal shows at the end: the metrics of model and baselines as a table, and where the rest is."""
+    table = score_table(results)
+    cells = [table["columns"], *(row["cells"] for row in table["rows"])]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*cells)]
+    lines = ["  ".join(f"{str(cell):>{width}}" for cell, width in zip(row, widths)) for row in cells]
+    lines.append(f"{results['num_images']} images, {results['num_skipped']} skipped. All results: {output_dir}")
+    return "\n".join(lines + results.get("caveats", []))
 
 
 @dataclass
@@ -241,6 +248,8 @@ def score(args: argparse.Namespace, found: Captions, references: list[list[str]]
         "num_skipped": len(found.skipped),
         **score_captions(found.captions, references, tuple(args.java_metrics)),
     }
+    if caveats := metric_caveats(references):
+        results["caveats"] = caveats
     if found.teacher_embeds is not None:
         results["fidelity"] = distillation_fidelity(found.image_embeds, found.teacher_embeds)
     if args.baselines:
@@ -254,10 +263,10 @@ def analyse_failures(args: argparse.Namespace, model, processor, evaluated: Eval
     analysis = analyse(found.captions, evaluated.references, evaluated.ciders, args.seed)
     drawn = evaluated.draw(NUM_COMPARED, args.seed)
     pixel_values = processor.image_processor([evaluated.picture(position) for position in drawn], return_tensors="pt")
-    analysis["token_probability"] = mean_token_probability(
+    analysis["token_probability"] = mean_caption_probability(
         model, pixel_values["pixel_values"].to(model.device), [found.tokens[position] for position in drawn]
     )
-    analysis["unlike_photos"] = caption_unlike_photos(model, processor, args.seed, **generation)
+    analysis["unlike_photos"] = caption_ood_images(model, processor, args.seed, **generation)
     return analysis
 
 
@@ -291,7 +300,7 @@ def write_results(args: argparse.Namespace, evaluated: Evaluated, results: dict,
         title="Model's caption, and a human's in grey",
     )
     if analysis is not None:
-        drawn = draw_unlike_photos(args.seed)
+        drawn = draw_ood_images(args.seed)
         contact_sheet(
             [drawn[row["kind"]][number] for row in analysis["unlike_photos"] for number in range(SHOWN_OF_A_KIND)],
             [row["captions"][number] for row in analysis["unlike_photos"] for number in range(SHOWN_OF_A_KIND)],
@@ -324,7 +333,7 @@ def write_html(
     unlike, tables = [], [score_table(results)]
     if analysis is not None:
         tables += failure_tables(analysis)
-        drawn = draw_unlike_photos(args.seed)
+        drawn = draw_ood_images(args.seed)
         for row in analysis["unlike_photos"]:
             pictures = drawn[row["kind"]][: 2 * SHOWN_OF_A_KIND]
             tokens = row["tokens"][: len(pictures)]

@@ -10,12 +10,31 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
+from transformers import AutoProcessor, ProcessorMixin
 
+from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.pipeline_tinycap import caption_log_probs
 from tinycap.processing_tinycap import load_image
 
 
 logger = logging.getLogger(__name__)
+
+
+def load_captioner(name_or_path: str) -> tuple[TinyCapForConditionalGeneration, ProcessorMixin]:
+    """A TinyCap checkpoint and its processor, by this package's own classes: no code of the repository's is run.
+
+    Raises:
+        ValueError: it isn't a TinyCap, or a part of it is missing or can't be read; names it.
+    """
+    try:
+        content, _ = TinyCapConfig.get_config_dict(name_or_path)
+        if content.get("model_type") != TinyCapConfig.model_type:
+            raise ValueError(f"expected model_type {TinyCapConfig.model_type!r}, got {content.get('model_type')!r}")
+        model = TinyCapForConditionalGeneration.from_pretrained(name_or_path)
+        return model, AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model {name_or_path}: {error}") from error
 
 
 @dataclass

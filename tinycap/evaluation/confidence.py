@@ -14,7 +14,6 @@ Writes `confidence.json` into the model's folder, where the pipeline and the com
 import argparse
 import datetime
 import hashlib
-import json
 import logging
 import os
 import sys
@@ -357,7 +356,8 @@ def main(argv: list[str] | None = None) -> dict:
         output_dir.mkdir(parents=True, exist_ok=True)
         write_json(output_dir / "confidence_results.json", results)
         write_json(output_dir / CONFIDENCE_NAME, stored)
-        write_text(output_dir / "confidence.md", report(args, results))
+        text = report(args, results)
+        write_text(output_dir / "confidence.md", text)
         plot_reliability(
             {
                 f"{figures['num_beams']} beam{'s' * (figures['num_beams'] > 1)}": figures["cross_validated"]["bins"]
@@ -367,7 +367,7 @@ def main(argv: list[str] | None = None) -> dict:
         )
         if args.save_to_model and os.path.isdir(args.model_name_or_path):
             write_json(Path(args.model_name_or_path) / CONFIDENCE_NAME, stored)
-        print(json.dumps(results, indent=2))
+        print(text)
     return results
 
 

@@ -4,8 +4,7 @@ The map is integrated gradients (Sundararajan, Taly and Yan, 2017, https://arxiv
 log-probability, from a plain picture of the mean colour to the photo, summed over the pixels of each patch. A patch's
 value says by how many nats it raises the caption's log-probability; all values sum to what the photo raises it by over
 the plain picture. Attention rollout would show where `[CLS]` looks, the same for every caption, and the gradient at the
-photo alone tells less of what happens when a patch is really taken away: `benchmarks/saliency_faithfulness.py` measures
-that.
+photo alone tells less of what happens when a patch is really taken away: measured in `docs/experiments.md`.
 """
 
 import math
@@ -16,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 
-# Points on the way from the plain picture to the photo. The released model needs four, see the benchmark; one whose
+# Points on the way from the plain picture to the photo. The released model needs four, see there; one whose
 # probabilities jump on the way, as in the tests, needs twice as many.
 STEPS = 8
 # Rows of pictures that run through the model together: each takes a gradient.
@@ -38,7 +37,7 @@ class TokenProbability:
     alternatives: list[tuple[int, float]]
 
 
-def sureness(tokens: Sequence[TokenProbability]) -> float:
+def mean_token_probability(tokens: Sequence[TokenProbability]) -> float:
     """Geometric mean of the probabilities: how sure the decoder is of what it says."""
     # A probability may be too small for float32.
     return math.exp(sum(math.log(max(token.probability, 1e-30)) for token in tokens) / len(tokens))

@@ -60,7 +60,7 @@ CATEGORIES = {
 
 
 @dataclass
-class Claims:
+class CaptionFacts:
     """What a caption says.
 
     Args:
@@ -87,7 +87,7 @@ class Claims:
         return set().union(*(things for _, things, _ in self.things))
 
 
-def read_claims(caption: str) -> Claims:
+def parse_caption(caption: str) -> CaptionFacts:
     """Takes a caption apart by the word lists."""
     words: list[str] = []
     for word in ptb_tokenize(caption).split():
@@ -95,22 +95,22 @@ def read_claims(caption: str) -> Claims:
             words[-1] += f" {word}"
         else:
             words.append(word)
-    claims = Claims(words)
+    facts = CaptionFacts(words)
     for place, word in enumerate(words):
         by_kind: dict[str, set[str]] = {}
         for thing in THINGS_OF_WORD.get(word, ()):
             by_kind.setdefault(KIND_OF[thing], set()).add(thing)
-        claims.things += [(word, frozenset(things), kind) for kind, things in by_kind.items()]
-        claims.general |= GENERAL_OF_WORD.get(word, set())
+        facts.things += [(word, frozenset(things), kind) for kind, things in by_kind.items()]
+        facts.general |= GENERAL_OF_WORD.get(word, set())
         if word in GENDER_OF_WORD:
-            claims.genders.add(GENDER_OF_WORD[word])
-        claims.children |= word in CHILD_WORDS
+            facts.genders.add(GENDER_OF_WORD[word])
+        facts.children |= word in CHILD_WORDS
         for thing in set().union(*by_kind.values()):
             found = _colors_before(words, place)
             if found:
-                claims.colors.setdefault(thing, set()).update(found)
-    _count(claims)
-    return claims
+                facts.colors.setdefault(thing, set()).update(found)
+    _count(facts)
+    return facts
 
 
 def _colors_before(words: list[str], place: int) -> set[str]:
@@ -134,9 +134,9 @@ _BREAKS = {
 }
 
 
-def _count(claims: Claims) -> None:
-    """Fills `claims.counts` from the numbers and plurals before each person and dog."""
-    words = claims.words
+def _count(facts: CaptionFacts) -> None:
+    """Fills `facts.counts` from the numbers and plurals before each person and dog."""
+    words = facts.words
     for being in COUNTED:
         places = [place for place, word in enumerate(words) if being in THINGS_OF_WORD.get(word, ())]
         # "a baby boy", "a german shepherd dog", "a crowd of people": one phrase, counted at its last word.
@@ -151,7 +151,7 @@ def _count(claims: Claims) -> None:
             again = number > 0 and place > 0 and "the" in words[max(0, place - 2) : place]
             low += 0 if again else fewest
             high = None if high is None or most is None else high + most
-        claims.counts[being] = (max(low, 1), high)
+        facts.counts[being] = (max(low, 1), high)
 
 
 def _number_of(words: list[str], place: int) -> tuple[int, int | None]:
@@ -181,24 +181,24 @@ def _number_of(words: list[str], place: int) -> tuple[int, int | None]:
     return (2, None) if is_plural else (1, 1)
 
 
-def _supported(things: frozenset[str], kind: str, references: Sequence[Claims]) -> bool:
+def _supported(things: frozenset[str], kind: str, references: Sequence[CaptionFacts]) -> bool:
     wanted = set(things)
     for one, other in RELATED:
         if one in things:
             wanted.add(other)
         if other in things:
             wanted.add(one)
-    return any(wanted & claims.named or kind in claims.general for claims in references)
+    return any(wanted & facts.named or kind in facts.general for facts in references)
 
 
-def find_failures(caption: Claims, references: Sequence[Claims]) -> dict[str, str]:
+def find_errors(caption: CaptionFacts, references: Sequence[CaptionFacts]) -> dict[str, str]:
     """The failures of one caption: which of `FAILURES`, each with what speaks for it.
 
     Args:
         caption: of the photo; references: what its human captions say.
     """
     found: dict[str, list[str]] = {}
-    agreed = Counter(thing for claims in references for thing in claims.named)
+    agreed = Counter(thing for facts in references for thing in facts.named)
     agreed = {thing: number for thing, number in agreed.items() if number >= AGREEMENT}
     for word, things, kind in caption.things:
         if _supported(things, kind, references):
@@ -210,12 +210,12 @@ def find_failures(caption: Claims, references: Sequence[Claims]) -> dict[str, st
         else:
             found.setdefault("invented detail", []).append(word)
     for being, (low, high) in caption.counts.items():
-        theirs = [claims.counts[being] for claims in references if being in claims.counts]
+        theirs = [facts.counts[being] for facts in references if being in facts.counts]
         if len(theirs) >= AGREEMENT and all(_apart((low, high), other) for other in theirs):
             told = " or ".join(sorted({_range(*other) for other in theirs}))
             found.setdefault("wrong count", []).append(f"{being}: {_range(low, high)} (humans: {told})")
     for thing, colors in caption.colors.items():
-        theirs = [claims.colors[thing] for claims in references if thing in claims.colors]
+        theirs = [facts.colors[thing] for facts in references if thing in facts.colors]
         if len(theirs) >= AGREEMENT and not colors & set().union(*theirs):
             told = ", ".join(sorted(set().union(*theirs)))
             found.setdefault("wrong colour", []).append(f"{'/'.join(sorted(colors))} {thing} (humans: {told})")
@@ -233,36 +233,36 @@ def _range(low: int, high: int | None) -> str:
     return f"{low} or more" if high is None else str(low) if low == high else f"{low} to {high}"
 
 
-def categories_of(references: Sequence[Claims]) -> list[str]:
+def categories_of(references: Sequence[CaptionFacts]) -> list[str]:
     """The categories of a photo: what more than half of its human captions name."""
     found = []
     for name, things in CATEGORIES.items():
-        naming = sum(_in_category(claims, things) for claims in references)
+        naming = sum(_in_category(facts, things) for facts in references)
         if 2 * naming > len(references):
             found.append(name)
     return found
 
 
-def _in_category(claims: Claims, things: tuple[str, ...] | None) -> bool:
-    return claims.children if things is None else bool(claims.named & set(things))
+def _in_category(facts: CaptionFacts, things: tuple[str, ...] | None) -> bool:
+    return facts.children if things is None else bool(facts.named & set(things))
 
 
-def gender_verdicts(caption: Claims, references: Sequence[Claims]) -> dict[str, str]:
+def gender_verdicts(caption: CaptionFacts, references: Sequence[CaptionFacts]) -> dict[str, str]:
     """For each gender that a caption names: "confirmed" by a human caption, "contradicted" where they name only the
     other one, "open" where they name none."""
-    told = set().union(*(claims.genders for claims in references))
+    told = set().union(*(facts.genders for facts in references))
     return {gender: "confirmed" if gender in told else "contradicted" if told else "open" for gender in caption.genders}
 
 
-def failure_rates(captions: Sequence[Claims], references: Sequence[Sequence[Claims]]) -> dict[str, float]:
+def failure_rates(captions: Sequence[CaptionFacts], references: Sequence[Sequence[CaptionFacts]]) -> dict[str, float]:
     """Share (%) of captions with each failure, with any of them, and with none."""
-    found = [find_failures(caption, group) for caption, group in zip(captions, references)]
+    found = [find_errors(caption, group) for caption, group in zip(captions, references)]
     rates = {name: 100 * sum(name in failures for failures in found) / len(found) for name in FAILURES}
     rates["none of these"] = 100 * sum(not failures for failures in found) / len(found)
     return rates
 
 
-def gender_figures(captions: Sequence[Claims], references: Sequence[Sequence[Claims]]) -> dict[str, float]:
+def gender_figures(captions: Sequence[CaptionFacts], references: Sequence[Sequence[CaptionFacts]]) -> dict[str, float]:
     """How often captions name a person's gender, and what the human captions say to that.
 
     Returns:
@@ -293,8 +293,8 @@ def analyse(captions: Sequence[str], references: Sequence[Sequence[str]], ciders
         `named`, the share (%) of its photos whose caption names it, `right`, the share of captions naming it that a
         human caption supports, and the failure rates; and `photos`, for each photo its `failures` and `categories`.
     """
-    model = [read_claims(caption) for caption in captions]
-    humans = [[read_claims(caption) for caption in group] for group in references]
+    model = [parse_caption(caption) for caption in captions]
+    humans = [[parse_caption(caption) for caption in group] for group in references]
     shift = random.Random(seed).randrange(1, len(model)) if len(model) > 1 else 0
     # Every human caption against the others of its photo.
     single, others = [], []
@@ -303,7 +303,7 @@ def analyse(captions: Sequence[str], references: Sequence[Sequence[str]], ciders
             single.append(group[place])
             others.append(group[:place] + group[place + 1 :])
     photos = [
-        {"failures": find_failures(caption, group), "categories": categories_of(group)}
+        {"failures": find_errors(caption, group), "categories": categories_of(group)}
         for caption, group in zip(model, humans)
     ]
     found = {
@@ -325,8 +325,8 @@ def _category_rows(model, humans, ciders, photos) -> list[dict]:
     rows = []
     for name, things in CATEGORIES.items():
         members = [index for index, photo in enumerate(photos) if name in photo["categories"]]
-        naming = [index for index, claims in enumerate(model) if _in_category(claims, things)]
-        right = sum(any(_in_category(claims, things) for claims in humans[index]) for index in naming)
+        naming = [index for index, facts in enumerate(model) if _in_category(facts, things)]
+        right = sum(any(_in_category(facts, things) for facts in humans[index]) for index in naming)
         if not members:
             continue
         failures = [photos[index]["failures"] for index in members]

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from tinycap.evaluation.explanation import TokenProbability, saliency, sureness, token_probabilities
+from tinycap.evaluation.explanation import TokenProbability, mean_token_probability, saliency, token_probabilities
 from tinycap.evaluation.failures import FAILURES
 from tinycap.training.logs import write_text
 
@@ -56,7 +56,7 @@ def token_items(tokenizer, tokens: Sequence[TokenProbability]) -> list[list]:
 
 
 def explain_pictures(model, processor, images: Sequence[Image.Image], tokens, batch_size: int = 32) -> list[dict]:
-    """Picture, tokens, saliency and sureness of N captioned pictures, as the page takes them.
+    """Image, tokens, saliency and mean token probability of N captioned pictures, as the page takes them.
 
     Args:
         model: a TinyCap in eval mode; processor: of the same folder.
@@ -73,7 +73,7 @@ def explain_pictures(model, processor, images: Sequence[Image.Image], tokens, ba
                     "image": thumbnail(image),
                     "tokens": token_items(processor.tokenizer, caption),
                     "map": encode_map(map_),
-                    "sureness": sureness(caption),
+                    "mean_token_probability": mean_token_probability(caption),
                 }
             )
     return items
@@ -104,7 +104,7 @@ def score_table(results: dict) -> dict:
 
 
 def failure_tables(analysis: dict) -> list[dict]:
-    """The failures, categories, genders and unlike pictures of `failures.py` and `unlike_photos.py`."""
+    """The failures, categories, genders and unlike pictures of `failures.py` and `ood_images.py`."""
     whose = {"model": "the model, %", "human": "a human, %", "other_photos": "captions of other photos, %"}
     whose = {name: label for name, label in whose.items() if name in analysis["failures"]}
     failures = {

@@ -2,7 +2,8 @@
 
     python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
         --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher \\
-        --earlier_stages outputs/flickr8k-112px outputs/flickr8k-112px-mixed outputs/flickr8k-224px \\
+        --stages outputs/flickr8k-112px outputs/flickr8k-112px-mixed outputs/flickr8k-224px outputs/flickr8k-decoder \\
+        outputs/flickr8k-cider \\
         --agreement outputs/tokenizer_agreement --latency outputs/caption_latency
 
 The card is `docs/model_card_template.md`, filled: no figure in it is written by hand. Its front matter, which the Hub
@@ -29,7 +30,8 @@ from tinycap.evaluation.__main__ import main as run_evaluation
 from tinycap.evaluation.failures import FAILURES
 from tinycap.evaluation.reports import plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.training.soup import SOUP_FILE
+from tinycap.training.logs import hours_of, read_json
+from tinycap.training.teacher import FEATURES
 
 
 ROOT = REPOSITORY
@@ -64,28 +66,17 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--dataset_name", help="evaluate on its validation split first, and write that to --evaluation")
     parser.add_argument("--teacher", required=True, help="output folder of train_teacher.py")
+    parser.add_argument("--teacher_feature", choices=FEATURES, default="projected", help="what the student learnt")
     parser.add_argument("--earlier_teachers", nargs="*", default=[], help="folders of the earlier stages' teachers")
     parser.add_argument("--agreement", required=True, help="output folder of benchmarks/tokenizer_agreement.py")
     parser.add_argument("--latency", required=True, help="output folder of benchmarks/caption_latency.py")
-    parser.add_argument("--earlier_stages", nargs="*", default=[], help="output folders that the run continued from")
+    parser.add_argument(
+        "--stages",
+        nargs="+",
+        required=True,
+        help="output folders of the model's training runs, in their order",
+    )
     return parser.parse_args(argv)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file; is its folder the right one?") from None
-
-
-def hours_of(folder: str | Path) -> float:
-    """Hours that a run's loop took, from its `metrics.jsonl`."""
-    path = Path(folder) / "metrics.jsonl"
-    try:
-        last = path.read_text(encoding="utf-8").splitlines()[-1]
-    except (FileNotFoundError, IndexError):
-        raise ValueError(f"{path}: expected the log of a run") from None
-    return json.loads(last)["elapsed_seconds"] / 3600
 
 
 def score_table(evaluation: dict) -> str:
@@ -146,72 +137,6 @@ def latency_table(latency: dict) -> str:
     return "\n".join(rows)
 
 
-def describe_stage(folder: str | Path) -> str:
-    """How long a run in `folder` trained on which pictures, in words."""
-    arguments = read_json(Path(folder) / "train_args.json")
-    side = read_json(Path(folder) / "config.json")["vision_config"]["image_size"]
-    words = [f"{arguments['num_train_epochs']:g} epochs at {side} x {side} pixels"]
-    # Runs of before there was a choice don't say that they did nothing of the kind.
-    if arguments.get("freeze_vision_model"):
-        words.append(f"of the decoder alone{', begun anew' if arguments['reset_decoder'] else ''}")
-    else:
-        words.append(f"{100 * arguments['patch_dropout']:.0f} % of the patches left out of each step")
-    if mixup := arguments.get("mixup"):
-        words.append(f"{100 * mixup:.0f} % of the pictures two photos in one, which no caption describes")
-    if noise := arguments.get("memory_noise"):
-        words.append(f"noise of length {noise:g} on the embeddings that the decoder sees")
-    if arguments.get("objective") == "scst":
-        words.append(f"by the CIDEr of {arguments['scst_samples']} sampled captions a photo in place of cross-entropy")
-    return ", ".join(words)
-
-
-def last_stages(folder: str | Path) -> list[Path]:
-    """The runs that the model in `folder` comes from: those that it is a soup of, or its own."""
-    if (Path(folder) / SOUP_FILE).is_file():
-        return [Path(run) for run in read_json(Path(folder) / SOUP_FILE)["models"]]
-    return [Path(folder)]
-
-
-def all_stages(earlier: list[str], model: str | Path) -> list[Path]:
-    """Every run that the model in folder `model` comes from, once each: the `earlier` ones, then those of `last_stages`
-    that aren't among them."""
-    stages = [Path(stage) for stage in earlier]
-    known = {stage.resolve() for stage in stages}
-    return stages + [stage for stage in last_stages(model) if stage.resolve() not in known]
-
-
-def teaching(stages: list[str | Path]) -> dict:
-    """The arguments of the last stage that had a teacher.
-
-    Raises:
-        ValueError: none of them had one.
-    """
-    for stage in reversed(stages):
-        arguments = read_json(Path(stage) / "train_args.json")
-        if arguments["distill_weight"] > 0:
-            return arguments
-    raise ValueError(f"{', '.join(map(str, stages))}: expected a run with a teacher, got --distill_weight 0 only")
-
-
-def describe_stages(earlier: list[str], model: str | Path) -> str:
-    """All stages of a training in words, and of which of them a soup is the mean.
-
-    Raises:
-        ValueError: the soup's stages aren't the last of all.
-    """
-    stages, last = all_stages(earlier, model), last_stages(model)
-    words = "; ".join(map(describe_stage, stages))
-    if len(last) == 1:
-        return words
-    if {stage.resolve() for stage in last} != {stage.resolve() for stage in stages[-len(last) :]}:
-        raise ValueError(
-            f"--earlier_stages: expected those that are in the soup behind all others, got {', '.join(earlier)}"
-        )
-    if (branches := len(stages) - len(earlier)) > 1:
-        words += f". Each of the last {branches} goes on from the one before all of them"
-    return words + f". The weights are the mean of the last {len(last)} stages'"
-
-
 def read_captions(path: Path) -> list[dict]:
     """The captioned photos of a `captions.jsonl`; a run without `--failures` is an error."""
     try:
@@ -270,10 +195,6 @@ def fill_card(args: argparse.Namespace) -> str:
     failures = read_json(Path(args.evaluation) / "failures.json")
     captions = read_captions(Path(args.evaluation) / "captions.jsonl")
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
-    stages = all_stages(args.earlier_stages, args.model_name_or_path)
-    trained = [read_json(Path(stage) / "train_args.json") for stage in stages]
-    # A reward has no labels to smooth.
-    smoothing = [run["label_smoothing"] for run in trained if run.get("objective") != "scst"]
     figures = {
         "parameters": f"{model.num_parameters():,}",
         "student_parameters": f"{model.vision_model.num_parameters():,}",
@@ -297,11 +218,7 @@ def fill_card(args: argparse.Namespace) -> str:
         "example_list": example_list(captions),
         **gender_figures(failures["gender"]),
         "teacher_hours": f"{sum(map(hours_of, [*args.earlier_teachers, args.teacher])):.1f}",
-        "student_hours": f"{sum(map(hours_of, stages)):.1f}",
-        "num_epochs": f"{sum(arguments['num_train_epochs'] for arguments in trained):g}",
-        "distill_weight": f"{teaching(stages)['distill_weight']:g}",
-        "label_smoothing": f"{smoothing[-1]:g}",
-        "stage_list": describe_stages(args.earlier_stages, args.model_name_or_path),
+        "student_hours": f"{sum(map(hours_of, args.stages)):.1f}",
         "date": datetime.date.today().isoformat(),
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
@@ -335,13 +252,12 @@ def split_front_matter(text: str) -> tuple[str, str]:
 
 
 def evaluate(args: argparse.Namespace) -> None:
-    """Runs the evaluation that the card quotes, with the teacher's feature that the student learnt."""
-    train_args = teaching(all_stages(args.earlier_stages, args.model_name_or_path))
+    """Runs the evaluation that the card quotes."""
     run_evaluation(
         [
             *("--model_name_or_path", args.model_name_or_path, "--dataset_name", args.dataset_name),
             *("--split", "validation", "--baselines", "--failures"),
-            *("--teacher_name_or_path", args.teacher, "--teacher_feature", train_args["teacher_feature"]),
+            *("--teacher_name_or_path", args.teacher, "--teacher_feature", args.teacher_feature),
             *("--output_dir", args.evaluation, "--overwrite_output_dir"),
         ]
     )
@@ -364,8 +280,7 @@ def main(argv: list[str] | None = None) -> None:
     # The Hub reads what a repository is from the head of its README.
     readme = ROOT / "README.md"
     readme.write_text(with_front_matter(readme.read_text(encoding="utf-8"), card), encoding="utf-8")
-    stages = all_stages(args.earlier_stages, args.model_name_or_path)
-    plot_curves([Path(stage) / "metrics.jsonl" for stage in stages], ROOT / "docs" / "curves.png")
+    plot_curves([Path(stage) / "metrics.jsonl" for stage in args.stages], ROOT / "docs" / "curves.png")
     # A palette: the noise among the pictures would take hundreds of kilobytes in full colour.
     with Image.open(Path(args.evaluation) / "unlike_photos.png") as sheet:
         sheet.convert("RGB").quantize(128).save(ROOT / "docs" / "unlike_photos.png", optimize=True)

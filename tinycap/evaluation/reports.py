@@ -1,12 +1,19 @@
 """What a person looks at: a contact sheet of pictures with their captions, and the curves of a training run."""
 
 import json
+import logging
+import math
 import os
+import textwrap
+import unicodedata
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
 
+
+logger = logging.getLogger(__name__)
 
 # Sides of a picture and of its cell, in inches at `DPI`.
 PICTURE, TEXT_HEIGHT, DPI = 2.3, 0.95, 110
@@ -31,11 +38,45 @@ def _pyplot():
     return pyplot
 
 
+def _font_families(texts: Sequence[str]) -> list[str]:
+    """DejaVu Sans and, for letters that it lacks, installed fonts; logs a warning of letters that no font has."""
+    from matplotlib import font_manager, get_cachedir
+
+    missing = {ord(letter) for text in texts for letter in text if letter.isprintable()}
+    families = []
+    for font in sorted(font_manager.fontManager.ttflist, key=lambda font: font.name != "DejaVu Sans"):
+        # Placeholders for every letter, and TeX's fonts, whose letters lie at other code points.
+        if not missing or font.name.startswith(("Last Resort", "cm")):
+            continue
+        covered = missing & font_manager.get_font(font.fname).get_charmap().keys()
+        if covered:
+            families.append(font.name)
+            missing -= covered
+    if missing:
+        logger.warning(
+            "no installed font has the letters %s: they are drawn as boxes; install one, such as Noto Sans of their "
+            "script, and delete the font list in %s",
+            "".join(map(chr, sorted(missing)[:20])),
+            get_cachedir(),
+        )
+    return list(dict.fromkeys(families)) or ["DejaVu Sans"]
+
+
+def _wrap(text: str, width: int, max_lines: int) -> str:
+    """The first lines of `text`, at most `width` letters each, or half as many where they are twice as wide."""
+    if any(unicodedata.east_asian_width(letter) in "WF" for letter in text):
+        width //= 2
+    return "\n".join(textwrap.wrap(text, width)[:max_lines])
+
+
 def _save(figure, path: str | Path) -> None:
     # Aside and renamed, so that nobody opens half a picture.
     path = Path(path)
     aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    figure.savefig(aside, dpi=DPI)
+    with warnings.catch_warnings():
+        # One warning a letter; `_font_families` has given one for all.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
+        figure.savefig(aside, dpi=DPI)
     os.replace(aside, path)
     _pyplot().close(figure)
 
@@ -66,9 +107,8 @@ def contact_sheet(
             f"expected a caption for each of at least one picture, got {len(images)} pictures, {len(captions)} captions"
             + ("" if references is None else f" and {len(references)} references")
         )
-    import textwrap
-
     pyplot = _pyplot()
+    families = _font_families([*captions, *(references or ())])
     rows = -(-len(images) // columns)
     head = 0.4 if title else 0.1
     figure = pyplot.figure(figsize=(columns * (PICTURE + 0.2) + 0.2, rows * (PICTURE + TEXT_HEIGHT) + head))
@@ -81,12 +121,13 @@ def contact_sheet(
         axes = figure.add_axes((left / width, 1 - (top + PICTURE) / height, PICTURE / width, PICTURE / height))
         axes.imshow(ImageOps.fit(image.convert("RGB"), (256, 256)))
         axes.axis("off")
-        lines = textwrap.wrap(caption or "(no caption)", 38)[:3]
-        below = {"va": "top", "fontsize": 8, "parse_math": False}
-        figure.text(left / width, 1 - (top + PICTURE + 0.06) / height, "\n".join(lines), **below)
+        text = _wrap(caption or "(no caption)", 38, max_lines=3)
+        lines = text.count("\n") + 1
+        below = {"va": "top", "fontsize": 8, "parse_math": False, "fontfamily": families}
+        figure.text(left / width, 1 - (top + PICTURE + 0.06) / height, text, **below)
         if references is not None:
-            offset = PICTURE + 0.1 + 0.145 * len(lines)
-            text = "\n".join(textwrap.wrap(references[index], 44)[: 5 - len(lines)])
+            offset = PICTURE + 0.1 + 0.145 * lines
+            text = _wrap(references[index], 44, max_lines=5 - lines)
             figure.text(left / width, 1 - (top + offset) / height, text, color="0.5", **{**below, "fontsize": 7})
     _save(figure, path)
 
@@ -100,7 +141,7 @@ def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) ->
         path: the PNG to write.
 
     Raises:
-        ValueError: a file has no rows.
+        ValueError: a file has no rows, or none a finite value.
         ImportError: matplotlib isn't installed.
     """
     rows, starts = [], []
@@ -111,15 +152,23 @@ def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) ->
         starts.append(rows[-1]["step"] if rows else 0)
         rows += [{**row, "step": row["step"] + starts[-1]} for row in stage]
     pyplot = _pyplot()
-    names = sorted({name for row in rows for name in row} - {"step", "epoch", "elapsed_seconds"})
-    panels = [(label, [name for name in names if key in name]) for key, label in PANELS]
+    series = {}
+    for row in rows:
+        for name in row.keys() - {"step", "epoch", "elapsed_seconds"}:
+            if isinstance(row[name], (int, float)) and math.isfinite(row[name]):
+                series.setdefault(name, []).append((row["step"], row[name]))
+    panels = [(label, [name for name in sorted(series) if key in name]) for key, label in PANELS]
     panels = [(label, found) for label, found in panels if found]
+    if not panels:
+        raise ValueError(f"{metrics}: expected rows of finite metrics, got none")
     figure, all_axes = pyplot.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.4), squeeze=False)
     for axes, (label, found) in zip(all_axes[0], panels):
         for name in found:
-            points = [(row["step"], row[name]) for row in rows if name in row]
-            few = len(points) < 20
-            axes.plot(*zip(*points), label=name.replace("_", " "), marker="o" if few else None, markersize=3)
+            points, text = series[name], name.replace("_", " ")
+            if len(points) == 1:
+                # A lone dot says little without its value.
+                text += f": {points[0][1]:.3g}"
+            axes.plot(*zip(*points), label=text, marker="o" if len(points) < 20 else None, markersize=3)
         for start in starts[1:]:
             axes.axvline(start, color="0.6", linewidth=0.8, linestyle="--")
         axes.set_xlabel("step")

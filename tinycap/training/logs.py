@@ -39,6 +39,24 @@ def write_json(path: str | Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
+def read_json(path: Path) -> dict:
+    """Reads a JSON file; one that isn't there is a `ValueError`."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"{path}: no such file; is its folder the right one?") from None
+
+
+def hours_of(folder: str | Path) -> float:
+    """Hours that a run's loop took, from its `metrics.jsonl`."""
+    path = Path(folder) / "metrics.jsonl"
+    try:
+        last = path.read_text(encoding="utf-8").splitlines()[-1]
+    except (FileNotFoundError, IndexError):
+        raise ValueError(f"{path}: expected the log of a run") from None
+    return json.loads(last)["elapsed_seconds"] / 3600
+
+
 def prepare_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) -> None:
     """Makes the output folder, or sees to it that an earlier run's isn't mixed with this one's.
 

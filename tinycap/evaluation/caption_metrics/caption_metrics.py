@@ -8,11 +8,12 @@ Java programs and are computed only where they are asked for and Java is install
 """
 
 import shutil
+import warnings
 
 import datasets
 import evaluate
 
-from .ptb_tokenizer import ptb_tokenize
+from .ptb_tokenizer import UNSPACED, ptb_tokenize
 
 
 DESCRIPTION = "Caption metrics as published: PTB tokenisation and the scorers of pycocoevalcap, all references."
@@ -39,6 +40,22 @@ Returns:
 JAVA_METRICS = ("meteor", "spice")
 
 
+def metric_caveats(references: list[list[str]]) -> list[str]:
+    """What makes the metrics of these references say less than usual: [] or sentences for a person."""
+    caveats = []
+    if len(references) == 1:
+        caveats.append(
+            "CIDEr of one image is 0 whatever its caption: it weighs words by how few images' references have them; "
+            "score several images together, or use BLEU or ROUGE-L"
+        )
+    if any(UNSPACED.search(caption) for captions in references for caption in captions):
+        caveats.append(
+            "captions of a script without spaces between words are scored by characters, not words: compare them only "
+            "with metrics computed so"
+        )
+    return caveats
+
+
 def _tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict, dict]:
     """References and predictions as the scorers take them: dicts of lists, by number.
 
@@ -53,6 +70,8 @@ def _tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict
     for index, captions in enumerate(references):
         if isinstance(captions, str) or not captions:
             raise ValueError(f"references[{index}]: expected a list of at least one caption, got {captions!r}")
+    for caveat in metric_caveats(references):
+        warnings.warn(caveat, stacklevel=1)
     # A caption without any word is a word that no reference has.
     candidates = {index: [ptb_tokenize(caption) or "<empty>"] for index, caption in enumerate(predictions)}
     truths = {index: [ptb_tokenize(caption) for caption in captions] for index, captions in enumerate(references)}
@@ -69,14 +88,19 @@ def compute_caption_metrics(
         ImportError: `pycocoevalcap` isn't installed.
     """
     try:
-        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.bleu.bleu_scorer import BleuScorer
         from pycocoevalcap.cider.cider import Cider
         from pycocoevalcap.rouge.rouge import Rouge
     except ImportError as error:
         raise ImportError("caption metrics need pycocoevalcap: pip install 'tinycap[evaluation]'") from error
     truths, candidates = _tokenize(predictions, references)
-    bleu, _ = Bleu(4).compute_score(truths, candidates, verbose=0)
-    scores = {f"bleu_{n}": 100 * float(value) for n, value in enumerate(bleu, start=1)}
+    scorer = BleuScorer(n=4)
+    for index, captions in truths.items():
+        scorer += (candidates[index][0], captions)
+    bleu, _ = scorer.compute_score(option="closest")
+    # The scorer adds 1e-15 to each count; without a match of some length BLEU is 0, not 1e-11 or 3.
+    matches = [sum(found["correct"][n] for found in scorer.ctest) for n in range(4)]
+    scores = {f"bleu_{n}": 100 * float(bleu[n - 1]) if all(matches[:n]) else 0.0 for n in range(1, 5)}
     scores["rouge_l"] = 100 * float(Rouge().compute_score(truths, candidates)[0])
     scores["cider"] = 100 * float(Cider().compute_score(truths, candidates)[0])
     for name in extra:

@@ -8,13 +8,19 @@ from what that program answers, not from its grammar: on captions, and on brute-
 Worth knowing, because it looks wrong and is not: brackets survive as the words `-lrb-` and `-rrb-` (they are
 lower-cased before the list that would drop `-LRB-` is applied), `?!` and `!!` survive (the list holds single marks
 only), and emoji vanish.
+
+Other languages than English: text is normalised to NFC, combining marks belong to their word, and scripts without
+spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) are cut into characters, as sacreBLEU cuts Chinese.
 """
 
 import re
+import unicodedata
 
 
 # Dropped by pycocoevalcap after tokenisation. Its list also has "-LRB-" and the like, which never occur lower-cased.
 PUNCTUATION = frozenset({"''", "'", "``", "`", ".", "?", "!", ",", ":", "-", "--", "...", ";"})
+# The same in scripts that the original list doesn't cover.
+PUNCTUATION |= set("。、，．？！：；「」『』（）・।॥؟،؛۔։።፣་།")
 
 # A full stop after one of these belongs to the word.
 ABBREVIATIONS = """
@@ -39,6 +45,8 @@ SPELLED = {
     "…": " ... ", "–": " -- ", "—": " -- ", "―": " -- ",
     "&apos;": "'", "½": "1/2", "¼": "1/4", "¾": "3/4", "⅓": "1/3", "⅔": "2/3",
     "€": "$", "£": "#", "¢": " cents ", "\u00ad": "",
+    # Zero-width joiners shape the letters around them; the word is the same.
+    "\u200c": "", "\u200d": "",
 }  # fmt: skip
 ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">", "&quot;": "''", "&nbsp;": ""}
 
@@ -48,11 +56,18 @@ def _one_of(words: list[str]) -> str:
     return "|".join(sorted(words, key=lambda word: (-len(word), word)))
 
 
-_LETTER = r"[^\W\d_]"
-_ALNUM = r"[^\W_]"
-_END = rf"(?!{_ALNUM})"
+# `\w` lacks combining marks, without which "हिंदी" or a decomposed "Bär" would fall apart.
+_MARKS = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)) in ("Mn", "Mc"))
+_LETTER = rf"(?:[^\W\d_][{_MARKS}]*)"
+_ALNUM = rf"(?:[^\W_][{_MARKS}]*)"
+# Characters, with their marks, of scripts that put no spaces between words.
+UNSPACED = re.compile(
+    "[\u0e01-\u0e4e\u0e80-\u0ecd\u0edc-\u0edf\u1000-\u103f\u1050-\u108f\u1780-\u17dd\u3005-\u3007\u3041-\u3096"
+    f"\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff66-\uff9d][{_MARKS}]*"
+)
+_END = r"(?![^\W_])"
 # One-letter French, Irish and English prefixes: "l'eau", "12-o'clock".
-_PREFIX = rf"(?:[dolnDOLN]'(?={_ALNUM}))"
+_PREFIX = r"(?:[dolnDOLN]'(?=[^\W_]))"
 _PART = rf"{_PREFIX}?{_ALNUM}+(?:_{_ALNUM}+)*"
 _FIRST_PART = rf"(?:\d+(?:[.,]\d+)+{_END}|{_PART})"
 _HYPHEN = "[-\u2010\u2011]"
@@ -73,7 +88,7 @@ _KINDS = {
     "before_not": rf"{_LETTER}+?(?=[nN]'[tT]{_END})",
     "clitic": rf"[nN]'[tT]{_END}|'(?i:s|m|d|re|ve|ll){_END}|'[tT](?=(?i:is|was))",
     "elided": rf"'(?i:em|till|til|cause)|'[nN]'|'[nN]{_END}|'\d\ds?(?=\s|$)",
-    "eliding": rf"[yY]'(?={_ALNUM})|(?:[oO]l|[dDjJlL])'{_END}|[cC]'(?:est|mon){_END}|[eE]'er{_END}",
+    "eliding": rf"[yY]'(?=[^\W_])|(?:[oO]l|[dDjJlL])'{_END}|[cC]'(?:est|mon){_END}|[eE]'er{_END}",
     # An apostrophe between vowels joins: "ma'am", "ne'er".
     "vowels": rf"{_LETTER}+(?<=[aeiouyAEIOUY])'[aeiouAEIOU]{_LETTER}*",
     "joined": rf"(?i:{_one_of(list(JOINED_WORDS))})(?![^\W_]|['-])",
@@ -117,7 +132,9 @@ def ptb_words(text: str) -> list[str]:
     Returns:
         The tokens; [] for a text without any.
     """
+    text = unicodedata.normalize("NFC", text)
     text = _SPELLED.sub(lambda match: SPELLED[match[0]], text)
+    text = UNSPACED.sub(r" \g<0> ", text)
     text = _SKIPPED.sub(" ", text)
     words = []
     position, end = 0, len(text)

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from PIL import Image, ImageDraw, ImageFont
 
 from tinycap.evaluation.captioning import caption_dataset
-from tinycap.evaluation.explanation import sureness, token_probabilities
-from tinycap.evaluation.failures import read_claims
+from tinycap.evaluation.explanation import mean_token_probability, token_probabilities
+from tinycap.evaluation.failures import parse_caption
 from tinycap.training.scenes import draw_scene, make_scene
 
 
@@ -103,7 +103,7 @@ KINDS: dict[str, Callable[[random.Random], Image.Image]] = {
 }
 
 
-def draw_unlike_photos(seed: int, per_kind: int = PER_KIND) -> dict[str, list[Image.Image]]:
+def draw_ood_images(seed: int, per_kind: int = PER_KIND) -> dict[str, list[Image.Image]]:
     """`per_kind` pictures of each of `KINDS`, the same for the same seed."""
     return {
         kind: [draw(random.Random(f"{seed}-{kind}-{number}")) for number in range(per_kind)]
@@ -111,12 +111,14 @@ def draw_unlike_photos(seed: int, per_kind: int = PER_KIND) -> dict[str, list[Im
     }
 
 
-def mean_token_probability(model, pixel_values, tokens) -> float:
-    """The `sureness` of all tokens of N captions together."""
-    return sureness([token for caption in token_probabilities(model, pixel_values, tokens) for token in caption])
+def mean_caption_probability(model, pixel_values, tokens) -> float:
+    """The `mean_token_probability` of all tokens of N captions together."""
+    return mean_token_probability(
+        [token for caption in token_probabilities(model, pixel_values, tokens) for token in caption]
+    )
 
 
-def caption_unlike_photos(model, processor, seed: int, **generate_kwargs) -> list[dict]:
+def caption_ood_images(model, processor, seed: int, **generate_kwargs) -> list[dict]:
     """Captions all of them.
 
     Returns:
@@ -125,12 +127,12 @@ def caption_unlike_photos(model, processor, seed: int, **generate_kwargs) -> lis
         (geometric mean).
     """
     rows = []
-    for kind, pictures in draw_unlike_photos(seed).items():
+    for kind, pictures in draw_ood_images(seed).items():
         found = caption_dataset(model, processor, [{"image": picture} for picture in pictures], **generate_kwargs)
         pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
         counts = Counter(found.captions)
         commonest, number = counts.most_common(1)[0]
-        named = [read_claims(caption).named & {"person", "dog"} for caption in found.captions]
+        named = [parse_caption(caption).named & {"person", "dog"} for caption in found.captions]
         rows.append(
             {
                 "kind": kind,
@@ -139,7 +141,7 @@ def caption_unlike_photos(model, processor, seed: int, **generate_kwargs) -> lis
                 "commonest": commonest,
                 "share": 100 * number / len(pictures),
                 "names_person_or_dog": 100 * sum(map(bool, named)) / len(pictures),
-                "token_probability": mean_token_probability(model, pixel_values, found.tokens),
+                "token_probability": mean_caption_probability(model, pixel_values, found.tokens),
                 "captions": found.captions,
                 "tokens": found.tokens,
             }

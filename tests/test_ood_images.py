@@ -1,10 +1,10 @@
 from tinycap.evaluation.failures import CATEGORIES, EXCLUSIVE_KINDS
-from tinycap.evaluation.unlike_photos import KINDS, draw_unlike_photos
+from tinycap.evaluation.ood_images import KINDS, draw_ood_images
 from tinycap.evaluation.word_lists import GENERAL, KIND_OF, RELATED, THINGS
 
 
-def test_pictures_unlike_photos_follow_from_the_seed_and_differ_within_a_kind():
-    drawn, again, other = (draw_unlike_photos(seed, per_kind=3) for seed in (0, 0, 1))
+def test_ood_images_follow_from_the_seed_and_differ_within_a_kind():
+    drawn, again, other = (draw_ood_images(seed, per_kind=3) for seed in (0, 0, 1))
     assert list(drawn) == list(KINDS)
     for kind, pictures in drawn.items():
         assert all(picture.size == (224, 224) and picture.mode == "RGB" for picture in pictures)
