@@ -10,7 +10,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import AutoProcessor, ProcessorMixin
+from transformers import AutoImageProcessor, GitProcessor, PreTrainedTokenizerFast
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -21,7 +21,7 @@ from tinycap.processing_tinycap import load_image
 logger = logging.getLogger(__name__)
 
 
-def load_captioner(name_or_path: str) -> tuple[TinyCapForConditionalGeneration, ProcessorMixin]:
+def load_captioner(name_or_path: str) -> tuple[TinyCapForConditionalGeneration, GitProcessor]:
     """A TinyCap checkpoint and its processor, by this package's own classes: no code of the repository's is run.
 
     Raises:
@@ -32,7 +32,8 @@ def load_captioner(name_or_path: str) -> tuple[TinyCapForConditionalGeneration, 
         if content.get("model_type") != TinyCapConfig.model_type:
             raise ValueError(f"expected model_type {TinyCapConfig.model_type!r}, got {content.get('model_type')!r}")
         model = TinyCapForConditionalGeneration.from_pretrained(name_or_path)
-        return model, AutoProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+        image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+        return model, GitProcessor(image_processor, PreTrainedTokenizerFast.from_pretrained(name_or_path))
     except (OSError, ValueError) as error:
         raise ValueError(f"model {name_or_path}: {error}") from error
 
