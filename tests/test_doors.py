@@ -18,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    generation,
     pipeline,
 )
 
@@ -138,6 +139,19 @@ def test_the_builtin_image_text_to_text_pipeline_captions_and_continues(reposito
     assert found[0]["generated_text"].strip() == expected(pictures[0])[0]["generated_text"]
     found = captioner(images=pictures[:2], text=["A brown", "Two"])
     assert [one["generated_text"][: len(start)] for one, start in zip(found, ("A brown", "Two"))] == ["A brown", "Two"]
+
+
+def test_the_pipelines_lengths_come_before_the_models(repository, pictures, monkeypatch):
+    warned = []
+    monkeypatch.setattr(generation.utils.logger, "warning", warned.append)
+    captioner = pipeline("image-to-text", model=str(repository), **TRUST)
+    assert captioner.model.generation_config.max_new_tokens == 9
+    captioner.model.generation_config.eos_token_id = None
+    sizes = []
+    monkeypatch.setattr(captioner, "postprocess", lambda outputs, **_: sizes.append(outputs["sequences"].shape[-1]))
+    for options in ({}, {"max_length": 5}, {"max_new_tokens": 3}, {"generate_kwargs": {"max_length": 6}}):
+        captioner(pictures[0], **options)
+    assert sizes == [1 + 9, 5, 1 + 3, 6] and not warned
 
 
 def test_the_tokenizer_names_a_class_that_transformers_4_knows(repository):
