@@ -23,7 +23,11 @@ from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions, Seq2SeqLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithCrossAttentions,
+    BaseModelOutputWithPooling,
+    Seq2SeqLMOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
@@ -45,21 +49,19 @@ logger = logging.get_logger(__name__)
 LOSS_CHUNK = 256
 
 
-@dataclass
-class TinyCapVisionOutput(ModelOutput):
+class TinyCapVisionOutput(BaseModelOutputWithPooling):
     """Output of the student.
 
     Args:
         last_hidden_state: (B, 1 + patches, hidden_size), after the final layer norm; row 0 is `[CLS]`.
-        image_embeds: (B, projection_dim), unit norm.
+        pooler_output: (B, projection_dim), the image embedding, of unit norm; also called `image_embeds`.
         hidden_states: num_hidden_layers + 1 tensors like `last_hidden_state`, before the final layer norm.
         attentions: num_hidden_layers tensors (B, heads, tokens, tokens).
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    @property
+    def image_embeds(self) -> torch.FloatTensor | None:
+        return self.pooler_output
 
 
 @dataclass
@@ -289,7 +291,7 @@ class TinyCapVisionEmbeddings(nn.Module):
             )
         if height < patch or width < patch:
             raise ValueError(f"pixel_values: expected at least {patch}x{patch} pixels, got {height}x{width}")
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        patches = self.patch_embedding(pixel_values.to(self.cls_token.dtype))
         positions = self.positions(*patches.shape[2:])
         patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]
         if self.training and self.config.patch_dropout > 0:
@@ -460,7 +462,7 @@ class TinyCapVisionModel(TinyCapPreTrainedModel):
         image_embeds = F.normalize(image_embeds.float(), dim=-1).to(image_embeds.dtype)
         output = TinyCapVisionOutput(
             last_hidden_state=last_hidden_state,
-            image_embeds=image_embeds,
+            pooler_output=image_embeds,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
@@ -528,7 +530,9 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
 
     def project_memory(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, M, projection_dim or the student's hidden_size) -> (B, M, hidden_size of the text)."""
-        return self.memory_projection(encoder_hidden_states.to(self.memory_projection.weight.dtype) * self.memory_scale)
+        # The layer norm's dtype is that of the computation. A quantised linear layer has that of its storage.
+        memory = encoder_hidden_states.to(self.final_layer_norm.weight.dtype) * self.memory_scale
+        return self.memory_projection(memory)
 
     def position_ids(self, attention_mask: torch.Tensor | None, past_length, length: int, device) -> torch.Tensor:
         """(1 or B, length): counted from each row's first real token, so that left padding changes nothing."""
@@ -740,18 +744,27 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head = value
 
-    def get_image_features(
-        self, pixel_values: torch.FloatTensor, interpolate_pos_encoding: bool = False
-    ) -> torch.FloatTensor:
-        """The student's embedding of `pixel_values` (B, C, H, W): (B, projection_dim), unit norm."""
-        return self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True).image_embeds
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> TinyCapVisionOutput | tuple:
+        """Embeds images, with the interface of CLIP's in transformers 5.
+
+        Args:
+            pixel_values: (B, num_channels, image_size, image_size), normalised by the image processor.
+            kwargs: `interpolate_pos_encoding`, `output_attentions`, `output_hidden_states`, `return_dict`, as in
+                `TinyCapVisionModel.forward`.
+
+        Returns:
+            `TinyCapVisionOutput`, a `BaseModelOutputWithPooling`. Its `pooler_output` (B, projection_dim) is the
+            embedding. Unlike CLIP's it has unit norm.
+        """
+        return self.vision_model(pixel_values, **kwargs)
 
     def get_memory(self, encoder_outputs: ModelOutput | tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the decoder attends to, from the student's output or from bare embeddings.
 
         Args:
-            encoder_outputs: a `TinyCapVisionOutput`; with `memory="embedding"` also
-                `BaseModelOutput(last_hidden_state=embeddings)`, embeddings (B, 1, projection_dim) of any norm.
+            encoder_outputs: a `TinyCapVisionOutput`, or its values as a tuple; with `memory="embedding"` also a
+                `BaseModelOutput` whose `pooler_output` (B, projection_dim) or `last_hidden_state`
+                (B, 1, projection_dim) is an embedding of any norm, as a teacher's.
 
         Returns:
             The memory (B, M, width) and `image_embeds` (B, projection_dim) or `None`.
@@ -759,10 +772,9 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: neither of the two; says what was expected and what came.
         """
-        image_embeds = getattr(encoder_outputs, "image_embeds", None)
-        hidden_states = encoder_outputs[0] if image_embeds is None else encoder_outputs.last_hidden_state
-        if isinstance(encoder_outputs, (tuple, list)) and len(encoder_outputs) > 1:
-            image_embeds = encoder_outputs[1]
+        if isinstance(encoder_outputs, (tuple, list)):
+            encoder_outputs = TinyCapVisionOutput(*encoder_outputs[:2])
+        hidden_states, image_embeds = encoder_outputs[0], getattr(encoder_outputs, "pooler_output", None)
         if self.config.memory == "patches":
             width = self.config.vision_config.hidden_size
             if hidden_states.dim() != 3 or hidden_states.shape[-1] != width:
@@ -772,14 +784,15 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
                 )
             return hidden_states, image_embeds
         width = self.config.vision_config.projection_dim
-        if image_embeds is None:
-            if hidden_states.dim() != 3 or hidden_states.shape[1:] != (1, width):
-                raise ValueError(
-                    f"encoder_outputs: expected image_embeds (B, {width}) or last_hidden_state (B, 1, {width}), "
-                    f"got last_hidden_state {tuple(hidden_states.shape)}"
-                )
-            image_embeds = F.normalize(hidden_states[:, 0].float(), dim=-1).to(hidden_states.dtype)
-        return image_embeds.unsqueeze(1), image_embeds
+        embeds = hidden_states if image_embeds is None else image_embeds.unsqueeze(1)
+        if embeds.dim() != 3 or embeds.shape[1:] != (1, width):
+            raise ValueError(
+                f"encoder_outputs: expected pooler_output (B, {width}) or last_hidden_state (B, 1, {width}), "
+                f"got {tuple(embeds.shape if image_embeds is None else image_embeds.shape)}"
+            )
+        if image_embeds is None or not isinstance(encoder_outputs, TinyCapVisionOutput):
+            embeds = F.normalize(embeds.float(), dim=-1).to(embeds.dtype)
+        return embeds, embeds[:, 0]
 
     def add_noise(self, memory: torch.Tensor) -> torch.Tensor:
         """Embeddings (N, 1, projection_dim) of unit norm, each moved by `memory_noise` in a random direction."""

@@ -56,7 +56,7 @@ def test_sampling_follows_the_seed(model, pixel_values):
 
 
 def test_captions_come_straight_from_an_embedding_of_any_norm(model, pixel_values):
-    embeddings = model.get_image_features(pixel_values)
+    embeddings = model.get_image_features(pixel_values).pooler_output
     bare = BaseModelOutput(last_hidden_state=3.7 * embeddings[:, None])
     assert torch.equal(model.generate(encoder_outputs=bare, **LONG), model.generate(pixel_values, **LONG))
 
