@@ -21,22 +21,18 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-)
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions, Seq2SeqLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithCrossAttentions,
+    BaseModelOutputWithPooling,
+    Seq2SeqLMOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput, cached_file, logging
 
 from .confidence_tinycap import CONFIDENCE_NAME
 from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisionConfig
-from .greedy_tinycap import GreedySteps, greedy_search
 from .weights_tinycap import HUB_ARGUMENTS, check_finite_weights, check_shapes, find_weights, stored_shapes
 
 
@@ -53,21 +49,19 @@ logger = logging.get_logger(__name__)
 LOSS_CHUNK = 256
 
 
-@dataclass
-class TinyCapVisionOutput(ModelOutput):
+class TinyCapVisionOutput(BaseModelOutputWithPooling):
     """Output of the student.
 
     Args:
         last_hidden_state: (B, 1 + patches, hidden_size), after the final layer norm; row 0 is `[CLS]`.
-        image_embeds: (B, projection_dim), unit norm.
+        pooler_output: (B, projection_dim), the image embedding, of unit norm; also called `image_embeds`.
         hidden_states: num_hidden_layers + 1 tensors like `last_hidden_state`, before the final layer norm.
         attentions: num_hidden_layers tensors (B, heads, tokens, tokens).
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    @property
+    def image_embeds(self) -> torch.FloatTensor | None:
+        return self.pooler_output
 
 
 @dataclass
@@ -297,7 +291,7 @@ class TinyCapVisionEmbeddings(nn.Module):
             )
         if height < patch or width < patch:
             raise ValueError(f"pixel_values: expected at least {patch}x{patch} pixels, got {height}x{width}")
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        patches = self.patch_embedding(pixel_values.to(self.cls_token.dtype))
         positions = self.positions(*patches.shape[2:])
         patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]
         if self.training and self.config.patch_dropout > 0:
@@ -472,7 +466,7 @@ class TinyCapVisionModel(TinyCapPreTrainedModel):
         image_embeds = F.normalize(image_embeds.float(), dim=-1).to(image_embeds.dtype)
         output = TinyCapVisionOutput(
             last_hidden_state=last_hidden_state,
-            image_embeds=image_embeds,
+            pooler_output=image_embeds,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
@@ -514,19 +508,6 @@ class TinyCapDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm3(hidden_states)))
         return hidden_states, self_weights, cross_weights
 
-    def next_token(self, hidden_states: torch.Tensor, cache: EncoderDecoderCache) -> torch.Tensor:
-        """`forward` for (B, 1, hidden_size) and a single memory vector, see `TinyCapDecoder.next_token`."""
-        attention, shape = self.self_attn, hidden_states.shape
-        normed = self.layer_norm1(hidden_states)
-        query = attention.split_heads(attention.q_proj(normed))
-        key, value = attention.split_heads(attention.k_proj(normed)), attention.split_heads(attention.v_proj(normed))
-        key, value = cache.self_attention_cache.update(key, value, attention.layer_idx)
-        attended = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
-        hidden_states = hidden_states + attention.out_proj(attended.view(shape))
-        constant = cache.cross_attention_cache.layers[attention.layer_idx].keys
-        hidden_states = hidden_states + constant.reshape(shape)
-        return hidden_states + self.mlp(self.layer_norm3(hidden_states))
-
 
 class TinyCapDecoder(TinyCapPreTrainedModel):
     """Memory and tokens -> hidden states. Pre-norm, learned positions, causal self-attention, cross-attention."""
@@ -553,7 +534,9 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
 
     def project_memory(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, M, projection_dim or the student's hidden_size) -> (B, M, hidden_size of the text)."""
-        return self.memory_projection(encoder_hidden_states.to(self.memory_projection.weight.dtype) * self.memory_scale)
+        # The layer norm's dtype is that of the computation. A quantised linear layer has that of its storage.
+        memory = encoder_hidden_states.to(self.final_layer_norm.weight.dtype) * self.memory_scale
+        return self.memory_projection(memory)
 
     def position_ids(self, attention_mask: torch.Tensor | None, past_length, length: int, device) -> torch.Tensor:
         """(1 or B, length): counted from each row's first real token, so that left padding changes nothing."""
@@ -664,64 +647,6 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
             cross_attentions=tuple(all_cross_attentions) if output_attentions else None,
         )
 
-    def next_token(self, input_ids: torch.LongTensor, cache: EncoderDecoderCache) -> torch.Tensor:
-        """What `forward` computes for one more token of each row, and nothing else.
-
-        At this size the flags, masks and output objects around a step cost as much as its arithmetic. Single layers and
-        projections are still called as modules, so that adapters and quantised ones stay in force.
-
-        Args:
-            input_ids: (B, 1).
-            cache: dynamic, of the unpadded tokens before; a single memory vector's constants in it.
-
-        Returns:
-            The last hidden states (B, 1, hidden_size).
-        """
-        position = self.embed_positions.weight[cache.get_seq_length()]
-        hidden_states = self.embed_tokens(input_ids) + position
-        for layer in self.layers:
-            hidden_states = layer.next_token(hidden_states, cache)
-        return self.final_layer_norm(hidden_states)
-
-    def is_plain(self, head: nn.Module) -> bool:
-        """Whether this and its `head` consist of the modules they were made of, all in one place and format, and
-        nobody listens to any: then the weights are all there is to know of them."""
-        for name, module in (*self.named_modules(), ("head", head)):
-            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-                return False
-            if type(module) not in DECODER_MODULES and not name.endswith("activation"):
-                return False
-        return len({(weight.dtype, weight.device) for weight in (*self.parameters(), *head.parameters())}) == 1
-
-    def serves_next_token(self, input_ids: torch.LongTensor | None, cache: EncoderDecoderCache | None) -> bool:
-        """Whether `next_token` may take `forward`'s place: an inference step, and nobody listens to whole layers."""
-        if cache is None or input_ids is None or input_ids.shape[1] != 1 or self.training or torch.is_grad_enabled():
-            return False
-        if not isinstance(cache, EncoderDecoderCache) or not cache.is_updated.get(len(self.layers) - 1):
-            return False
-        # One key of cross-attention for each token is one memory vector; a static cache is masked.
-        single = cache.cross_attention_cache.layers[0].keys.shape[2] == 1 and not cache.is_compileable
-        config = self.config
-        if (
-            not single
-            or config._attn_implementation != "sdpa"
-            or config.output_attentions
-            or config.output_hidden_states
-        ):
-            return False
-        for layer in self.layers:
-            for module in (self, layer, layer.self_attn, layer.cross_attn):
-                if module._forward_hooks or module._forward_pre_hooks:
-                    return False
-        return cache.get_seq_length() < self.config.max_position_embeddings
-
-
-# What `TinyCapDecoder` and its head consist of, but for activations.
-DECODER_MODULES = {
-    *(TinyCapDecoder, TinyCapDecoderLayer, TinyCapAttention, TinyCapCrossAttention, TinyCapMLP),
-    *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList),
-}
-
 
 # --- the captioner --------------------------------------------------------------------------------------------------
 
@@ -823,38 +748,27 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head = value
 
-    @torch.no_grad()
-    def store_head_transposed(self) -> "TinyCapForConditionalGeneration":
-        """Lays the head's weight out column by column, which a CPU reads over twice as fast for a single row.
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> TinyCapVisionOutput | tuple:
+        """Embeds images, with the interface of CLIP's in transformers 5.
 
-        Shape, values and tying stay as they are, and it takes no memory. Looking tokens up takes longer, some
-        microseconds each: right for inference, not for training. Saving lays the weight out as usual again.
+        Args:
+            pixel_values: (B, num_channels, image_size, image_size), normalised by the image processor.
+            kwargs: `interpolate_pos_encoding`, `output_attentions`, `output_hidden_states`, `return_dict`, as in
+                `TinyCapVisionModel.forward`.
 
         Returns:
-            The model itself.
+            `TinyCapVisionOutput`, a `BaseModelOutputWithPooling`. Its `pooler_output` (B, projection_dim) is the
+            embedding. Unlike CLIP's it has unit norm.
         """
-        weight = self.lm_head.weight
-        weight.data = weight.t().contiguous().t()
-        return self
-
-    def save_pretrained(self, *args, **kwargs):
-        # safetensors stores row by row only. Copied only where the head was transposed.
-        weight = self.lm_head.weight
-        weight.data = weight.data.contiguous()
-        return super().save_pretrained(*args, **kwargs)
-
-    def get_image_features(
-        self, pixel_values: torch.FloatTensor, interpolate_pos_encoding: bool = False
-    ) -> torch.FloatTensor:
-        """The student's embedding of `pixel_values` (B, C, H, W): (B, projection_dim), unit norm."""
-        return self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True).image_embeds
+        return self.vision_model(pixel_values, **kwargs)
 
     def get_memory(self, encoder_outputs: ModelOutput | tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the decoder attends to, from the student's output or from bare embeddings.
 
         Args:
-            encoder_outputs: a `TinyCapVisionOutput`; with `memory="embedding"` also
-                `BaseModelOutput(last_hidden_state=embeddings)`, embeddings (B, 1, projection_dim) of any norm.
+            encoder_outputs: a `TinyCapVisionOutput`, or its values as a tuple; with `memory="embedding"` also a
+                `BaseModelOutput` whose `pooler_output` (B, projection_dim) or `last_hidden_state`
+                (B, 1, projection_dim) is an embedding of any norm, as a teacher's.
 
         Returns:
             The memory (B, M, width) and `image_embeds` (B, projection_dim) or `None`.
@@ -862,10 +776,9 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: neither of the two; says what was expected and what came.
         """
-        image_embeds = getattr(encoder_outputs, "image_embeds", None)
-        hidden_states = encoder_outputs[0] if image_embeds is None else encoder_outputs.last_hidden_state
-        if isinstance(encoder_outputs, (tuple, list)) and len(encoder_outputs) > 1:
-            image_embeds = encoder_outputs[1]
+        if isinstance(encoder_outputs, (tuple, list)):
+            encoder_outputs = TinyCapVisionOutput(*encoder_outputs[:2])
+        hidden_states, image_embeds = encoder_outputs[0], getattr(encoder_outputs, "pooler_output", None)
         if self.config.memory == "patches":
             width = self.config.vision_config.hidden_size
             if hidden_states.dim() != 3 or hidden_states.shape[-1] != width:
@@ -875,14 +788,15 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
                 )
             return hidden_states, image_embeds
         width = self.config.vision_config.projection_dim
-        if image_embeds is None:
-            if hidden_states.dim() != 3 or hidden_states.shape[1:] != (1, width):
-                raise ValueError(
-                    f"encoder_outputs: expected image_embeds (B, {width}) or last_hidden_state (B, 1, {width}), "
-                    f"got last_hidden_state {tuple(hidden_states.shape)}"
-                )
-            image_embeds = F.normalize(hidden_states[:, 0].float(), dim=-1).to(hidden_states.dtype)
-        return image_embeds.unsqueeze(1), image_embeds
+        embeds = hidden_states if image_embeds is None else image_embeds.unsqueeze(1)
+        if embeds.dim() != 3 or embeds.shape[1:] != (1, width):
+            raise ValueError(
+                f"encoder_outputs: expected pooler_output (B, {width}) or last_hidden_state (B, 1, {width}), "
+                f"got {tuple(embeds.shape if image_embeds is None else image_embeds.shape)}"
+            )
+        if image_embeds is None or not isinstance(encoder_outputs, TinyCapVisionOutput):
+            embeds = F.normalize(embeds.float(), dim=-1).to(embeds.dtype)
+        return embeds, embeds[:, 0]
 
     def add_noise(self, memory: torch.Tensor) -> torch.Tensor:
         """Embeddings (N, 1, projection_dim) of unit norm, each moved by `memory_noise` in a random direction."""
@@ -967,15 +881,6 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             if "cache" in TinyCapOutput.__dataclass_fields__:
                 # Only where `generate` doesn't use this name itself.
                 warnings.warn("`past_key_values` is deprecated, expected `cache`", FutureWarning, stacklevel=2)
-        config = self.config
-        shown = output_attentions or output_hidden_states or config.output_attentions or config.output_hidden_states
-        is_plain = (
-            labels is None and teacher_embeds is None and decoder_attention_mask is None and not (shown or kwargs)
-        )
-        if is_plain and encoder_outputs is not None and use_cache and return_dict:
-            if self.decoder.serves_next_token(decoder_input_ids, cache):
-                logits = self.lm_head(self.decoder.next_token(decoder_input_ids, cache))
-                return Seq2SeqLMOutput(None, logits, cache, encoder_last_hidden_state=encoder_outputs[0])
         output_attentions, output_hidden_states, return_dict = self._flags(
             output_attentions, output_hidden_states, return_dict
         )
@@ -1015,7 +920,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             raise ValueError(f"expected K captions for each of {memory.shape[0]} images, got {num_captions} captions")
         if num_captions != memory.shape[0]:
             memory = memory.repeat_interleave(num_captions // memory.shape[0], dim=0)
-        if self.training and config.memory_noise > 0:
+        if self.training and self.config.memory_noise > 0:
             memory = self.add_noise(memory)
 
         decoder_outputs = self.decoder(
@@ -1070,17 +975,20 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     # --- generation: everything is GenerationMixin's; these fit prompts, steps and lengths to the decoder ---
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """`GenerationMixin.generate`, with the prompt as a processor gives it.
 
         Args:
             inputs: `pixel_values` (B, C, H, W); or give `pixel_values=` or `encoder_outputs=`.
             input_ids (or decoder_input_ids): (B, L), the beginning of each caption, with or without its start token,
                 padded on the left; `attention_mask` (or `decoder_attention_mask`) says where.
-            kwargs: as `GenerationMixin.generate`. Captions end at `max_position_embeddings` at the latest.
+            kwargs: as `GenerationMixin.generate`. Captions end at `max_position_embeddings` tokens at the latest, start
+                token and prompt included.
 
         Raises:
-            ValueError: a prompt leaves no room in the position table.
+            ValueError: a prompt leaves no room in the position table, or under `max_length`.
         """
         if isinstance(kwargs.get("encoder_outputs"), ModelOutput):
             # GenerationMixin repeats its tensors for every beam, in place: the caller's object stays as it is.
@@ -1092,12 +1000,37 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         if prompt is not None:
             # The mask always goes along: with a cache, its length is how GenerationMixin tells new tokens from old.
             kwargs["decoder_input_ids"], kwargs["decoder_attention_mask"] = self._start_prompts(prompt, mask)
-            if kwargs["decoder_input_ids"].shape[1] >= self.config.text_config.max_position_embeddings:
-                raise ValueError(
-                    f"prompt: expected fewer than {self.config.text_config.max_position_embeddings} tokens, "
-                    f"got {kwargs['decoder_input_ids'].shape[1]}"
-                )
-        return super().generate(inputs, *args, **kwargs)
+        length = 1 if prompt is None else kwargs["decoder_input_ids"].shape[1]
+        limit = self.config.text_config.max_position_embeddings
+        if length >= limit:
+            raise ValueError(f"prompt: expected fewer than {limit} tokens, got {length}")
+        limit = min(limit, self._max_length(length, generation_config, kwargs))
+        if limit <= length:
+            raise ValueError(
+                f"max_length: expected more than {length} (start token and prompt), got {limit}; "
+                "max_new_tokens: expected at least 1"
+            )
+        # One of the two lengths reaches GenerationMixin: it prefers its own config's `max_new_tokens` to `max_length`.
+        if generation_config is None:
+            kwargs.update(max_length=limit, max_new_tokens=None)
+        else:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.max_new_tokens = limit - length
+            generation_config.max_length = GenerationConfig().max_length
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("max_length", "max_new_tokens")}
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _max_length(self, prompt_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
+        """Tokens asked for, prompt included, by the call's arguments, else its config, else the model's config."""
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        # Without defaults: transformers 4 fills in a `max_length` of 20.
+        for settings in (kwargs, *(config.to_diff_dict() for config in configs)):
+            if settings.get("max_new_tokens") is not None:
+                return prompt_length + settings["max_new_tokens"]
+            if settings.get("max_length") is not None:
+                return settings["max_length"]
+        # As GenerationMixin.
+        return prompt_length + 20
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
         """GenerationMixin's, without what it looks up anew for every token (a fifth of such a short step): after the
@@ -1109,48 +1042,6 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         for name in ("next_sequence_length", "is_first_iteration", "labels"):
             kwargs.pop(name, None)
         return {"decoder_input_ids": input_ids[:, -1:], **kwargs}
-
-    def _sample(
-        self,
-        input_ids: torch.LongTensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **kwargs,
-    ):
-        """GenerationMixin's, but that a plain greedy search runs as its arithmetic alone (`greedy_tinycap.py`)."""
-        if not self._is_plain_greedy(input_ids, stopping_criteria, generation_config, kwargs):
-            processing = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-            return super()._sample(input_ids, **processing, generation_config=generation_config, **kwargs)
-        memory = self.decoder.project_memory(self.get_memory(kwargs["encoder_outputs"])[0])
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        steps = GreedySteps(self.decoder, self.lm_head, memory, cache, stopping_criteria.max_length)
-        padding = generation_config._pad_token_tensor
-        return greedy_search(steps, input_ids, logits_processor, stopping_criteria, padding)
-
-    def _is_plain_greedy(
-        self,
-        input_ids: torch.LongTensor,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        kwargs: dict,
-    ) -> bool:
-        """Whether tokens from the first on are all that is asked for, by the usual ends, of a decoder that serves."""
-        asked, cache = generation_config, kwargs.get("cache", kwargs.get("past_key_values"))
-        if asked.do_sample or asked.return_dict_in_generate or getattr(asked, "is_assistant", False):
-            return False
-        understood = {"encoder_outputs", "cache", "past_key_values", "use_cache", "logits_to_keep", "synced_gpus"}
-        others = [value for name, value in kwargs.items() if name not in understood and value is not None]
-        if others or kwargs.get("synced_gpus") or not kwargs["use_cache"] or input_ids.shape[1] != 1:
-            return False
-        if not isinstance(cache, EncoderDecoderCache) or cache.is_compileable or cache.get_seq_length() > 0:
-            return False
-        if not all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
-            return False
-        if self.config.memory != "embedding" or self.training or torch.is_autocast_enabled(input_ids.device.type):
-            return False
-        listened_to = self._forward_hooks or self._forward_pre_hooks or hasattr(self, "_hf_hook")
-        return not listened_to and self.decoder.is_plain(self.lm_head)
 
     def _start_prompts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -1168,14 +1059,6 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         if not bool(mask[:, 0].any()):
             input_ids, mask = input_ids[:, 1:], mask[:, 1:]
         return input_ids, mask
-
-    def _prepare_generated_length(self, generation_config, **kwargs):
-        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
-        limit = self.config.text_config.max_position_embeddings
-        if generation_config.max_length > limit:
-            logger.info("Captions end after the %d positions the decoder has.", limit)
-            generation_config.max_length = limit
-        return generation_config
 
 
 TinyCapVisionModel.register_for_auto_class("AutoModel")

@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from tiny import CACHE, VISION, static_cache, tiny_config, tiny_model
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
-from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, Seq2SeqLMOutput
 
 from benchmarks.reference import copy_attention
 from tinycap import modeling_tinycap
@@ -39,7 +39,26 @@ def test_image_embeds_have_unit_norm_and_the_teachers_width(model, pixel_values)
     assert output.image_embeds.shape == (5, 14)
     assert output.last_hidden_state.shape == (5, 1 + 9, 12)
     torch.testing.assert_close(output.image_embeds.norm(dim=-1), torch.ones(5))
-    torch.testing.assert_close(model.get_image_features(pixel_values), output.image_embeds)
+    torch.testing.assert_close(model.get_image_features(pixel_values).pooler_output, output.image_embeds)
+
+
+def test_image_features_have_the_interface_of_clips(model, pixel_values):
+    output = model.get_image_features(pixel_values=pixel_values, output_hidden_states=True, output_attentions=True)
+    assert isinstance(output, BaseModelOutputWithPooling)
+    assert output.pooler_output.shape == (5, 14) and output.pooler_output is output.image_embeds
+    torch.testing.assert_close(output.pooler_output.norm(dim=-1), torch.ones(5))
+    assert len(output.hidden_states) == 3 and len(output.attentions) == 2
+    as_tuple = model.get_image_features(pixel_values, return_dict=False)
+    assert isinstance(as_tuple, tuple)
+    torch.testing.assert_close(as_tuple[1], output.pooler_output)
+
+
+def test_image_features_of_any_norm_are_encoder_outputs(model, pixel_values, tokens):
+    features = model.get_image_features(pixel_values)
+    expected = logits_of(model, pixel_values, tokens)
+    scaled = BaseModelOutputWithPooling(torch.randn(5, 3, 9), 3.7 * features.pooler_output)
+    for given in (features, features.to_tuple(), scaled):
+        torch.testing.assert_close(logits_of(model, None, tokens, encoder_outputs=given), expected, atol=1e-5, rtol=0)
 
 
 def test_the_student_equals_an_assembly_of_torchs_own_encoder_layers(model, pixel_values):
@@ -76,8 +95,10 @@ def test_another_image_size_needs_interpolated_positions(model):
 
 
 def test_positions_interpolated_to_their_own_size_are_the_table(model, pixel_values):
-    plain = model.get_image_features(pixel_values)
-    torch.testing.assert_close(model.get_image_features(pixel_values, interpolate_pos_encoding=True), plain)
+    plain = model.get_image_features(pixel_values).pooler_output
+    torch.testing.assert_close(
+        model.get_image_features(pixel_values, interpolate_pos_encoding=True).pooler_output, plain
+    )
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 1, 24, 24), (2, 3, 24, 16)])
@@ -297,7 +318,7 @@ def test_a_unit_norm_embedding_enters_the_decoder_at_the_size_of_its_token_embed
         )
         fresh = TinyCapForConditionalGeneration(config).eval()
         with torch.no_grad():
-            memory = fresh.decoder.project_memory(fresh.get_image_features(images)[:, None])
+            memory = fresh.decoder.project_memory(fresh.get_image_features(images).pooler_output[:, None])
         effect[scale] = memory.std().item()
     assert effect[None] / effect[1.0] == pytest.approx(768**0.5, rel=1e-3)
     assert 0.2 < effect[None] < 2.0
@@ -545,14 +566,16 @@ def test_the_student_alone_loads_from_the_whole_models_folder(model, pixel_value
     model.save_pretrained(tmp_path)
     student, report = TinyCapVisionModel.from_pretrained(tmp_path, output_loading_info=True)
     assert not report["missing_keys"]
-    torch.testing.assert_close(student(pixel_values).image_embeds, model.get_image_features(pixel_values))
+    torch.testing.assert_close(student(pixel_values).image_embeds, model.get_image_features(pixel_values).pooler_output)
 
 
 def test_a_captioner_begins_from_the_folder_of_a_student_alone(model, pixel_values, tmp_path):
     model.vision_model.save_pretrained(tmp_path)
     captioner, report = TinyCapForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     assert {name.split(".")[0] for name in report["missing_keys"]} <= {"decoder", "lm_head"}
-    torch.testing.assert_close(captioner.get_image_features(pixel_values), model.get_image_features(pixel_values))
+    torch.testing.assert_close(
+        captioner.get_image_features(pixel_values).pooler_output, model.get_image_features(pixel_values).pooler_output
+    )
 
 
 def test_positions_begin_apart_from_each_other_and_as_loud_as_patches():
