@@ -11,7 +11,7 @@ from transformers.pipelines.base import GenericTensor, Pipeline
 from transformers.utils import cached_file
 
 from .confidence_tinycap import CONFIDENCE_NAME, HOW_TO_CALIBRATE, ConfidenceCalibration
-from .processing_tinycap import load_image
+from .processing_tinycap import load_image, preprocess_images
 
 
 def caption_log_probs(model, generated) -> tuple[torch.Tensor, torch.Tensor]:
@@ -182,10 +182,7 @@ class ImageToTextPipeline(Pipeline):
     ) -> dict[str, GenericTensor]:
         error = ""
         try:
-            # Otherwise transformers 4 takes a picture three pixels high for one whose channels come first.
-            pixel_values = self.image_processor(
-                load_image(image, timeout=timeout), input_data_format="channels_last", return_tensors="pt"
-            ).pixel_values
+            pixel_values = preprocess_images(self.image_processor, [load_image(image, timeout=timeout)])
         except (ValueError, TypeError) as problem:
             if not keep_going:
                 raise

@@ -12,7 +12,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from tinycap.pipeline_tinycap import caption_log_probs
-from tinycap.processing_tinycap import load_image
+from tinycap.processing_tinycap import load_image, preprocess_images
 
 
 logger = logging.getLogger(__name__)
@@ -103,9 +103,7 @@ def caption_dataset(
         if not batch:
             return
         images = [image for _, image in batch]
-        # Otherwise transformers 4 takes a picture three pixels high for one whose channels come first.
-        pixels = processor.image_processor(images, input_data_format="channels_last", return_tensors="pt")
-        pixels = pixels["pixel_values"].to(device)
+        pixels = preprocess_images(processor.image_processor, images).to(device)
         encoded = model.get_encoder()(pixels, return_dict=True)
         sequences = model.generate(encoder_outputs=encoded, **generate_kwargs)
         if return_log_probs:
