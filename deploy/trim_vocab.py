@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
-from transformers import AutoImageProcessor, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionOutput

@@ -13,13 +13,13 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_repository_model
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import tinycap
 
