@@ -4,6 +4,8 @@ transformers 5 has no such task of its own any more; `custom_pipelines` in the c
 users of transformers 4 knew.
 """
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,9 +42,10 @@ def caption_log_probs(model, generated) -> tuple[torch.Tensor, torch.Tensor]:
 class ImageToTextPipeline(Pipeline):
     """Captions images.
 
-    `pipe(images)` takes a path, an `http(s)://` URL, a base64 string, the bytes of a file or a PIL image; or a list, a
-    generator or a `KeyDataset` of these. One image gives `[{"generated_text": ...}]`, with as many entries as
-    `num_return_sequences`; a list gives a list of such lists; a generator or dataset gives an iterator over them.
+    `pipe(images)` takes a path, an `http(s)://` URL, a base64 string, the bytes of a file or a PIL image; or a list,
+    tuple, a column of a `datasets.Dataset`, a generator or a `KeyDataset` of these. One image gives
+    `[{"generated_text": ...}]`, with as many entries as `num_return_sequences`; a list, tuple or column gives a list of
+    such lists; a generator or `KeyDataset` gives an iterator over them.
 
     An image that can't be read is a `ValueError` naming it. Among several, it yields
     `[{"generated_text": None, "error": <what is wrong with it>}]` instead, and the others get their captions.
@@ -161,10 +164,12 @@ class ImageToTextPipeline(Pipeline):
         images = kwargs.pop("inputs", images)
         if images is None:
             raise ValueError("images: expected a path, URL, PIL image, or several of them, got None")
-        if isinstance(images, tuple):
-            images = list(images)
-        if isinstance(images, list) and not images:
-            return []
+        if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview)):
+            if not len(images):
+                return []
+            if not isinstance(images, list):
+                # A column of a `datasets.Dataset` decodes an image when asked for it: all of them may not fit.
+                return list(super().__call__((image for image in images), **kwargs))
         return super().__call__(images, **kwargs)
 
     def get_inference_context(self):
@@ -207,7 +212,9 @@ class ImageToTextPipeline(Pipeline):
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         elif "generation_config" not in generate_kwargs:
-            generate_kwargs["generation_config"] = self.generation_config
+            # One config, since `generate` deprecates arguments beside it; what is no part of it stays an argument.
+            config = copy.deepcopy(self.generation_config)
+            generate_kwargs = {**config.update(**generate_kwargs), "generation_config": config}
         if return_log_probs:
             generate_kwargs.update(return_dict_in_generate=True, output_logits=True)
         generated = self.model.generate(**model_inputs, **generate_kwargs)
