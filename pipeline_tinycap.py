@@ -59,6 +59,8 @@ class ImageToTextPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
     _pipeline_calls_generate = True
+    # `save_pretrained` of transformers 5.0 to 5.3 reads it, and nothing sets it there.
+    modelcard = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
