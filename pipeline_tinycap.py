@@ -4,7 +4,6 @@ transformers 5 has no such task of its own any more; `custom_pipelines` in the c
 users of transformers 4 knew.
 """
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -214,9 +213,13 @@ class ImageToTextPipeline(Pipeline):
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         elif "generation_config" not in generate_kwargs:
-            # One config, since `generate` deprecates arguments beside it; what is no part of it stays an argument.
-            config = copy.deepcopy(self.generation_config)
-            generate_kwargs = {**config.update(**generate_kwargs), "generation_config": config}
+            # All as arguments: beside a config `generate` deprecates them, and transformers 4 overrules a config's
+            # default values. What was given to the pipeline itself is where its config differs from the model's.
+            default = self.model.generation_config.to_dict()
+            own = {
+                name: value for name, value in self.generation_config.to_dict().items() if value != default.get(name)
+            }
+            generate_kwargs = {**own, **generate_kwargs}
         if return_log_probs:
             generate_kwargs.update(return_dict_in_generate=True, output_logits=True)
         generated = self.model.generate(**model_inputs, **generate_kwargs)
