@@ -4,6 +4,7 @@ transformers 5 has no such task of its own any more; `custom_pipelines` in the c
 users of transformers 4 knew.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.pipelines.base import GenericTensor, Pipeline
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 
 from .confidence_tinycap import CONFIDENCE_NAME, HOW_TO_CALIBRATE, ConfidenceCalibration
-from .processing_tinycap import load_image
+from .processing_tinycap import load_image, preprocess_images
 
 
 def caption_log_probs(model, generated) -> tuple[torch.Tensor, torch.Tensor]:
@@ -40,9 +41,10 @@ def caption_log_probs(model, generated) -> tuple[torch.Tensor, torch.Tensor]:
 class ImageToTextPipeline(Pipeline):
     """Captions images.
 
-    `pipe(images)` takes a path, an `http(s)://` URL, a base64 string, the bytes of a file or a PIL image; or a list, a
-    generator or a `KeyDataset` of these. One image gives `[{"generated_text": ...}]`, with as many entries as
-    `num_return_sequences`; a list gives a list of such lists; a generator or dataset gives an iterator over them.
+    `pipe(images)` takes a path, an `http(s)://` URL, a base64 string, the bytes of a file or a PIL image; or a list,
+    tuple, a column of a `datasets.Dataset`, a generator or a `KeyDataset` of these. One image gives
+    `[{"generated_text": ...}]`, with as many entries as `num_return_sequences`; a list, tuple or column gives a list of
+    such lists; a generator or `KeyDataset` gives an iterator over them.
 
     An image that can't be read is a `ValueError` naming it. Among several, it yields
     `[{"generated_text": None, "error": <what is wrong with it>}]` instead, and the others get their captions.
@@ -56,6 +58,8 @@ class ImageToTextPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
     _pipeline_calls_generate = True
+    # `save_pretrained` of transformers 5.0 to 5.3 reads it, and nothing sets it there.
+    modelcard = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -160,10 +164,12 @@ class ImageToTextPipeline(Pipeline):
         images = kwargs.pop("inputs", images)
         if images is None:
             raise ValueError("images: expected a path, URL, PIL image, or several of them, got None")
-        if isinstance(images, tuple):
-            images = list(images)
-        if isinstance(images, list) and not images:
-            return []
+        if isinstance(images, Sequence) and not isinstance(images, (str, bytes, bytearray, memoryview)):
+            if not len(images):
+                return []
+            if not isinstance(images, list):
+                # A column of a `datasets.Dataset` decodes an image when asked for it: all of them may not fit.
+                return list(super().__call__((image for image in images), **kwargs))
         return super().__call__(images, **kwargs)
 
     def get_inference_context(self):
@@ -181,10 +187,7 @@ class ImageToTextPipeline(Pipeline):
     ) -> dict[str, GenericTensor]:
         error = ""
         try:
-            # Otherwise transformers 4 takes a picture three pixels high for one whose channels come first.
-            pixel_values = self.image_processor(
-                load_image(image, timeout=timeout), input_data_format="channels_last", return_tensors="pt"
-            ).pixel_values
+            pixel_values = preprocess_images(self.image_processor, [load_image(image, timeout=timeout)])
         except (ValueError, TypeError) as problem:
             if not keep_going:
                 raise
@@ -209,7 +212,13 @@ class ImageToTextPipeline(Pipeline):
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         elif "generation_config" not in generate_kwargs:
-            generate_kwargs["generation_config"] = self.generation_config
+            # All as arguments: beside a config `generate` deprecates them, and transformers 4 overrules a config's
+            # default values. What was given to the pipeline itself is where its config differs from the model's.
+            default = self.model.generation_config.to_dict()
+            own = {
+                name: value for name, value in self.generation_config.to_dict().items() if value != default.get(name)
+            }
+            generate_kwargs = {**own, **generate_kwargs}
         if return_log_probs:
             generate_kwargs.update(return_dict_in_generate=True, output_logits=True)
         generated = self.model.generate(**model_inputs, **generate_kwargs)

@@ -13,7 +13,7 @@ import math
 import os
 import struct
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -118,6 +118,30 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
         ValueError: the image has no pixels or more than `MAX_IMAGE_PIXELS`, or they are no finite numbers.
     """
     return _to_rgb(image, may_draft=False)
+
+
+def preprocess_images(image_processor: Any, images: Sequence["Image.Image"]) -> Any:
+    """Pixel values by any of transformers' image processors.
+
+    Args:
+        image_processor: on Pillow or on torchvision, of transformers 4 or 5.
+        images: RGB, as `load_image` returns them.
+
+    Returns:
+        Float tensor (len(images), 3, crop height, crop width).
+    """
+    images = [image if image.height > 4 else _enlarge(image, image_processor) for image in images]
+    return image_processor(images, return_tensors="pt")["pixel_values"]
+
+
+def _enlarge(image: "Image.Image", image_processor: Any) -> "Image.Image":
+    """Bicubic, to the size that `CLIPImageProcessor` on Pillow gives an image.
+
+    From the shape of an array, processors guess which axis holds the channels, and take 1, 3 or 4 rows for them.
+    `input_data_format` would tell them, but those on torchvision apply it to what they have already transposed.
+    """
+    edge, short = dict(image_processor.size).get("shortest_edge") or 224, min(image.size)
+    return image.resize(tuple(int(edge * side / short) for side in image.size), Image.Resampling.BICUBIC)
 
 
 def _to_rgb(image: "Image.Image", may_draft: bool) -> "Image.Image":

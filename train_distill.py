@@ -27,7 +27,8 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, PretrainedConfig, get_scheduler
+from transformers import PretrainedConfig, get_scheduler
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
 from tinycap import train_teacher

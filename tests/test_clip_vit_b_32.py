@@ -8,7 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from tiny import CAPTIONS, TEXT, draw_picture, png_bytes
-from transformers import AutoImageProcessor, AutoModel, CLIPConfig, CLIPModel
+from transformers import AutoModel, CLIPConfig, CLIPModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap import train_distill
 from tinycap.training.repository import create_image_processor

@@ -14,7 +14,6 @@ from safetensors.torch import load_file
 from tiny import tiny_model, tiny_repository_model
 from transformers import (
     AutoConfig,
-    AutoImageProcessor,
     AutoModel,
     AutoModelForImageTextToText,
     AutoProcessor,
@@ -22,6 +21,7 @@ from transformers import (
     generation,
     pipeline,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import tinycap
 

@@ -39,6 +39,14 @@ def test_what_trust_remote_code_runs_imports_the_standard_library_torch_and_tran
     assert imports_of(ROOT / name) <= allowed
 
 
+def test_no_file_imports_auto_image_processor_from_the_top_of_transformers():
+    """There, 5.4 to 5.16 demand torchvision for it; its own module doesn't."""
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
+            assert "AutoImageProcessor" not in names or node.module != "transformers", path
+
+
 # What opens sockets, starts programs, runs what a file holds, or reaches past Python.
 REACHING = {
     *("asyncio", "ctypes", "ftplib", "http", "imaplib", "marshal", "multiprocessing", "pickle", "poplib", "pty"),

@@ -1,9 +1,10 @@
 import base64
 
 import pytest
+import transformers
 from datasets import Dataset, Image
 from tiny import png_bytes
-from transformers import pipeline
+from transformers import AutoModelForImageTextToText, AutoProcessor, pipeline
 from transformers.pipelines.pt_utils import KeyDataset
 
 
@@ -40,6 +41,9 @@ def test_lists_generators_and_datasets_keep_their_order(captioner, pictures, bat
     rows = Dataset.from_dict({"photo": [{"bytes": png_bytes(picture)} for picture in pictures]})
     rows = rows.cast_column("photo", Image())
     assert list(captioner(KeyDataset(rows, "photo"), batch_size=batch_size)) == expected
+    assert captioner(rows["photo"], batch_size=batch_size) == expected
+    assert captioner(tuple(pictures), batch_size=batch_size) == expected
+    assert captioner(rows[:0]["photo"]) == captioner(rows.select([])["photo"]) == []
 
 
 def test_an_empty_list_gives_an_empty_list(captioner):
@@ -69,6 +73,28 @@ def test_arguments_given_to_the_pipeline_itself_hold_for_every_call(repository, 
     short = pipeline("image-to-text", model=str(repository), trust_remote_code=True, max_new_tokens=1, batch_size=2)
     plain = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
     assert short(pictures) == plain(pictures, max_new_tokens=1)
+
+
+def test_a_model_and_a_processor_in_memory_make_a_pipeline(captioner, repository, pictures):
+    model = AutoModelForImageTextToText.from_pretrained(repository, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
+    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
+    kind = type(captioner)
+    for made in (
+        kind(model=model, processor=processor),
+        pipeline("image-text-to-text", model=model, pipeline_class=kind, **parts),
+    ):
+        assert made(pictures) == captioner(pictures)
+
+
+def test_call_arguments_go_over_those_of_the_pipeline(captioner, repository, pictures, caplog):
+    transformers.utils.logging.enable_propagation()
+    caplog.clear()
+    beams = pipeline("image-to-text", model=str(repository), trust_remote_code=True, num_beams=3)
+    found = beams(pictures[0], max_new_tokens=2, num_return_sequences=3)
+    transformers.utils.logging.disable_propagation()
+    assert found == captioner(pictures[0], max_new_tokens=2, num_return_sequences=3, num_beams=3)
+    assert "generation-related arguments" not in caplog.text
 
 
 def test_an_argument_given_twice_or_unknown_is_an_error_that_names_it(captioner, pictures):

@@ -2,11 +2,17 @@ import io
 import struct
 import zlib
 
+import numpy as np
 import pytest
+import torch
 from PIL import Image
 from tiny import draw_picture
+from transformers import BatchFeature
 
-from tinycap.processing_tinycap import MAX_ASPECT_RATIO, load_image, to_rgb
+from tinycap.deploy.image_preprocessing import ImagePreprocessor
+from tinycap.evaluation.captioning import caption_dataset
+from tinycap.processing_tinycap import MAX_ASPECT_RATIO, load_image, preprocess_images, to_rgb
+from tinycap.training.repository import create_image_processor
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
@@ -120,3 +126,39 @@ def test_the_callers_picture_is_left_as_it_was():
     picture = Image.new("RGBA", (5, 5), (1, 2, 3, 4))
     to_rgb(picture)
     assert picture.mode == "RGBA" and picture.getpixel((0, 0)) == (1, 2, 3, 4)
+
+
+# --- image processors -------------------------------------------------------------------------------------------------
+
+
+class TransposingProcessor:
+    """As those on torchvision: channels come first before `input_data_format` is looked at, if it is."""
+
+    size = {"shortest_edge": 24}
+
+    def __call__(self, images, input_data_format=None, return_tensors=None):
+        pixels = torch.stack([torch.from_numpy(np.array(image.resize((24, 24)))).permute(2, 0, 1) for image in images])
+        if input_data_format == "channels_last":
+            pixels = pixels.permute(0, 3, 1, 2)
+        return BatchFeature({"pixel_values": (pixels - 128) / 64.0})
+
+
+def test_a_processor_that_transposes_images_itself_serves_every_door(repository, pictures):
+    from transformers import AutoProcessor, pipeline
+
+    captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
+    captioner.image_processor = TransposingProcessor()
+    assert captioner(pictures[0])[0]["generated_text"]
+    processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
+    processor.image_processor = TransposingProcessor()
+    captions = caption_dataset(captioner.model, processor, [{"image": picture} for picture in pictures]).captions
+    assert captions == [captioner(picture)[0]["generated_text"] for picture in pictures]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (60, 3), (3, 60), (2, 1), (4, 1), (5, 2), (12, 3), (16, 4), (20, 5)])
+def test_rows_of_a_tiny_image_are_not_taken_for_channels(size):
+    images = [draw_picture(3, (24, 24)).resize(size), draw_picture(4, (31, 29))]
+    processor = create_image_processor(24)
+    expected = torch.from_numpy(ImagePreprocessor(processor.to_dict())(images))
+    # torchvision's bicubic is another one.
+    torch.testing.assert_close(preprocess_images(processor, images), expected, rtol=0, atol=0.1)

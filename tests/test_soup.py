@@ -5,7 +5,8 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
+from transformers import AutoModelForImageTextToText, AutoTokenizer
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training import soup

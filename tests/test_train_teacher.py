@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
-    AutoImageProcessor,
     AutoProcessor,
     BertConfig,
     BertModel,
@@ -16,6 +15,7 @@ from transformers import (
     CLIPVisionModelWithProjection,
     PreTrainedTokenizerFast,
 )
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap import train_teacher
 from tinycap.training.locked_text import TEXT_HEAD_FILE, LockedTextModel

@@ -90,7 +90,8 @@ class TorchCaptioner:
 
     def __init__(self, options: CaptionOptions):
         import torch
-        from transformers import AutoImageProcessor, PreTrainedTokenizerFast, logging
+        from transformers import PreTrainedTokenizerFast, logging
+        from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
         from tinycap.configuration_tinycap import TinyCapConfig
         from tinycap.modeling_tinycap import TinyCapForConditionalGeneration

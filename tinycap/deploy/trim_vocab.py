@@ -26,12 +26,13 @@ from typing import Any
 
 import torch
 from tokenizers import AddedToken, Tokenizer, pre_tokenizers
-from transformers import AutoImageProcessor, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import ModelOutput
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionOutput
-from tinycap.processing_tinycap import load_image
+from tinycap.processing_tinycap import load_image, preprocess_images
 from tinycap.training.repository import save_repository
 from tinycap.training.tokenizer import encode_captions
 
@@ -242,7 +243,7 @@ def encode_photos(model, image_processor, images: Iterable[Any], batch_size: int
     encoded, batch, unreadable = [], [], 0
 
     def run() -> None:
-        pixel_values = image_processor(batch, return_tensors="pt")["pixel_values"].to(model.device)
+        pixel_values = preprocess_images(image_processor, batch).to(model.device)
         output = model.get_encoder()(pixel_values, return_dict=True)
         tokens = output.last_hidden_state if model.config.memory == "patches" else output.last_hidden_state[:, :1]
         encoded.append(TinyCapVisionOutput(last_hidden_state=tokens.clone(), pooler_output=output.pooler_output))

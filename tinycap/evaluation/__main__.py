@@ -29,7 +29,7 @@ from tinycap.evaluation.html_report import explain_pictures, failure_tables, sco
 from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.ood_images import caption_ood_images, draw_ood_images, mean_caption_probability
 from tinycap.evaluation.reports import contact_sheet
-from tinycap.processing_tinycap import load_image
+from tinycap.processing_tinycap import load_image, preprocess_images
 from tinycap.training.data import Columns, clean_captions, load_split, resolve_columns
 from tinycap.training.logs import write_json, write_text
 from tinycap.training.teacher import FEATURES, Teacher
@@ -262,9 +262,9 @@ def analyse_failures(args: argparse.Namespace, model, processor, evaluated: Eval
     found = evaluated.found
     analysis = analyse(found.captions, evaluated.references, evaluated.ciders, args.seed)
     drawn = evaluated.draw(NUM_COMPARED, args.seed)
-    pixel_values = processor.image_processor([evaluated.picture(position) for position in drawn], return_tensors="pt")
+    pixel_values = preprocess_images(processor.image_processor, [evaluated.picture(position) for position in drawn])
     analysis["token_probability"] = mean_caption_probability(
-        model, pixel_values["pixel_values"].to(model.device), [found.tokens[position] for position in drawn]
+        model, pixel_values.to(model.device), [found.tokens[position] for position in drawn]
     )
     analysis["unlike_photos"] = caption_ood_images(model, processor, args.seed, **generation)
     return analysis

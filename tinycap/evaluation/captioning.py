@@ -15,7 +15,7 @@ from transformers import AutoImageProcessor, GitProcessor, PreTrainedTokenizerFa
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.pipeline_tinycap import caption_log_probs
-from tinycap.processing_tinycap import load_image
+from tinycap.processing_tinycap import load_image, preprocess_images
 
 
 logger = logging.getLogger(__name__)
@@ -123,9 +123,7 @@ def caption_dataset(
         if not batch:
             return
         images = [image for _, image in batch]
-        # Otherwise transformers 4 takes a picture three pixels high for one whose channels come first.
-        pixels = processor.image_processor(images, input_data_format="channels_last", return_tensors="pt")
-        pixels = pixels["pixel_values"].to(device)
+        pixels = preprocess_images(processor.image_processor, images).to(device)
         encoded = model.get_encoder()(pixels, return_dict=True)
         sequences = model.generate(encoder_outputs=encoded, **generate_kwargs)
         if return_log_probs:

@@ -14,6 +14,7 @@ from PIL import Image, ImageOps
 
 from tinycap.evaluation.explanation import TokenProbability, mean_token_probability, saliency, token_probabilities
 from tinycap.evaluation.failures import FAILURES
+from tinycap.processing_tinycap import preprocess_images
 from tinycap.training.logs import write_text
 
 
@@ -65,7 +66,7 @@ def explain_pictures(model, processor, images: Sequence[Image.Image], tokens, ba
     items = []
     for start in range(0, len(images), batch_size):
         some, captions = images[start : start + batch_size], tokens[start : start + batch_size]
-        pixel_values = processor.image_processor(some, return_tensors="pt")["pixel_values"].to(model.device)
+        pixel_values = preprocess_images(processor.image_processor, some).to(model.device)
         found = token_probabilities(model, pixel_values, captions)
         for image, caption, map_ in zip(some, found, saliency(model, pixel_values, captions)):
             items.append(

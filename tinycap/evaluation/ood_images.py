@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from tinycap.evaluation.captioning import caption_dataset
 from tinycap.evaluation.explanation import mean_token_probability, token_probabilities
 from tinycap.evaluation.failures import parse_caption
+from tinycap.processing_tinycap import preprocess_images
 from tinycap.training.scenes import draw_scene, make_scene
 
 
@@ -129,7 +130,7 @@ def caption_ood_images(model, processor, seed: int, **generate_kwargs) -> list[d
     rows = []
     for kind, pictures in draw_ood_images(seed).items():
         found = caption_dataset(model, processor, [{"image": picture} for picture in pictures], **generate_kwargs)
-        pixel_values = processor.image_processor(pictures, return_tensors="pt")["pixel_values"].to(model.device)
+        pixel_values = preprocess_images(processor.image_processor, pictures).to(model.device)
         counts = Counter(found.captions)
         commonest, number = counts.most_common(1)[0]
         named = [parse_caption(caption).named & {"person", "dog"} for caption in found.captions]

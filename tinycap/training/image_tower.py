@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import torch
 from torch import nn
-from transformers import AutoImageProcessor, AutoModelForImageClassification, PreTrainedModel
+from transformers import AutoModelForImageClassification, PreTrainedModel
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
 # Pictures that a frozen tower looks at together on a CPU: their activations fit its caches, where those of a whole

@@ -13,7 +13,8 @@ import sys
 from pathlib import Path
 
 from torch.optim.swa_utils import AveragedModel
-from transformers import AutoImageProcessor, CLIPImageProcessor, GenerationConfig, PreTrainedTokenizerFast
+from transformers import CLIPImageProcessor, GenerationConfig, PreTrainedTokenizerFast
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
