@@ -481,6 +481,8 @@ def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, fold
         argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
         # What was there before the first checkpoint is of no use.
         train_teacher.main(argv if flags["resume_from_checkpoint"] else [*argv, "--overwrite_output_dir"], accelerator)
+        # accelerate saves and loads everything that it has prepared: the student's checkpoints would hold the teacher.
+        accelerator.free_memory()
     return folder
 
 

@@ -476,6 +476,25 @@ def test_a_first_bad_row_stops_the_run_when_asked(flags, tmp_path):
 # --- the embedded default ---------------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def scene_flags(tmp_path) -> list[str]:
+    """A run on drawn scenes: a teacher of one step, then a student of four."""
+    return [
+        *("--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "5"),
+        *("--per_device_train_batch_size", "20", "--max_train_steps", "4", "--checkpointing_steps", "2"),
+        *("--dataloader_num_workers", "0", "--num_beams", "1"),
+    ]
+
+
+def test_a_killed_scenes_run_resumes_to_the_weights_of_a_whole_one(scene_flags, tmp_path, monkeypatch):
+    train_distill.main([*scene_flags, "--output_dir", str(tmp_path / "whole")])
+    die_in_step(monkeypatch, scene_flags, 4)
+    train_distill.main([*scene_flags, "--resume_from_checkpoint", "latest"])
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [path.name for path in (tmp_path / "out" / "checkpoint-2").glob("*.safetensors")] == ["model.safetensors"]
+
+
 def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(tmp_path):
     metrics = train_distill.main(
         [
