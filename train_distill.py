@@ -1,18 +1,17 @@
 """Trains TinyCap: a student ViT learns a CLIP teacher's image embedding, a decoder learns to say what it means.
 
-    accelerate launch train_distill.py
+    python train_distill.py
         trains on drawn scenes, with a teacher of their own; no files, no network.
-    accelerate launch train_distill.py --dataset_name my_photos --teacher_name_or_path openai/clip-vit-base-patch32
-        trains on captioned photos.
+    python train_distill.py --dataset_name my_photos --teacher_name_or_path openai/clip-vit-base-patch32
+        trains on captioned images; `accelerate launch` in place of `python` does so on several devices.
 
 Reading order: arguments, data, model, one evaluation, the loop, what is left behind.
 """
 
 import argparse
 import copy
-import json
 import math
-import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, PretrainedConfig, get_scheduler
+from transformers import AutoImageProcessor
 
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
 from tinycap import train_teacher
@@ -39,10 +38,12 @@ from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.arguments import (
     FLAG,
+    ArgumentParser,
     add_data_arguments,
     add_optimisation_arguments,
     add_output_arguments,
     check_common_arguments,
+    check_sources,
     parse_flags,
 )
 from tinycap.training.best_model import BEST_FILE, keep_best, load_best
@@ -53,6 +54,7 @@ from tinycap.training.checkpoints import (
     resolve_resume,
     seed_step,
 )
+from tinycap.training.configuration import build_config, distillation_problems, fit_config
 from tinycap.training.data import (
     Augmentation,
     CaptionCollator,
@@ -67,11 +69,39 @@ from tinycap.training.data import (
     picture_of,
     resolve_columns,
 )
-from tinycap.training.logs import RunLog, prepare_output_dir, write_json
-from tinycap.training.loop import Step, TrainBatches, check_finite, run_steps, set_up_logging, use_all_cores
-from tinycap.training.model_card import write_model_card
-from tinycap.training.optimization import OPTIMIZERS, create_ema, create_optimizer
+from tinycap.training.logs import RunLog, write_json
+from tinycap.training.loop import (
+    Step,
+    TrainBatches,
+    check_finite,
+    ignore_interrupts,
+    run_script,
+    run_steps,
+    set_up_logging,
+    use_all_cores,
+)
+from tinycap.training.model_card import summarize, write_model_card
+from tinycap.training.optimization import (
+    OPTIMIZERS,
+    create_ema,
+    create_optimizer,
+    create_scheduler,
+    plan_steps,
+    warn_of_few_steps,
+)
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
+from tinycap.training.run_folder import (
+    SKIPPED_FILE,
+    TEACHER_FOLDER,
+    check_output_dir,
+    compare_args,
+    move_skipped_rows,
+    open_output_dir,
+    read_checkpoint_args,
+    read_run_args,
+    run_args,
+    stopped_in_teacher,
+)
 from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
 from tinycap.training.teacher import FEATURES, PRECISIONS, Teacher
@@ -117,11 +147,7 @@ SCENE_DEFAULTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(__doc__.split("\n\n")[0])
     model = parser.add_argument_group("model")
     model.add_argument("--model_name_or_path", help="continue from this TinyCap checkpoint")
     model.add_argument(
@@ -239,26 +265,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     check_common_arguments(args, refuse)
     refuse(args.dataset_name is None and args.streaming, "--streaming: needs --dataset_name")
-    refuse(
-        args.dataset_name is not None and args.distill_weight > 0 and not args.teacher_name_or_path,
-        "--teacher_name_or_path: needed with --dataset_name, unless --distill_weight is 0",
-    )
-    refuse(
-        args.distill_weight == 0 and args.teacher_name_or_path is not None,
-        "--teacher_name_or_path: contradicts --distill_weight 0, with which no teacher is asked",
-    )
-    refuse(
-        args.distill_weight == 0 and args.teacher_cache_dir is not None,
-        "--teacher_cache_dir: contradicts --distill_weight 0, with which no teacher is asked",
-    )
-    refuse(
-        args.distill_weight == 0 and args.teacher_mixed_precision is not None,
-        "--teacher_mixed_precision: contradicts --distill_weight 0, with which no teacher is asked",
-    )
-    refuse(
-        args.distill_weight == 0 and args.mixup > 0,
-        "--mixup: contradicts --distill_weight 0, with which no teacher is asked what a mixed picture shows",
-    )
+    if "distill_weight" in args.given or (args.model_name_or_path is None and args.config_name is None):
+        for problem in distillation_problems(args):
+            parser.error(problem)
     refuse(
         args.objective == "scst" and args.mixup > 0,
         "--mixup: not with --objective scst, whose reward needs the captions of every picture",
@@ -381,10 +390,12 @@ def build_data(args: argparse.Namespace, image_size: int, seen_size: int, skippe
             args.seed,
         )
     columns = resolve_columns(train, args.image_column, args.caption_column)
-    validation_rows = decode_dataset(validation, columns, seen_size, skipped, args.validation_split or "validation")
+    workers = args.preprocessing_num_workers
+    split = args.validation_split or "validation"
+    validation_rows = decode_dataset(validation, columns, seen_size, skipped, split, workers)
     if args.streaming:
         return Data(train, validation, columns, None, validation_rows, scenes)
-    train_rows = decode_dataset(train, columns, seen_size, skipped, args.train_split)
+    train_rows = decode_dataset(train, columns, seen_size, skipped, args.train_split, workers)
     return Data(train, validation, columns, train_rows, validation_rows, scenes, content_fingerprint(train_rows))
 
 
@@ -420,6 +431,7 @@ def build_loaders(
     common = {
         "collate_fn": collator,
         "num_workers": args.dataloader_num_workers,
+        "worker_init_fn": ignore_interrupts,
         "pin_memory": accelerator.device.type == "cuda",
     }
     processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
@@ -466,8 +478,15 @@ def build_loaders(
 
 
 def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, folder: Path) -> Path:
-    """Trains the scenes' own teacher in `folder`, on the student's training scenes, unless it is there already."""
-    if not (folder / "eval_results.json").exists():
+    """Trains the scenes' own teacher in `folder`, on the student's training scenes, unless it is there already.
+
+    Raises:
+        ValueError: it is there, and was trained on other scenes.
+    """
+    if (folder / "eval_results.json").exists():
+        taught = {name: getattr(args, name) for name in ("seed", "max_train_samples", "max_eval_samples")}
+        compare_args(f"teacher {folder}", read_run_args(folder) or {}, taught)
+    else:
         logger.info("First, a teacher is trained on drawn scenes; then the student.")
         flags = {
             "output_dir": folder,
@@ -476,6 +495,7 @@ def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, fold
             "max_train_samples": args.max_train_samples,
             "max_eval_samples": args.max_eval_samples,
             "dataloader_num_workers": args.dataloader_num_workers,
+            "preprocessing_num_workers": args.preprocessing_num_workers,
             "resume_from_checkpoint": "latest" if complete_checkpoints(folder) else None,
         }
         argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
@@ -490,89 +510,23 @@ def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, fold
 
 
 def read_config(args: argparse.Namespace) -> TinyCapConfig:
-    """The configuration before data and teacher have their say; `args.given` says which widths were asked for."""
-    if args.model_name_or_path is not None:
-        # As a dict: which class it is for is looked at first, and no code of the checkpoint's is run.
-        try:
-            values, _ = PretrainedConfig.get_config_dict(args.model_name_or_path)
-        except OSError as error:
-            raise ValueError(f"--model_name_or_path {args.model_name_or_path}: expected a TinyCap: {error}") from error
-        if values.get("model_type") != TinyCapConfig.model_type:
-            raise ValueError(
-                f"--model_name_or_path {args.model_name_or_path}: expected a checkpoint of model_type "
-                f"{TinyCapConfig.model_type!r}, got {values.get('model_type')!r}"
-            )
-    elif args.config_name is not None:
-        path = Path(args.config_name)
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--config_name {args.config_name}: expected a TinyCapConfig as JSON: {error}") from error
-        if values.get("model_type", TinyCapConfig.model_type) != TinyCapConfig.model_type:
-            raise ValueError(
-                f"--config_name {args.config_name}: expected model_type {TinyCapConfig.model_type!r}, "
-                f"got {values['model_type']!r}"
-            )
-    else:
-        values = json.loads(json.dumps(SCENE_CONFIG)) if args.dataset_name is None else {}
-    vision, text = values.setdefault("vision_config", {}), values.setdefault("text_config", {})
-    # The scenes' own configuration leaves its widths to the teacher and the tokenizer, a user's doesn't.
-    fixed = args.model_name_or_path is not None or args.config_name is not None
-    args.given = {
-        "memory": values.get("memory", MEMORIES[0]),
-        "memory_scale": values.get("memory_scale"),
-        "vocab_size": text.get("vocab_size") if fixed else None,
-        "projection_dim": vision.get("projection_dim") if fixed else None,
-        "image_size": vision.get("image_size"),
-    }
-    if args.image_size is not None:
-        vision["image_size"] = args.image_size
-    if args.memory is not None and args.memory != args.given["memory"]:
-        if args.model_name_or_path is not None:
-            # That of the other memory.
-            values["memory_scale"] = None
-        values["memory"] = args.memory
-    vision.update(hidden_dropout_prob=args.vision_dropout, patch_dropout=args.patch_dropout)
-    text.update(hidden_dropout_prob=args.dropout)
-    values.update(memory_noise=args.memory_noise, label_smoothing=args.label_smoothing)
-    if not args.freeze_vision_model:
-        # A student that stays keeps the weight that it was taught with.
-        values.update(distill_weight=args.distill_weight)
-    return TinyCapConfig(**values)
+    """The configuration before data and teacher have their say; see `build_config`."""
+    return build_config(args, SCENE_CONFIG if args.dataset_name is None else {})
 
 
-def fit_config(args: argparse.Namespace, config: TinyCapConfig, tokenizer, teacher: Teacher | None) -> None:
-    """Gives `config` the tokenizer's vocabulary and the teacher's width, or says why they don't fit.
-
-    Raises:
-        ValueError: vocabulary, width or caption length don't fit a configuration that was given; names both.
-    """
-    if args.given["vocab_size"] is None:
-        config.text_config.vocab_size = len(tokenizer)
-    elif len(tokenizer) > config.text_config.vocab_size:
+def load_processors(args: argparse.Namespace, image_size: int) -> tuple:
+    """The tokenizer, `None` where one is to be trained, and the image processor."""
+    if args.model_name_or_path is None:
+        tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)
+        return tokenizer, create_image_processor(image_size)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    try:
+        saved = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"tokenizer: expected at most the configuration's vocab_size of {config.text_config.vocab_size} tokens, "
-            f"got {len(tokenizer)}"
-        )
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if args.model_name_or_path is not None and getattr(config, name) != getattr(tokenizer, name):
-            raise ValueError(
-                f"tokenizer of {args.model_name_or_path}: expected {name} {getattr(config, name)}, as its config says, "
-                f"got {getattr(tokenizer, name)}"
-            )
-        setattr(config, name, getattr(tokenizer, name))
-        setattr(config.text_config, name, getattr(tokenizer, name))
-    config.decoder_start_token_id = tokenizer.bos_token_id
-    if args.max_caption_length > config.text_config.max_position_embeddings:
-        raise ValueError(
-            "--max_caption_length: expected at most max_position_embeddings "
-            f"{config.text_config.max_position_embeddings}, got {args.max_caption_length}"
-        )
-    if teacher is not None:
-        if args.given["projection_dim"] is None:
-            config.vision_config.projection_dim = teacher.embed_dim
-        teacher.check_width(config.vision_config.projection_dim)
+            f"--model_name_or_path {args.model_name_or_path}: expected its preprocessor_config.json: {error}"
+        ) from error
+    return tokenizer, create_image_processor(image_size, saved.image_mean, saved.image_std)
 
 
 def change_image_size(model: TinyCapForConditionalGeneration, image_size: int) -> None:
@@ -617,8 +571,8 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
         model = TinyCapForConditionalGeneration(config)
     else:
         saved = copy.deepcopy(config)
-        saved.vision_config.image_size = args.given["image_size"]
-        saved.memory, saved.memory_scale = args.given["memory"], args.given["memory_scale"]
+        saved.vision_config.image_size = args.configured["image_size"]
+        saved.memory, saved.memory_scale = args.configured["memory"], args.configured["memory_scale"]
         model, report = TinyCapForConditionalGeneration.from_pretrained(
             args.model_name_or_path, config=saved, dtype=torch.float32, output_loading_info=True
         )
@@ -809,28 +763,43 @@ def save(
     write_model_card(output_dir / "README.md", args, model.config, evaluation.metrics, facts)
 
 
-def push_to_hub(args: argparse.Namespace) -> str:
-    """Uploads the model repository without its checkpoints; returns its address."""
+def create_hub_repository(args: argparse.Namespace) -> str:
+    """Creates the repository to upload to, or finds it there; returns its name with its owner's.
+
+    Raises:
+        ValueError: the Hub can't be reached, or doesn't know who asks.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    repo_id = api.create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
-    api.upload_folder(
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return HfApi().create_repo(name, exist_ok=True).repo_id
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--push_to_hub: expected a repository {name} to upload to: {error}") from error
+
+
+def push_to_hub(args: argparse.Namespace) -> str:
+    """Uploads the model repository and its reports without what else lies there; returns its name."""
+    from huggingface_hub import HfApi
+
+    repo_id = create_hub_repository(args)
+    HfApi().upload_folder(
         repo_id=repo_id,
         folder_path=args.output_dir,
-        ignore_patterns=["checkpoint-*", BEST_FILE, "teacher/*", "trackers/*", ".*"],
+        # A model repository has no folders: what has one is a checkpoint's, the teacher's or a tracker's.
+        ignore_patterns=["checkpoint-*", "teacher/*", "*/*", BEST_FILE, SKIPPED_FILE, ".*"],
         commit_message="A trained TinyCap",
     )
     return repo_id
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Runs the whole training; returns the last evaluation's figures.
+    """Runs the whole training; returns the last evaluation's metrics.
 
     Raises:
         ValueError: an argument, a dataset, a teacher or a checkpoint doesn't fit; nothing has been trained then.
         NonFiniteLossError: the loss became infinite or no number.
-        StoppedError: SIGTERM came; a `SystemExit` of status 143, behind a checkpoint.
+        StoppedError: SIGTERM or SIGINT came; a `SystemExit` of status 143 or 130, behind a checkpoint.
     """
     args = parse_args(argv)
     started = time.perf_counter()
@@ -852,31 +821,24 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             if asked:
                 raise ValueError(f"--{name}: not with FSDP, whose weights lie in parts")
     output_dir = Path(args.output_dir)
-    resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
+    resume_from = None if stopped_in_teacher(args) else resolve_resume(output_dir, args.resume_from_checkpoint)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            prepare_output_dir(output_dir, args.overwrite_output_dir, resuming=resume_from is not None)
-            write_json(output_dir / "train_args.json", vars(args))
+            check_output_dir(args)
+    check_sources(args)
+    args.mixed_precision = accelerator.mixed_precision
     set_seed(args.seed)
 
     config = read_config(args)
     image_size = config.vision_config.image_size
-    if args.model_name_or_path is not None:
-        tokenizer = load_tokenizer(args.model_name_or_path)
-        try:
-            saved = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--model_name_or_path {args.model_name_or_path}: expected its preprocessor_config.json: {error}"
-            ) from error
-        image_processor = create_image_processor(image_size, saved.image_mean, saved.image_std)
-    else:
-        tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)
-        image_processor = create_image_processor(image_size)
-
+    tokenizer, image_processor = load_processors(args, image_size)
     teacher = None
     if args.distill_weight > 0:
-        name_or_path = args.teacher_name_or_path or train_scene_teacher(args, accelerator, output_dir / "teacher")
+        name_or_path = args.teacher_name_or_path
+        if name_or_path is None:
+            if accelerator.is_main_process:
+                open_output_dir(args)
+            name_or_path = train_scene_teacher(args, accelerator, output_dir / TEACHER_FOLDER)
         teacher = Teacher.from_pretrained(
             name_or_path,
             args.teacher_feature,
@@ -887,12 +849,12 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # A teacher that is asked ahead may see more of a crop than the student will.
     seen_size = image_size if args.teacher_cache_dir is None else max(image_size, teacher.image_size)
 
-    skipped = SkippedRows(output_dir / "skipped.jsonl" if accelerator.is_main_process else None, args.on_bad_row)
+    # Nothing is written to the output folder before everything has been found to fit.
+    aside = Path(tempfile.mkdtemp(), SKIPPED_FILE) if accelerator.is_main_process else None
+    skipped = SkippedRows(aside, args.on_bad_row)
     # One process decodes into the cache, the others read it.
     with accelerator.main_process_first():
         data = build_data(args, image_size, seen_size, skipped)
-    if skipped.count:
-        logger.warning("%d rows left out; they are listed in %s", skipped.count, output_dir / "skipped.jsonl")
     if tokenizer is None:
         tokenizer = train_tokenizer(iterate_captions(data), args.vocab_size, config.text_config.max_position_embeddings)
     fit_config(args, config, tokenizer, teacher)
@@ -919,24 +881,28 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     steps_per_epoch = None
     if not args.streaming:
         steps_per_epoch = math.ceil(len(batches.loader) / args.gradient_accumulation_steps)
-        if args.max_train_steps is None:
-            args.max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
+    saved_args = read_checkpoint_args(resume_from)
+    plan_steps(args, steps_per_epoch, saved_args)
+    if saved_args is not None:
+        # Images are compared by their fingerprint: the data set's folder may have moved.
+        free = () if args.streaming else ("dataset_name",)
+        compare_args(f"checkpoint {resume_from}", saved_args, run_args(args), free)
+    if accelerator.is_main_process:
+        if args.push_to_hub:
+            args.hub_model_id = create_hub_repository(args)
+        open_output_dir(args)
+        move_skipped_rows(skipped, output_dir, keep=args.streaming and resume_from is not None)
+    warn_of_few_steps(args)
     checkpointing_steps = args.checkpointing_steps or steps_per_epoch or args.max_train_steps
     optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        # accelerate steps the scheduler once for each process.
-        num_warmup_steps=args.num_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
+    scheduler = create_scheduler(optimizer, args, accelerator.num_processes)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     ema = None
     if args.ema_decay > 0:
         ema = create_ema(accelerator.unwrap_model(model), args.ema_decay)
         checkpoint_ema(accelerator, ema)
     if args.report_to != "none":
-        accelerator.init_trackers("tinycap", config={k: v for k, v in vars(args).items() if not isinstance(v, dict)})
+        accelerator.init_trackers("tinycap", config=run_args(args))
 
     state = {"step": 0, "epoch": 0, "batch": 0, "data": data.fingerprint}
     if resume_from is not None:
@@ -948,6 +914,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             )
         batches.load_state_dict(own_state)
         logger.info("Going on from %s at step %d.", resume_from, state["step"])
+    state["args"] = run_args(args)
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     num_train_images = "a stream" if args.streaming else f"{len(data.train):,} pictures"
     logger.info(
@@ -1020,12 +987,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.push_to_hub and accelerator.is_main_process:
         logger.info("Uploaded to %s", push_to_hub(args))
     accelerator.end_training()
-    logger.info("Saved to %s: %s", output_dir, {name: round(value, 4) for name, value in evaluation.metrics.items()})
+    if accelerator.is_main_process:
+        print(summarize(evaluation.metrics, output_dir))
     return evaluation.metrics
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"train_distill.py: error: {error}")
+    run_script(main)
