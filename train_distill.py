@@ -21,8 +21,7 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
-from torch.distributed.tensor import DTensor
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
@@ -48,7 +47,6 @@ from tinycap.training.arguments import (
 )
 from tinycap.training.best_model import BEST_FILE, keep_best, load_best
 from tinycap.training.checkpoints import (
-    checkpoint_ema,
     complete_checkpoints,
     load_checkpoint,
     resolve_resume,
@@ -83,7 +81,6 @@ from tinycap.training.loop import (
 from tinycap.training.model_card import summarize, write_model_card
 from tinycap.training.optimization import (
     OPTIMIZERS,
-    create_ema,
     create_optimizer,
     create_scheduler,
     plan_steps,
@@ -104,7 +101,7 @@ from tinycap.training.run_folder import (
 )
 from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
-from tinycap.training.teacher import FEATURES, PRECISIONS, Teacher
+from tinycap.training.teacher import FEATURES, Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
 
@@ -163,7 +160,6 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--tokenizer_name", help="a pretrained tokenizer; one is trained on the captions if not given")
     model.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer trained on the captions")
     model.add_argument("--dropout", type=float, default=0.1, help="dropout of the decoder's embeddings and sublayers")
-    model.add_argument("--vision_dropout", type=float, default=0.0, help="dropout of the student's sublayers")
     model.add_argument(
         "--memory_noise",
         type=float,
@@ -172,9 +168,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument(
         "--freeze_vision_model", action=FLAG, default=False, help="train the decoder alone: the student stays as it is"
-    )
-    model.add_argument(
-        "--reset_decoder", action=FLAG, default=False, help="begin with the checkpoint's student and a new decoder"
     )
     model.add_argument(
         "--patch_dropout", type=float, default=0.0, help="share of an image's patches left out of a training step"
@@ -197,11 +190,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     teacher.add_argument(
         "--teacher_views", type=int, default=8, help="differently cropped views of a photo in the cache"
-    )
-    teacher.add_argument(
-        "--teacher_mixed_precision",
-        choices=tuple(PRECISIONS),
-        help="number format that the teacher computes in; as --mixed_precision if not given",
     )
     teacher.add_argument(
         "--distill_weight", type=float, default=1.0, help="weight of the distillation loss; 0: no teacher"
@@ -230,12 +218,6 @@ def build_parser() -> argparse.ArgumentParser:
         default="adamw",
         help="what trains the weight matrices; muon learns more from a step, which takes longer: for large batches",
     )
-    parser.add_argument(
-        "--ema_decay",
-        type=float,
-        default=0.0,
-        help="validate and save a moving average of the weights, such as 0.999 of the one before; 0: the weights",
-    )
     parser.add_argument("--gradient_checkpointing", action=FLAG, default=False, help="less memory, more time")
     add_output_arguments(parser, output_dir="outputs/tinycap")
     parser.add_argument("--num_beams", type=int, default=3, help="beams of validation and of the saved model")
@@ -246,9 +228,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a beam search compares captions by log-probability / length ** this: above 0, it favours longer ones",
     )
     parser.add_argument(
-        "--load_best_model_at_end", action=FLAG, default=False, help="save the best validation's weights, not the last"
+        "--load_best_model_at_end",
+        action=FLAG,
+        default=False,
+        help="save the weights of the best CIDEr, not the last",
     )
-    parser.add_argument("--metric_for_best_model", default="cider", help="figure of a validation to go by")
     parser.add_argument("--push_to_hub", action=FLAG, default=False, help="upload the result")
     parser.add_argument("--hub_model_id", help="repository to upload to; the output folder's name if not given")
     return parser
@@ -287,26 +271,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.model_name_or_path is not None and args.tokenizer_name is not None,
         "--tokenizer_name: contradicts --model_name_or_path, which brings its own tokenizer",
     )
-    for name in ("freeze_vision_model", "reset_decoder"):
-        refuse(
-            getattr(args, name) and args.model_name_or_path is None,
-            f"--{name}: needs --model_name_or_path, a student that is worth keeping",
-        )
+    refuse(
+        args.freeze_vision_model and args.model_name_or_path is None,
+        "--freeze_vision_model: needs --model_name_or_path, a student that is worth keeping",
+    )
     refuse(
         args.freeze_vision_model and args.distill_weight > 0,
         f"--distill_weight: expected 0 with --freeze_vision_model, which leaves a teacher nothing to teach, "
         f"got {args.distill_weight}",
     )
-    for name in ("vision_dropout", "patch_dropout"):
-        refuse(
-            args.freeze_vision_model and getattr(args, name) > 0,
-            f"--{name}: contradicts --freeze_vision_model: the decoder learns from what the student will show it",
-        )
     refuse(
-        args.objective == "scst" and args.reset_decoder,
-        "--reset_decoder: contradicts --objective scst, which goes on from captions that are worth comparing",
+        args.freeze_vision_model and args.patch_dropout > 0,
+        "--patch_dropout: contradicts --freeze_vision_model: the decoder learns from what the student will show it",
     )
-    refuse(not args.memory_noise >= 0, f"--memory_noise: expected at least 0, got {args.memory_noise}")
     refuse(
         args.objective == "scst" and args.model_name_or_path is None,
         "--objective scst: needs --model_name_or_path, a model whose captions are worth comparing",
@@ -325,17 +302,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.load_best_model_at_end and args.evaluation_steps is None,
         "--load_best_model_at_end: needs --evaluation_steps, validations to choose from",
     )
-    refuse(
-        args.metric_for_best_model != parser.get_default("metric_for_best_model") and not args.load_best_model_at_end,
-        "--metric_for_best_model: needs --load_best_model_at_end",
-    )
     refuse(args.num_beams < 1, f"--num_beams: expected a positive number, got {args.num_beams}")
     refuse(
         args.num_beams == 1 and args.length_penalty != parser.get_default("length_penalty"),
         "--length_penalty: needs --num_beams of at least 2, captions to choose from",
     )
     refuse(not args.distill_weight >= 0, f"--distill_weight: expected at least 0, got {args.distill_weight}")
-    for name in ("dropout", "vision_dropout", "patch_dropout", "mixup", "label_smoothing", "ema_decay"):
+    for name in ("dropout", "patch_dropout", "mixup", "label_smoothing"):
         value = getattr(args, name)
         refuse(not 0 <= value < 1, f"--{name}: expected a number in [0, 1), got {value}")
     return args
@@ -585,10 +558,6 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
             )
         change_image_size(model, config.vision_config.image_size)
         model = change_memory(model, config.memory)
-        if args.reset_decoder:
-            new = TinyCapForConditionalGeneration(model.config)
-            model.decoder.load_state_dict(new.decoder.state_dict())
-            model.lm_head.load_state_dict(new.lm_head.state_dict())
         if args.freeze_vision_model:
             model.vision_model.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -605,22 +574,6 @@ class Evaluation:
 
     metrics: dict[str, float]
     captions: list[str]
-
-
-def whole_model(accelerator: Accelerator, model) -> TinyCapForConditionalGeneration:
-    """The model in one piece: itself, or with FSDP, which serves calls of `forward` only, a copy with all weights."""
-    model = accelerator.unwrap_model(model)
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return model
-    whole = TinyCapForConditionalGeneration(model.config).to(accelerator.device)
-    whole.load_state_dict(
-        {
-            name: value.full_tensor() if isinstance(value, DTensor) else value
-            for name, value in model.state_dict().items()
-        }
-    )
-    whole.generation_config = model.generation_config
-    return whole
 
 
 @torch.no_grad()
@@ -723,9 +676,7 @@ def train_step(
             share = {"loss": 1.0, "caption_loss": tokens}.get(name, photos)
             named[name] = named.get(name, 0.0) + share * value.detach()
     if args.max_grad_norm > 0:
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        # With FSDP, a tensor that is spread over the processes.
-        named["grad_norm"] = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        named["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
@@ -812,14 +763,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     set_up_logging(accelerator)
     use_all_cores(accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            raise ValueError("fsdp_version: expected 2, as in configs/fsdp.yaml, got 1")
-        if args.objective == "scst":
-            raise ValueError("--objective scst: not with FSDP, which can't sample from a model that lies in parts")
-        for name, asked in (("ema_decay", args.ema_decay > 0), ("optimizer muon", args.optimizer == "muon")):
-            if asked:
-                raise ValueError(f"--{name}: not with FSDP, whose weights lie in parts")
     output_dir = Path(args.output_dir)
     resume_from = None if stopped_in_teacher(args) else resolve_resume(output_dir, args.resume_from_checkpoint)
     with accelerator.main_process_first():
@@ -844,7 +787,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             args.teacher_feature,
             image_processor.image_mean,
             image_processor.image_std,
-            args.teacher_mixed_precision,
         ).to(accelerator.device)
     # A teacher that is asked ahead may see more of a crop than the student will.
     seen_size = image_size if args.teacher_cache_dir is None else max(image_size, teacher.image_size)
@@ -897,10 +839,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
     scheduler = create_scheduler(optimizer, args, accelerator.num_processes)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    ema = None
-    if args.ema_decay > 0:
-        ema = create_ema(accelerator.unwrap_model(model), args.ema_decay)
-        checkpoint_ema(accelerator, ema)
     if args.report_to != "none":
         accelerator.init_trackers("tinycap", config=run_args(args))
 
@@ -932,14 +870,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     scored = (data.validation, tokenizer, teacher, data.scenes)
     log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
 
-    def trained_model() -> TinyCapForConditionalGeneration:
-        return whole_model(accelerator, model) if ema is None else ema.module
-
     def validate() -> Evaluation:
-        whole = trained_model()
+        whole = accelerator.unwrap_model(model)
         found = evaluate(accelerator, whole, validation_loader, *scored)
         if args.load_best_model_at_end and accelerator.is_main_process:
-            keep_best(output_dir, whole, found.metrics, args.metric_for_best_model, state)
+            keep_best(output_dir, whole, found.metrics, state)
         return found
 
     objective = joint_losses
@@ -949,10 +884,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         objective = SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
 
     def take_step(step: Step, number: int) -> dict[str, torch.Tensor]:
-        losses = train_step(args, accelerator, model, optimizer, scheduler, teacher, objective, step, number)
-        if ema is not None:
-            ema.update_parameters(accelerator.unwrap_model(model))
-        return losses
+        return train_step(args, accelerator, model, optimizer, scheduler, teacher, objective, step, number)
 
     def blank() -> dict:
         return collator.blank(image_size, args.captions_per_image)
@@ -965,7 +897,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     evaluation = validate()
     log.eval_row(state["step"], state["epoch"], evaluation.metrics)
     log.close()
-    model = trained_model()
+    model = accelerator.unwrap_model(model)
     if args.load_best_model_at_end:
         accelerator.wait_for_everyone()
         load_best(output_dir, model)

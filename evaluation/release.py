@@ -152,7 +152,7 @@ def describe_stage(folder: str | Path) -> str:
     words = [f"{arguments['num_train_epochs']:g} epochs at {side} x {side} pixels"]
     # Runs of before there was a choice don't say that they did nothing of the kind.
     if arguments.get("freeze_vision_model"):
-        words.append(f"of the decoder alone{', begun anew' if arguments['reset_decoder'] else ''}")
+        words.append(f"of the decoder alone{', begun anew' if arguments.get('reset_decoder') else ''}")
     else:
         words.append(f"{100 * arguments['patch_dropout']:.0f} % of the patches left out of each step")
     if mixup := arguments.get("mixup"):

@@ -133,7 +133,6 @@ open({str(log)!r}, "a").write(json.dumps(sys.argv[1:]) + "\\n")
     "flags, words",
     [
         (["--freeze_vision_model", "--distill_weight", "0"], "--freeze_vision_model: needs --model_name_or_path"),
-        (["--reset_decoder", "--distill_weight", "0"], "--reset_decoder: needs --model_name_or_path"),
         (
             ["--model_name_or_path", "m", "--freeze_vision_model"],
             "--distill_weight: expected 0 with --freeze_vision_model",
@@ -141,10 +140,6 @@ open({str(log)!r}, "a").write(json.dumps(sys.argv[1:]) + "\\n")
         (
             ["--model_name_or_path", "m", "--freeze_vision_model", "--distill_weight", "0", "--patch_dropout", "0.5"],
             "--patch_dropout: contradicts --freeze_vision_model",
-        ),
-        (
-            ["--model_name_or_path", "m", "--reset_decoder", "--distill_weight", "0", "--objective", "scst"],
-            "--reset_decoder: contradicts --objective scst",
         ),
         (["--memory_noise", "-1"], "--memory_noise: expected at least 0, got -1"),
     ],

@@ -186,14 +186,13 @@ def test_an_optimizer_that_is_not_there_is_an_error(monkeypatch):
 # --- the best so far --------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name, values, best", [("cider", (3, 7, 7, 5), 2), ("caption_loss", (4, 2, 3, 2), 2)])
-def test_the_best_weights_are_kept_and_come_back(name, values, best, tmp_path):
+def test_the_best_weights_are_kept_and_come_back(tmp_path):
     model, state = nn.Linear(3, 2), {}
-    for step, value in enumerate(values, start=1):
+    for step, value in enumerate((3, 7, 7, 5), start=1):
         nn.init.constant_(model.weight, step)
         state["step"] = step
-        keep_best(tmp_path, model, {name: value}, name, state)
-    assert state["best"]["step"] == best
+        keep_best(tmp_path, model, {"cider": value}, state)
+    assert state["best"]["step"] == 2
     load_best(tmp_path, model)
-    assert (model.weight == best).all()
+    assert (model.weight == 2).all()
     assert [path.name for path in tmp_path.iterdir()] == ["best_model.safetensors"]

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import re
 import signal
 import subprocess
@@ -39,11 +38,10 @@ def test_resuming_with_other_flags_is_refused_and_recorded_nowhere(flags, tmp_pa
     train_distill.main([*flags, "--max_train_steps", "2"])
     before = recorded(out)
     other = ["--per_device_train_batch_size", "5", "--learning_rate", "0.5", "--dropout", "0.2"]
-    expected = r"--\w+: expected 7, got 5; .*--learning_rate: expected 0.001, got 0.5"
     with pytest.raises(ValueError, match="written with") as refused:
         train_distill.main([*flags, "--max_train_steps", "2", *other, "--resume_from_checkpoint", "latest"])
     for name, old, new in (("per_device_train_batch_size", 7, 5), ("learning_rate", 0.001, 0.5), ("dropout", 0.1, 0.2)):
-        assert f"--{name}: expected {old}, got {new}" in str(refused.value), expected
+        assert f"--{name}: expected {old}, got {new}" in str(refused.value)
     assert recorded(out) == before
     with pytest.raises(ValueError, match="--max_train_steps: expected 2, got 6"):
         train_distill.main([*flags, "--resume_from_checkpoint", "latest"])
@@ -258,16 +256,16 @@ def test_a_run_too_short_for_fresh_weights_is_warned_of(steps, model, warned, ca
 class Interrupts:
     """Sends the process Ctrl-C in the steps that are named, once or more."""
 
-    def __init__(self, monkeypatch, step: int, times: int):
-        check_finite = train_distill.check_finite
+    def __init__(self, monkeypatch, step: int, times: int, script=train_distill):
+        check_finite = script.check_finite
 
         def interrupted(losses, number, image_ids):
             if number == step:
                 for _ in range(times):
-                    os.kill(os.getpid(), signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
             check_finite(losses, number, image_ids)
 
-        monkeypatch.setattr(train_distill, "check_finite", interrupted)
+        monkeypatch.setattr(script, "check_finite", interrupted)
 
 
 def test_ctrl_c_saves_a_checkpoint_and_says_the_command_that_goes_on(flags, tmp_path, monkeypatch, caplog):
@@ -278,7 +276,8 @@ def test_ctrl_c_saves_a_checkpoint_and_says_the_command_that_goes_on(flags, tmp_
         with pytest.raises(SystemExit) as stopped, caplog.at_level(logging.WARNING):
             train_distill.main([*flags, "--dataloader_num_workers", "1"])
     assert stopped.value.code == 130
-    assert (tmp_path / "out" / "checkpoint-3").is_dir()
+    # The step after: all processes agree on a stop before they take one.
+    assert (tmp_path / "out" / "checkpoint-4").is_dir()
     command = caplog.text.splitlines()[-1].split()
     assert command[-2:] == ["--resume_from_checkpoint", "latest"] and "--overwrite_output_dir" not in command
     train_distill.main(command[command.index("train_distill.py") + 1 :])
@@ -296,22 +295,16 @@ def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
 def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_path, monkeypatch):
     flags = ["--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "5"]
     flags += ["--per_device_train_batch_size", "20", "--max_train_steps", "1", "--dataloader_num_workers", "0"]
-    monkeypatch.setattr(train_teacher, "train_step", lambda *args: os.kill(os.getpid(), signal.SIGINT) or {})
+    parse_args = train_teacher.parse_args
+    few_steps = ["--max_train_steps", "3", "--per_device_train_batch_size", "20"]
+    monkeypatch.setattr(train_teacher, "parse_args", lambda argv: parse_args([*argv, *few_steps]))
     with monkeypatch.context() as patch:
-        patch.setattr(train_teacher, "parse_args", longer(train_teacher.parse_args))
+        Interrupts(patch, step=1, times=1, script=train_teacher)
         with pytest.raises(SystemExit) as stopped:
             train_distill.main(flags)
-    assert stopped.value.code == 130 and not (tmp_path / "out" / "teacher" / "eval_results.json").exists()
-    monkeypatch.undo()
-    with monkeypatch.context() as patch:
-        patch.setattr(train_teacher, "parse_args", longer(train_teacher.parse_args))
-        train_distill.main([*flags, "--resume_from_checkpoint", "latest"])
+    assert stopped.value.code == 130 and (tmp_path / "out" / "teacher" / "checkpoint-2").is_dir()
+    train_distill.main([*flags, "--resume_from_checkpoint", "latest"])
     assert (tmp_path / "out" / "model.safetensors").exists()
-
-
-def longer(parse_args):
-    """A teacher of two steps, so that one can be the last before a stop."""
-    return lambda argv: parse_args([*argv, "--max_train_steps", "2", "--per_device_train_batch_size", "20"])
 
 
 # --- what is left behind ----------------------------------------------------------------------------------------------

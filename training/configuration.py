@@ -14,7 +14,6 @@ from tinycap.configuration_tinycap import TinyCapConfig
 # Flags that set a field of the configuration: the part that has it (None: the top), and its name there.
 CONFIG_FLAGS = {
     "image_size": ("vision_config", "image_size"),
-    "vision_dropout": ("vision_config", "hidden_dropout_prob"),
     "patch_dropout": ("vision_config", "patch_dropout"),
     "dropout": ("text_config", "hidden_dropout_prob"),
     "memory": (None, "memory"),
@@ -22,11 +21,11 @@ CONFIG_FLAGS = {
     "label_smoothing": (None, "label_smoothing"),
     "distill_weight": (None, "distill_weight"),
 }
-# Flags that set a field of the checkpoint's generation configuration.
+# Flags that set a field of the checkpoint's generation configuration: its name there, and what `generate` does without.
 GENERATION_FLAGS = {
-    "num_beams": "num_beams",
-    "length_penalty": "length_penalty",
-    "max_caption_length": "max_new_tokens",
+    "num_beams": ("num_beams", 1),
+    "length_penalty": ("length_penalty", 1.0),
+    "max_caption_length": ("max_new_tokens", None),
 }
 
 
@@ -110,12 +109,13 @@ def resolve_lengths(args: argparse.Namespace, config: TinyCapConfig) -> None:
     """Gives flags of caption length, vocabulary and beam search that were not given the checkpoint's values."""
     if args.model_name_or_path is not None:
         try:
-            saved, _ = GenerationConfig.get_config_dict(args.model_name_or_path)
+            saved = GenerationConfig.from_pretrained(args.model_name_or_path)
         except OSError:
-            saved = {}
-        for flag, field in GENERATION_FLAGS.items():
-            if flag not in args.given and saved.get(field) is not None:
-                setattr(args, flag, saved[field])
+            saved = None
+        for flag, (field, default) in GENERATION_FLAGS.items():
+            value = None if saved is None else getattr(saved, field, None) or default
+            if flag not in args.given and value is not None:
+                setattr(args, flag, value)
         if args.num_beams == 1 and "length_penalty" not in args.given:
             args.length_penalty = 1.0
     if "vocab_size" not in args.given and args.configured["vocab_size"] is not None:
@@ -135,8 +135,7 @@ def distillation_problems(args: argparse.Namespace) -> Iterator[str]:
         if args.dataset_name is not None and not args.teacher_name_or_path:
             yield "--teacher_name_or_path: needed with --dataset_name, unless --distill_weight is 0"
         return
-    asked = ("teacher_name_or_path", "teacher_cache_dir", "teacher_mixed_precision")
-    for name in asked:
+    for name in ("teacher_name_or_path", "teacher_cache_dir"):
         if getattr(args, name) is not None:
             yield f"--{name}: contradicts --distill_weight 0, with which no teacher is asked"
     if args.mixup > 0:

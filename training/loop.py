@@ -161,7 +161,7 @@ class StoppedError(SystemExit):
 
 
 class StopSignals:
-    """Lets the step that is under way come to its end when the run is asked to stop.
+    """Ends the run after the next step when it is asked to stop: all processes must know before they take it.
 
     SIGTERM is what schedulers send before they take a machine back, SIGINT is Ctrl-C; a second SIGINT stops at once. As
     a context manager, only in the main thread, which is the only one that Python lets handle signals.
@@ -187,7 +187,7 @@ class StopSignals:
         self.received = number
         if number == signal.SIGINT:
             # The progress bar may be in the middle of a line, and of a call that can't be entered twice.
-            os.write(2, b"\nStopping after this step; Ctrl-C again stops at once, without a checkpoint.\n")
+            os.write(2, b"\nStopping after the next step; Ctrl-C again stops at once, without a checkpoint.\n")
 
 
 def ignore_interrupts(worker: int) -> None:

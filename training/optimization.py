@@ -1,4 +1,4 @@
-"""The optimizer, AdamW or Muon, with weight decay where it makes sense, its schedule; the moving average of weights."""
+"""The optimizer, AdamW or Muon, with weight decay where it makes sense, and its schedule."""
 
 import argparse
 import logging
@@ -7,7 +7,6 @@ import math
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
-from torch.optim.swa_utils import AveragedModel
 from transformers import get_scheduler
 
 from tinycap.training.arguments import MAX_WARMUP_SHARE
@@ -142,22 +141,3 @@ def create_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace,
         num_warmup_steps=args.num_warmup_steps * num_processes,
         num_training_steps=args.max_train_steps * num_processes,
     )
-
-
-def create_ema(model: nn.Module, decay: float) -> AveragedModel:
-    """An exponential moving average of the weights (Polyak & Juditsky, 1992), to be updated after every step.
-
-    It begins as the model and grows slow with the steps, as TensorFlow's did: the share of what it was before is
-    `(1 + steps) / (10 + steps)`, at most `decay`. So it leaves the first, bad weights behind however short the run is.
-
-    Args:
-        model: the whole model; its averaged copy is the result's `module`.
-        decay: such as 0.999: the last thousand steps.
-    """
-
-    @torch.no_grad()
-    def average(averaged: list[torch.Tensor], current: list[torch.Tensor], num_averaged: torch.Tensor | int) -> None:
-        steps = int(num_averaged)
-        torch._foreach_lerp_(averaged, current, 1 - min(decay, (1 + steps) / (10 + steps)))
-
-    return AveragedModel(model, multi_avg_fn=average)
