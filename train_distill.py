@@ -754,6 +754,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     """
     args = parse_args(argv)
     started = time.perf_counter()
+    check_sources(args)
+    config = read_config(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -768,11 +770,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     with accelerator.main_process_first():
         if accelerator.is_main_process:
             check_output_dir(args)
-    check_sources(args)
     args.mixed_precision = accelerator.mixed_precision
     set_seed(args.seed)
 
-    config = read_config(args)
     image_size = config.vision_config.image_size
     tokenizer, image_processor = load_processors(args, image_size)
     teacher = None
@@ -782,12 +782,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
             if accelerator.is_main_process:
                 open_output_dir(args)
             name_or_path = train_scene_teacher(args, accelerator, output_dir / TEACHER_FOLDER)
-        teacher = Teacher.from_pretrained(
-            name_or_path,
-            args.teacher_feature,
-            image_processor.image_mean,
-            image_processor.image_std,
-        ).to(accelerator.device)
+        statistics = (image_processor.image_mean, image_processor.image_std)
+        teacher = Teacher.from_pretrained(name_or_path, args.teacher_feature, *statistics).to(accelerator.device)
     # A teacher that is asked ahead may see more of a crop than the student will.
     seen_size = image_size if args.teacher_cache_dir is None else max(image_size, teacher.image_size)
 
@@ -797,6 +793,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     # One process decodes into the cache, the others read it.
     with accelerator.main_process_first():
         data = build_data(args, image_size, seen_size, skipped)
+    if args.dataset_name is not None:
+        # Recorded for an evaluation of the same rows.
+        args.image_column, args.caption_column = data.columns.image, data.columns.caption
     if tokenizer is None:
         tokenizer = train_tokenizer(iterate_captions(data), args.vocab_size, config.text_config.max_position_embeddings)
     fit_config(args, config, tokenizer, teacher)
@@ -823,7 +822,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     steps_per_epoch = None
     if not args.streaming:
         steps_per_epoch = math.ceil(len(batches.loader) / args.gradient_accumulation_steps)
-    saved_args = read_checkpoint_args(resume_from)
+    saved_args = read_checkpoint_args(resume_from, data.fingerprint)
     plan_steps(args, steps_per_epoch, saved_args)
     if saved_args is not None:
         # Images are compared by their fingerprint: the data set's folder may have moved.
@@ -832,7 +831,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         if args.push_to_hub:
             args.hub_model_id = create_hub_repository(args)
-        open_output_dir(args)
+        # A teacher of the run's own is there by now.
+        open_output_dir(args, clear=args.distill_weight == 0 or args.teacher_name_or_path is not None)
         move_skipped_rows(skipped, output_dir, keep=args.streaming and resume_from is not None)
     warn_of_few_steps(args)
     checkpointing_steps = args.checkpointing_steps or steps_per_epoch or args.max_train_steps
@@ -845,11 +845,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     state = {"step": 0, "epoch": 0, "batch": 0, "data": data.fingerprint}
     if resume_from is not None:
         state, own_state = load_checkpoint(accelerator, resume_from)
-        if state["data"] != data.fingerprint:
-            raise ValueError(
-                f"checkpoint {resume_from}: expected the training photos that it was written with, of fingerprint "
-                f"{state['data']}, got {data.fingerprint}; other photos are for --model_name_or_path to go on with"
-            )
         batches.load_state_dict(own_state)
         logger.info("Going on from %s at step %d.", resume_from, state["step"])
     state["args"] = run_args(args)

@@ -130,7 +130,7 @@ def test_a_run_does_not_go_on_with_other_photos_than_it_began_with(flags, photos
     shutil.copytree(photos, changed)
     rows = datasets.Dataset.from_parquet(str(changed / "train.parquet"), cache_dir=str(tmp_path / "rows"))
     rows.select(range(1, len(rows))).to_parquet(changed / "train.parquet")
-    with pytest.raises(ValueError, match="expected the training photos that it was written with"):
+    with pytest.raises(ValueError, match="expected the training images that it was written with"):
         train_distill.main([*flags, "--dataset_name", str(changed), "--resume_from_checkpoint", "latest"])
 
 

@@ -88,11 +88,15 @@ def check_output_dir(args: argparse.Namespace) -> None:
         )
 
 
-def open_output_dir(args: argparse.Namespace) -> None:
-    """Makes the folder of a new run, without what an earlier one left there; `check_output_dir` comes first."""
+def open_output_dir(args: argparse.Namespace, clear: bool = True) -> None:
+    """Makes the run's folder and records its arguments there; `check_output_dir` comes first.
+
+    Args:
+        clear: delete what an earlier run left, unless this one resumes it.
+    """
     folder = Path(args.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    if args.resume_from_checkpoint is None:
+    if clear and args.resume_from_checkpoint is None:
         clear_output_dir(folder)
     write_json(folder / ARGS_FILE, run_args(args))
 
@@ -150,18 +154,26 @@ def _is_of_run(path: Path, earlier: dict | None) -> bool:
     return entries_known and bool(run_leftovers(path))
 
 
-def read_checkpoint_args(checkpoint: Path | None) -> dict | None:
+def read_checkpoint_args(checkpoint: Path | None, fingerprint: str | None = None) -> dict | None:
     """The arguments of the run that wrote a checkpoint; `None` for no checkpoint.
 
+    Args:
+        fingerprint: of the images to go on with, where they have one.
+
     Raises:
-        ValueError: the checkpoint has none.
+        ValueError: the checkpoint has no arguments, or was written with other images.
     """
     if checkpoint is None:
         return None
-    saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8")).get("args")
-    if saved is None:
+    state = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+    if "args" not in state:
         raise ValueError(f"checkpoint {checkpoint}: expected the arguments of its run in {STATE_FILE}, got none")
-    return saved
+    if state.get("data") != fingerprint:
+        raise ValueError(
+            f"checkpoint {checkpoint}: expected the training images that it was written with, of fingerprint "
+            f"{state.get('data')}, got {fingerprint}; other images are for --model_name_or_path to go on with"
+        )
+    return state["args"]
 
 
 def compare_args(source: str, saved: dict, given: dict, free: tuple[str, ...] = ()) -> None:
