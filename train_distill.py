@@ -1,18 +1,17 @@
 """Trains TinyCap: a student ViT learns a CLIP teacher's image embedding, a decoder learns to say what it means.
 
-    accelerate launch train_distill.py
+    python train_distill.py
         trains on drawn scenes, with a teacher of their own; no files, no network.
-    accelerate launch train_distill.py --dataset_name my_photos --teacher_name_or_path openai/clip-vit-base-patch32
-        trains on captioned photos.
+    python train_distill.py --dataset_name my_photos --teacher_name_or_path openai/clip-vit-base-patch32
+        trains on captioned images; `accelerate launch` in place of `python` does so on several devices.
 
 Reading order: arguments, data, model, one evaluation, the loop, what is left behind.
 """
 
 import argparse
 import copy
-import json
 import math
-import sys
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,12 +21,10 @@ import datasets
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, set_seed
-from torch.distributed.tensor import DTensor
+from accelerate.utils import DistributedDataParallelKwargs, set_seed
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
-from transformers import PretrainedConfig, get_scheduler
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
@@ -39,21 +36,23 @@ from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.arguments import (
     FLAG,
+    ArgumentParser,
     add_data_arguments,
     add_optimisation_arguments,
     add_output_arguments,
     check_common_arguments,
+    check_sources,
     parse_flags,
 )
 from tinycap.training.best_model import BEST_FILE, keep_best, load_best
 from tinycap.training.checkpoints import (
-    checkpoint_ema,
     complete_checkpoints,
     load_checkpoint,
     resolve_resume,
     seed_step,
 )
 from tinycap.training.cider_reward import CiderReward
+from tinycap.training.configuration import build_config, distillation_problems, fit_config
 from tinycap.training.data import (
     Augmentation,
     CaptionCollator,
@@ -68,14 +67,41 @@ from tinycap.training.data import (
     picture_of,
     resolve_columns,
 )
-from tinycap.training.logs import RunLog, prepare_output_dir, write_json
-from tinycap.training.loop import Step, TrainBatches, check_finite, run_steps, set_up_logging, use_all_cores
-from tinycap.training.model_card import write_model_card
-from tinycap.training.optimization import OPTIMIZERS, create_ema, create_optimizer
+from tinycap.training.logs import RunLog, write_json
+from tinycap.training.loop import (
+    Step,
+    TrainBatches,
+    check_finite,
+    ignore_interrupts,
+    run_script,
+    run_steps,
+    set_up_logging,
+    use_all_cores,
+)
+from tinycap.training.model_card import summarize, write_model_card
+from tinycap.training.optimization import (
+    OPTIMIZERS,
+    create_optimizer,
+    create_scheduler,
+    plan_steps,
+    warn_of_few_steps,
+)
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
+from tinycap.training.run_folder import (
+    SKIPPED_FILE,
+    TEACHER_FOLDER,
+    check_output_dir,
+    compare_args,
+    move_skipped_rows,
+    open_output_dir,
+    read_checkpoint_args,
+    read_run_args,
+    run_args,
+    stopped_in_teacher,
+)
 from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
-from tinycap.training.teacher import FEATURES, PRECISIONS, Teacher
+from tinycap.training.teacher import FEATURES, Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
 
@@ -118,11 +144,7 @@ SCENE_DEFAULTS = {
 
 
 def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(__doc__.split("\n\n")[0])
     model = parser.add_argument_group("model")
     model.add_argument("--model_name_or_path", help="continue from this TinyCap checkpoint")
     model.add_argument(
@@ -138,7 +160,6 @@ def build_parser() -> argparse.ArgumentParser:
     model.add_argument("--tokenizer_name", help="a pretrained tokenizer; one is trained on the captions if not given")
     model.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer trained on the captions")
     model.add_argument("--dropout", type=float, default=0.1, help="dropout of the decoder's embeddings and sublayers")
-    model.add_argument("--vision_dropout", type=float, default=0.0, help="dropout of the student's sublayers")
     model.add_argument(
         "--memory_noise",
         type=float,
@@ -147,9 +168,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     model.add_argument(
         "--freeze_vision_model", action=FLAG, default=False, help="train the decoder alone: the student stays as it is"
-    )
-    model.add_argument(
-        "--reset_decoder", action=FLAG, default=False, help="begin with the checkpoint's student and a new decoder"
     )
     model.add_argument(
         "--patch_dropout", type=float, default=0.0, help="share of an image's patches left out of a training step"
@@ -172,11 +190,6 @@ def build_parser() -> argparse.ArgumentParser:
     )
     teacher.add_argument(
         "--teacher_views", type=int, default=8, help="differently cropped views of a photo in the cache"
-    )
-    teacher.add_argument(
-        "--teacher_mixed_precision",
-        choices=tuple(PRECISIONS),
-        help="number format that the teacher computes in; as --mixed_precision if not given",
     )
     teacher.add_argument(
         "--distill_weight", type=float, default=1.0, help="weight of the distillation loss; 0: no teacher"
@@ -205,12 +218,6 @@ def build_parser() -> argparse.ArgumentParser:
         default="adamw",
         help="what trains the weight matrices; muon learns more from a step, which takes longer: for large batches",
     )
-    parser.add_argument(
-        "--ema_decay",
-        type=float,
-        default=0.0,
-        help="validate and save a moving average of the weights, such as 0.999 of the one before; 0: the weights",
-    )
     parser.add_argument("--gradient_checkpointing", action=FLAG, default=False, help="less memory, more time")
     add_output_arguments(parser, output_dir="outputs/tinycap")
     parser.add_argument("--num_beams", type=int, default=3, help="beams of validation and of the saved model")
@@ -221,9 +228,11 @@ def build_parser() -> argparse.ArgumentParser:
         help="a beam search compares captions by log-probability / length ** this: above 0, it favours longer ones",
     )
     parser.add_argument(
-        "--load_best_model_at_end", action=FLAG, default=False, help="save the best validation's weights, not the last"
+        "--load_best_model_at_end",
+        action=FLAG,
+        default=False,
+        help="save the weights of the best CIDEr, not the last",
     )
-    parser.add_argument("--metric_for_best_model", default="cider", help="figure of a validation to go by")
     parser.add_argument("--push_to_hub", action=FLAG, default=False, help="upload the result")
     parser.add_argument("--hub_model_id", help="repository to upload to; the output folder's name if not given")
     return parser
@@ -240,26 +249,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     check_common_arguments(args, refuse)
     refuse(args.dataset_name is None and args.streaming, "--streaming: needs --dataset_name")
-    refuse(
-        args.dataset_name is not None and args.distill_weight > 0 and not args.teacher_name_or_path,
-        "--teacher_name_or_path: needed with --dataset_name, unless --distill_weight is 0",
-    )
-    refuse(
-        args.distill_weight == 0 and args.teacher_name_or_path is not None,
-        "--teacher_name_or_path: contradicts --distill_weight 0, with which no teacher is asked",
-    )
-    refuse(
-        args.distill_weight == 0 and args.teacher_cache_dir is not None,
-        "--teacher_cache_dir: contradicts --distill_weight 0, with which no teacher is asked",
-    )
-    refuse(
-        args.distill_weight == 0 and args.teacher_mixed_precision is not None,
-        "--teacher_mixed_precision: contradicts --distill_weight 0, with which no teacher is asked",
-    )
-    refuse(
-        args.distill_weight == 0 and args.mixup > 0,
-        "--mixup: contradicts --distill_weight 0, with which no teacher is asked what a mixed picture shows",
-    )
+    if "distill_weight" in args.given or (args.model_name_or_path is None and args.config_name is None):
+        for problem in distillation_problems(args):
+            parser.error(problem)
     refuse(
         args.objective == "scst" and args.mixup > 0,
         "--mixup: not with --objective scst, whose reward needs the captions of every picture",
@@ -279,26 +271,19 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.model_name_or_path is not None and args.tokenizer_name is not None,
         "--tokenizer_name: contradicts --model_name_or_path, which brings its own tokenizer",
     )
-    for name in ("freeze_vision_model", "reset_decoder"):
-        refuse(
-            getattr(args, name) and args.model_name_or_path is None,
-            f"--{name}: needs --model_name_or_path, a student that is worth keeping",
-        )
+    refuse(
+        args.freeze_vision_model and args.model_name_or_path is None,
+        "--freeze_vision_model: needs --model_name_or_path, a student that is worth keeping",
+    )
     refuse(
         args.freeze_vision_model and args.distill_weight > 0,
         f"--distill_weight: expected 0 with --freeze_vision_model, which leaves a teacher nothing to teach, "
         f"got {args.distill_weight}",
     )
-    for name in ("vision_dropout", "patch_dropout"):
-        refuse(
-            args.freeze_vision_model and getattr(args, name) > 0,
-            f"--{name}: contradicts --freeze_vision_model: the decoder learns from what the student will show it",
-        )
     refuse(
-        args.objective == "scst" and args.reset_decoder,
-        "--reset_decoder: contradicts --objective scst, which goes on from captions that are worth comparing",
+        args.freeze_vision_model and args.patch_dropout > 0,
+        "--patch_dropout: contradicts --freeze_vision_model: the decoder learns from what the student will show it",
     )
-    refuse(not args.memory_noise >= 0, f"--memory_noise: expected at least 0, got {args.memory_noise}")
     refuse(
         args.objective == "scst" and args.model_name_or_path is None,
         "--objective scst: needs --model_name_or_path, a model whose captions are worth comparing",
@@ -317,17 +302,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.load_best_model_at_end and args.evaluation_steps is None,
         "--load_best_model_at_end: needs --evaluation_steps, validations to choose from",
     )
-    refuse(
-        args.metric_for_best_model != parser.get_default("metric_for_best_model") and not args.load_best_model_at_end,
-        "--metric_for_best_model: needs --load_best_model_at_end",
-    )
     refuse(args.num_beams < 1, f"--num_beams: expected a positive number, got {args.num_beams}")
     refuse(
         args.num_beams == 1 and args.length_penalty != parser.get_default("length_penalty"),
         "--length_penalty: needs --num_beams of at least 2, captions to choose from",
     )
     refuse(not args.distill_weight >= 0, f"--distill_weight: expected at least 0, got {args.distill_weight}")
-    for name in ("dropout", "vision_dropout", "patch_dropout", "mixup", "label_smoothing", "ema_decay"):
+    for name in ("dropout", "patch_dropout", "mixup", "label_smoothing"):
         value = getattr(args, name)
         refuse(not 0 <= value < 1, f"--{name}: expected a number in [0, 1), got {value}")
     return args
@@ -382,10 +363,12 @@ def build_data(args: argparse.Namespace, image_size: int, seen_size: int, skippe
             args.seed,
         )
     columns = resolve_columns(train, args.image_column, args.caption_column)
-    validation_rows = decode_dataset(validation, columns, seen_size, skipped, args.validation_split or "validation")
+    workers = args.preprocessing_num_workers
+    split = args.validation_split or "validation"
+    validation_rows = decode_dataset(validation, columns, seen_size, skipped, split, workers)
     if args.streaming:
         return Data(train, validation, columns, None, validation_rows, scenes)
-    train_rows = decode_dataset(train, columns, seen_size, skipped, args.train_split)
+    train_rows = decode_dataset(train, columns, seen_size, skipped, args.train_split, workers)
     return Data(train, validation, columns, train_rows, validation_rows, scenes, content_fingerprint(train_rows))
 
 
@@ -421,6 +404,7 @@ def build_loaders(
     common = {
         "collate_fn": collator,
         "num_workers": args.dataloader_num_workers,
+        "worker_init_fn": ignore_interrupts,
         "pin_memory": accelerator.device.type == "cuda",
     }
     processes = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
@@ -467,8 +451,15 @@ def build_loaders(
 
 
 def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, folder: Path) -> Path:
-    """Trains the scenes' own teacher in `folder`, on the student's training scenes, unless it is there already."""
-    if not (folder / "eval_results.json").exists():
+    """Trains the scenes' own teacher in `folder`, on the student's training scenes, unless it is there already.
+
+    Raises:
+        ValueError: it is there, and was trained on other scenes.
+    """
+    if (folder / "eval_results.json").exists():
+        taught = {name: getattr(args, name) for name in ("seed", "max_train_samples", "max_eval_samples")}
+        compare_args(f"teacher {folder}", read_run_args(folder) or {}, taught)
+    else:
         logger.info("First, a teacher is trained on drawn scenes; then the student.")
         flags = {
             "output_dir": folder,
@@ -477,11 +468,14 @@ def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, fold
             "max_train_samples": args.max_train_samples,
             "max_eval_samples": args.max_eval_samples,
             "dataloader_num_workers": args.dataloader_num_workers,
+            "preprocessing_num_workers": args.preprocessing_num_workers,
             "resume_from_checkpoint": "latest" if complete_checkpoints(folder) else None,
         }
         argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
         # What was there before the first checkpoint is of no use.
         train_teacher.main(argv if flags["resume_from_checkpoint"] else [*argv, "--overwrite_output_dir"], accelerator)
+        # accelerate saves and loads everything that it has prepared: the student's checkpoints would hold the teacher.
+        accelerator.free_memory()
     return folder
 
 
@@ -489,89 +483,23 @@ def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, fold
 
 
 def read_config(args: argparse.Namespace) -> TinyCapConfig:
-    """The configuration before data and teacher have their say; `args.given` says which widths were asked for."""
-    if args.model_name_or_path is not None:
-        # As a dict: which class it is for is looked at first, and no code of the checkpoint's is run.
-        try:
-            values, _ = PretrainedConfig.get_config_dict(args.model_name_or_path)
-        except OSError as error:
-            raise ValueError(f"--model_name_or_path {args.model_name_or_path}: expected a TinyCap: {error}") from error
-        if values.get("model_type") != TinyCapConfig.model_type:
-            raise ValueError(
-                f"--model_name_or_path {args.model_name_or_path}: expected a checkpoint of model_type "
-                f"{TinyCapConfig.model_type!r}, got {values.get('model_type')!r}"
-            )
-    elif args.config_name is not None:
-        path = Path(args.config_name)
-        path = path / "config.json" if path.is_dir() else path
-        try:
-            values = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
-            raise ValueError(f"--config_name {args.config_name}: expected a TinyCapConfig as JSON: {error}") from error
-        if values.get("model_type", TinyCapConfig.model_type) != TinyCapConfig.model_type:
-            raise ValueError(
-                f"--config_name {args.config_name}: expected model_type {TinyCapConfig.model_type!r}, "
-                f"got {values['model_type']!r}"
-            )
-    else:
-        values = json.loads(json.dumps(SCENE_CONFIG)) if args.dataset_name is None else {}
-    vision, text = values.setdefault("vision_config", {}), values.setdefault("text_config", {})
-    # The scenes' own configuration leaves its widths to the teacher and the tokenizer, a user's doesn't.
-    fixed = args.model_name_or_path is not None or args.config_name is not None
-    args.given = {
-        "memory": values.get("memory", MEMORIES[0]),
-        "memory_scale": values.get("memory_scale"),
-        "vocab_size": text.get("vocab_size") if fixed else None,
-        "projection_dim": vision.get("projection_dim") if fixed else None,
-        "image_size": vision.get("image_size"),
-    }
-    if args.image_size is not None:
-        vision["image_size"] = args.image_size
-    if args.memory is not None and args.memory != args.given["memory"]:
-        if args.model_name_or_path is not None:
-            # That of the other memory.
-            values["memory_scale"] = None
-        values["memory"] = args.memory
-    vision.update(hidden_dropout_prob=args.vision_dropout, patch_dropout=args.patch_dropout)
-    text.update(hidden_dropout_prob=args.dropout)
-    values.update(memory_noise=args.memory_noise, label_smoothing=args.label_smoothing)
-    if not args.freeze_vision_model:
-        # A student that stays keeps the weight that it was taught with.
-        values.update(distill_weight=args.distill_weight)
-    return TinyCapConfig(**values)
+    """The configuration before data and teacher have their say; see `build_config`."""
+    return build_config(args, SCENE_CONFIG if args.dataset_name is None else {})
 
 
-def fit_config(args: argparse.Namespace, config: TinyCapConfig, tokenizer, teacher: Teacher | None) -> None:
-    """Gives `config` the tokenizer's vocabulary and the teacher's width, or says why they don't fit.
-
-    Raises:
-        ValueError: vocabulary, width or caption length don't fit a configuration that was given; names both.
-    """
-    if args.given["vocab_size"] is None:
-        config.text_config.vocab_size = len(tokenizer)
-    elif len(tokenizer) > config.text_config.vocab_size:
+def load_processors(args: argparse.Namespace, image_size: int) -> tuple:
+    """The tokenizer, `None` where one is to be trained, and the image processor."""
+    if args.model_name_or_path is None:
+        tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)
+        return tokenizer, create_image_processor(image_size)
+    tokenizer = load_tokenizer(args.model_name_or_path)
+    try:
+        saved = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
+    except (OSError, ValueError) as error:
         raise ValueError(
-            f"tokenizer: expected at most the configuration's vocab_size of {config.text_config.vocab_size} tokens, "
-            f"got {len(tokenizer)}"
-        )
-    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-        if args.model_name_or_path is not None and getattr(config, name) != getattr(tokenizer, name):
-            raise ValueError(
-                f"tokenizer of {args.model_name_or_path}: expected {name} {getattr(config, name)}, as its config says, "
-                f"got {getattr(tokenizer, name)}"
-            )
-        setattr(config, name, getattr(tokenizer, name))
-        setattr(config.text_config, name, getattr(tokenizer, name))
-    config.decoder_start_token_id = tokenizer.bos_token_id
-    if args.max_caption_length > config.text_config.max_position_embeddings:
-        raise ValueError(
-            "--max_caption_length: expected at most max_position_embeddings "
-            f"{config.text_config.max_position_embeddings}, got {args.max_caption_length}"
-        )
-    if teacher is not None:
-        if args.given["projection_dim"] is None:
-            config.vision_config.projection_dim = teacher.embed_dim
-        teacher.check_width(config.vision_config.projection_dim)
+            f"--model_name_or_path {args.model_name_or_path}: expected its preprocessor_config.json: {error}"
+        ) from error
+    return tokenizer, create_image_processor(image_size, saved.image_mean, saved.image_std)
 
 
 def change_image_size(model: TinyCapForConditionalGeneration, image_size: int) -> None:
@@ -616,8 +544,8 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
         model = TinyCapForConditionalGeneration(config)
     else:
         saved = copy.deepcopy(config)
-        saved.vision_config.image_size = args.given["image_size"]
-        saved.memory, saved.memory_scale = args.given["memory"], args.given["memory_scale"]
+        saved.vision_config.image_size = args.configured["image_size"]
+        saved.memory, saved.memory_scale = args.configured["memory"], args.configured["memory_scale"]
         model, report = TinyCapForConditionalGeneration.from_pretrained(
             args.model_name_or_path, config=saved, dtype=torch.float32, output_loading_info=True
         )
@@ -630,10 +558,6 @@ def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForCo
             )
         change_image_size(model, config.vision_config.image_size)
         model = change_memory(model, config.memory)
-        if args.reset_decoder:
-            new = TinyCapForConditionalGeneration(model.config)
-            model.decoder.load_state_dict(new.decoder.state_dict())
-            model.lm_head.load_state_dict(new.lm_head.state_dict())
         if args.freeze_vision_model:
             model.vision_model.requires_grad_(False)
     if args.gradient_checkpointing:
@@ -650,22 +574,6 @@ class Evaluation:
 
     metrics: dict[str, float]
     captions: list[str]
-
-
-def whole_model(accelerator: Accelerator, model) -> TinyCapForConditionalGeneration:
-    """The model in one piece: itself, or with FSDP, which serves calls of `forward` only, a copy with all weights."""
-    model = accelerator.unwrap_model(model)
-    if accelerator.distributed_type != DistributedType.FSDP:
-        return model
-    whole = TinyCapForConditionalGeneration(model.config).to(accelerator.device)
-    whole.load_state_dict(
-        {
-            name: value.full_tensor() if isinstance(value, DTensor) else value
-            for name, value in model.state_dict().items()
-        }
-    )
-    whole.generation_config = model.generation_config
-    return whole
 
 
 @torch.no_grad()
@@ -768,9 +676,7 @@ def train_step(
             share = {"loss": 1.0, "caption_loss": tokens}.get(name, photos)
             named[name] = named.get(name, 0.0) + share * value.detach()
     if args.max_grad_norm > 0:
-        grad_norm = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-        # With FSDP, a tensor that is spread over the processes.
-        named["grad_norm"] = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+        named["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
@@ -808,31 +714,48 @@ def save(
     write_model_card(output_dir / "README.md", args, model.config, evaluation.metrics, facts)
 
 
-def push_to_hub(args: argparse.Namespace) -> str:
-    """Uploads the model repository without its checkpoints; returns its address."""
+def create_hub_repository(args: argparse.Namespace) -> str:
+    """Creates the repository to upload to, or finds it there; returns its name with its owner's.
+
+    Raises:
+        ValueError: the Hub can't be reached, or doesn't know who asks.
+    """
     from huggingface_hub import HfApi
 
-    api = HfApi()
-    repo_id = api.create_repo(args.hub_model_id or Path(args.output_dir).name, exist_ok=True).repo_id
-    api.upload_folder(
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return HfApi().create_repo(name, exist_ok=True).repo_id
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--push_to_hub: expected a repository {name} to upload to: {error}") from error
+
+
+def push_to_hub(args: argparse.Namespace) -> str:
+    """Uploads the model repository and its reports without what else lies there; returns its name."""
+    from huggingface_hub import HfApi
+
+    repo_id = create_hub_repository(args)
+    HfApi().upload_folder(
         repo_id=repo_id,
         folder_path=args.output_dir,
-        ignore_patterns=["checkpoint-*", BEST_FILE, "teacher/*", "trackers/*", ".*"],
+        # A model repository has no folders: what has one is a checkpoint's, the teacher's or a tracker's.
+        ignore_patterns=["checkpoint-*", "teacher/*", "*/*", BEST_FILE, SKIPPED_FILE, ".*"],
         commit_message="A trained TinyCap",
     )
     return repo_id
 
 
 def main(argv: list[str] | None = None) -> dict[str, float]:
-    """Runs the whole training; returns the last evaluation's figures.
+    """Runs the whole training; returns the last evaluation's metrics.
 
     Raises:
         ValueError: an argument, a dataset, a teacher or a checkpoint doesn't fit; nothing has been trained then.
         NonFiniteLossError: the loss became infinite or no number.
-        StoppedError: SIGTERM came; a `SystemExit` of status 143, behind a checkpoint.
+        StoppedError: SIGTERM or SIGINT came; a `SystemExit` of status 143 or 130, behind a checkpoint.
     """
     args = parse_args(argv)
     started = time.perf_counter()
+    check_sources(args)
+    config = read_config(args)
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -842,56 +765,37 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     )
     set_up_logging(accelerator)
     use_all_cores(accelerator)
-    if accelerator.distributed_type == DistributedType.FSDP:
-        if not accelerator.is_fsdp2:
-            raise ValueError("fsdp_version: expected 2, as in configs/fsdp.yaml, got 1")
-        if args.objective == "scst":
-            raise ValueError("--objective scst: not with FSDP, which can't sample from a model that lies in parts")
-        for name, asked in (("ema_decay", args.ema_decay > 0), ("optimizer muon", args.optimizer == "muon")):
-            if asked:
-                raise ValueError(f"--{name}: not with FSDP, whose weights lie in parts")
     output_dir = Path(args.output_dir)
-    resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
+    resume_from = None if stopped_in_teacher(args) else resolve_resume(output_dir, args.resume_from_checkpoint)
     with accelerator.main_process_first():
         if accelerator.is_main_process:
-            prepare_output_dir(output_dir, args.overwrite_output_dir, resuming=resume_from is not None)
-            write_json(output_dir / "train_args.json", vars(args))
+            check_output_dir(args)
+    args.mixed_precision = accelerator.mixed_precision
     set_seed(args.seed)
 
-    config = read_config(args)
     image_size = config.vision_config.image_size
-    if args.model_name_or_path is not None:
-        tokenizer = load_tokenizer(args.model_name_or_path)
-        try:
-            saved = AutoImageProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=False)
-        except (OSError, ValueError) as error:
-            raise ValueError(
-                f"--model_name_or_path {args.model_name_or_path}: expected its preprocessor_config.json: {error}"
-            ) from error
-        image_processor = create_image_processor(image_size, saved.image_mean, saved.image_std)
-    else:
-        tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)
-        image_processor = create_image_processor(image_size)
-
+    tokenizer, image_processor = load_processors(args, image_size)
     teacher = None
     if args.distill_weight > 0:
-        name_or_path = args.teacher_name_or_path or train_scene_teacher(args, accelerator, output_dir / "teacher")
-        teacher = Teacher.from_pretrained(
-            name_or_path,
-            args.teacher_feature,
-            image_processor.image_mean,
-            image_processor.image_std,
-            args.teacher_mixed_precision,
-        ).to(accelerator.device)
+        name_or_path = args.teacher_name_or_path
+        if name_or_path is None:
+            if accelerator.is_main_process:
+                open_output_dir(args)
+            name_or_path = train_scene_teacher(args, accelerator, output_dir / TEACHER_FOLDER)
+        statistics = (image_processor.image_mean, image_processor.image_std)
+        teacher = Teacher.from_pretrained(name_or_path, args.teacher_feature, *statistics).to(accelerator.device)
     # A teacher that is asked ahead may see more of a crop than the student will.
     seen_size = image_size if args.teacher_cache_dir is None else max(image_size, teacher.image_size)
 
-    skipped = SkippedRows(output_dir / "skipped.jsonl" if accelerator.is_main_process else None, args.on_bad_row)
+    # Nothing is written to the output folder before everything has been found to fit.
+    aside = Path(tempfile.mkdtemp(), SKIPPED_FILE) if accelerator.is_main_process else None
+    skipped = SkippedRows(aside, args.on_bad_row)
     # One process decodes into the cache, the others read it.
     with accelerator.main_process_first():
         data = build_data(args, image_size, seen_size, skipped)
-    if skipped.count:
-        logger.warning("%d rows left out; they are listed in %s", skipped.count, output_dir / "skipped.jsonl")
+    if args.dataset_name is not None:
+        # Recorded for an evaluation of the same rows.
+        args.image_column, args.caption_column = data.columns.image, data.columns.caption
     if tokenizer is None:
         tokenizer = train_tokenizer(iterate_captions(data), args.vocab_size, config.text_config.max_position_embeddings)
     fit_config(args, config, tokenizer, teacher)
@@ -918,35 +822,32 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     steps_per_epoch = None
     if not args.streaming:
         steps_per_epoch = math.ceil(len(batches.loader) / args.gradient_accumulation_steps)
-        if args.max_train_steps is None:
-            args.max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
+    saved_args = read_checkpoint_args(resume_from, data.fingerprint)
+    plan_steps(args, steps_per_epoch, saved_args)
+    if saved_args is not None:
+        # Images are compared by their fingerprint: the data set's folder may have moved.
+        free = () if args.streaming else ("dataset_name",)
+        compare_args(f"checkpoint {resume_from}", saved_args, run_args(args), free)
+    if accelerator.is_main_process:
+        if args.push_to_hub:
+            args.hub_model_id = create_hub_repository(args)
+        # A teacher of the run's own is there by now.
+        open_output_dir(args, clear=args.distill_weight == 0 or args.teacher_name_or_path is not None)
+        move_skipped_rows(skipped, output_dir, keep=args.streaming and resume_from is not None)
+    warn_of_few_steps(args)
     checkpointing_steps = args.checkpointing_steps or steps_per_epoch or args.max_train_steps
     optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        # accelerate steps the scheduler once for each process.
-        num_warmup_steps=args.num_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
+    scheduler = create_scheduler(optimizer, args, accelerator.num_processes)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    ema = None
-    if args.ema_decay > 0:
-        ema = create_ema(accelerator.unwrap_model(model), args.ema_decay)
-        checkpoint_ema(accelerator, ema)
     if args.report_to != "none":
-        accelerator.init_trackers("tinycap", config={k: v for k, v in vars(args).items() if not isinstance(v, dict)})
+        accelerator.init_trackers("tinycap", config=run_args(args))
 
     state = {"step": 0, "epoch": 0, "batch": 0, "data": data.fingerprint}
     if resume_from is not None:
         state, own_state = load_checkpoint(accelerator, resume_from)
-        if state["data"] != data.fingerprint:
-            raise ValueError(
-                f"checkpoint {resume_from}: expected the training photos that it was written with, of fingerprint "
-                f"{state['data']}, got {data.fingerprint}; other photos are for --model_name_or_path to go on with"
-            )
         batches.load_state_dict(own_state)
         logger.info("Going on from %s at step %d.", resume_from, state["step"])
+    state["args"] = run_args(args)
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     num_train_images = "a stream" if args.streaming else f"{len(data.train):,} pictures"
     logger.info(
@@ -964,14 +865,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     scored = (data.validation, tokenizer, teacher, data.scenes)
     log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
 
-    def trained_model() -> TinyCapForConditionalGeneration:
-        return whole_model(accelerator, model) if ema is None else ema.module
-
     def validate() -> Evaluation:
-        whole = trained_model()
+        whole = accelerator.unwrap_model(model)
         found = evaluate(accelerator, whole, validation_loader, *scored)
         if args.load_best_model_at_end and accelerator.is_main_process:
-            keep_best(output_dir, whole, found.metrics, args.metric_for_best_model, state)
+            keep_best(output_dir, whole, found.metrics, state)
         return found
 
     objective = joint_losses
@@ -981,10 +879,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         objective = SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
 
     def take_step(step: Step, number: int) -> dict[str, torch.Tensor]:
-        losses = train_step(args, accelerator, model, optimizer, scheduler, teacher, objective, step, number)
-        if ema is not None:
-            ema.update_parameters(accelerator.unwrap_model(model))
-        return losses
+        return train_step(args, accelerator, model, optimizer, scheduler, teacher, objective, step, number)
 
     def blank() -> dict:
         return collator.blank(image_size, args.captions_per_image)
@@ -997,7 +892,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     evaluation = validate()
     log.eval_row(state["step"], state["epoch"], evaluation.metrics)
     log.close()
-    model = trained_model()
+    model = accelerator.unwrap_model(model)
     if args.load_best_model_at_end:
         accelerator.wait_for_everyone()
         load_best(output_dir, model)
@@ -1019,12 +914,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.push_to_hub and accelerator.is_main_process:
         logger.info("Uploaded to %s", push_to_hub(args))
     accelerator.end_training()
-    logger.info("Saved to %s: %s", output_dir, {name: round(value, 4) for name, value in evaluation.metrics.items()})
+    if accelerator.is_main_process:
+        print(summarize(evaluation.metrics, output_dir))
     return evaluation.metrics
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"train_distill.py: error: {error}")
+    run_script(main)

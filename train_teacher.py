@@ -11,7 +11,7 @@ Reading order: arguments, model, objective, one evaluation, the loop.
 
 import argparse
 import math
-import sys
+import tempfile
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -23,15 +23,17 @@ from accelerate.logging import get_logger
 from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
-from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection, get_scheduler
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
 from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import (
+    ArgumentParser,
     add_data_arguments,
     add_optimisation_arguments,
     add_output_arguments,
     check_common_arguments,
+    check_sources,
     parse_flags,
 )
 from tinycap.training.checkpoints import load_checkpoint, resolve_resume, seed_step
@@ -47,10 +49,28 @@ from tinycap.training.data import (
 )
 from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
 from tinycap.training.locked_text import LockedTextModel
-from tinycap.training.logs import RunLog, prepare_output_dir, write_json
-from tinycap.training.loop import Step, TrainBatches, check_finite, run_steps, set_up_logging, use_all_cores
-from tinycap.training.optimization import create_optimizer
+from tinycap.training.logs import RunLog, write_json
+from tinycap.training.loop import (
+    Step,
+    TrainBatches,
+    check_finite,
+    ignore_interrupts,
+    run_script,
+    run_steps,
+    set_up_logging,
+    use_all_cores,
+)
+from tinycap.training.optimization import create_optimizer, create_scheduler, plan_steps
 from tinycap.training.repository import create_image_processor, save_processors
+from tinycap.training.run_folder import (
+    SKIPPED_FILE,
+    check_output_dir,
+    compare_args,
+    move_skipped_rows,
+    open_output_dir,
+    read_checkpoint_args,
+    run_args,
+)
 from tinycap.training.scenes import scene_splits
 from tinycap.training.tokenizer import encode_captions, load_tokenizer, train_tokenizer
 
@@ -91,11 +111,7 @@ SCENE_DEFAULTS = {
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the flags; every contradiction is an error that names them."""
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0],
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = ArgumentParser(__doc__.split("\n\n")[0])
     model = parser.add_argument_group("model")
     model.add_argument("--image_size", type=int, default=224, help="side of the pictures in pixels")
     model.add_argument("--patch_size", type=int, default=32, help="side of a patch in pixels")
@@ -370,7 +386,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     Raises:
         ValueError: an argument, a dataset or a checkpoint doesn't fit; nothing has been trained then.
         NonFiniteLossError: the loss became infinite or no number.
-        StoppedError: SIGTERM came; a `SystemExit` of status 143, behind a checkpoint.
+        StoppedError: SIGTERM or SIGINT came; a `SystemExit` of status 143 or 130, behind a checkpoint.
     """
     args = parse_args(argv)
     own = accelerator is None
@@ -384,12 +400,15 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
         use_all_cores(accelerator)
     output_dir = Path(args.output_dir)
     resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
-    if accelerator.is_main_process:
-        prepare_output_dir(output_dir, args.overwrite_output_dir, resuming=resume_from is not None)
-        write_json(output_dir / "train_args.json", vars(args))
-    accelerator.wait_for_everyone()
+    with accelerator.main_process_first():
+        if accelerator.is_main_process:
+            check_output_dir(args)
+    check_sources(args)
+    args.mixed_precision = accelerator.mixed_precision
 
-    skipped = SkippedRows(output_dir / "skipped.jsonl" if accelerator.is_main_process else None, args.on_bad_row)
+    # Nothing is written to the output folder before everything has been found to fit.
+    aside = Path(tempfile.mkdtemp(), SKIPPED_FILE) if accelerator.is_main_process else None
+    skipped = SkippedRows(aside, args.on_bad_row)
     # One process decodes into the cache, the others read it.
     with accelerator.main_process_first():
         if args.dataset_name is None:
@@ -405,11 +424,10 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
                 args.max_eval_samples,
                 seed=args.seed,
             )
+        workers = args.preprocessing_num_workers
         columns = resolve_columns(train_rows, args.image_column, args.caption_column)
-        validation_rows = decode_dataset(validation_rows, columns, args.image_size, skipped, "validation")
-        train_rows = decode_dataset(train_rows, columns, args.image_size, skipped, args.train_split)
-    if skipped.count:
-        logger.warning("%d rows left out; they are listed in %s", skipped.count, output_dir / "skipped.jsonl")
+        validation_rows = decode_dataset(validation_rows, columns, args.image_size, skipped, "validation", workers)
+        train_rows = decode_dataset(train_rows, columns, args.image_size, skipped, args.train_split, workers)
 
     pretrained = args.text_model_name_or_path or args.tokenizer_name
     if pretrained is not None:
@@ -433,6 +451,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
             tokenizer, args.max_caption_length, image_processor.image_mean, image_processor.image_std
         ),
         "num_workers": args.dataloader_num_workers,
+        "worker_init_fn": ignore_interrupts,
         "persistent_workers": args.dataloader_num_workers > 0,
     }
     sampler = EpochBatchSampler(
@@ -448,22 +467,23 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     validation_loader = accelerator.prepare(DataLoader(validation_set, args.per_device_eval_batch_size, **common))
 
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
-    args.max_train_steps = args.max_train_steps or max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
+    saved_args = read_checkpoint_args(resume_from)
+    plan_steps(args, steps_per_epoch, saved_args)
+    if saved_args is not None:
+        compare_args(f"checkpoint {resume_from}", saved_args, run_args(args))
+    if accelerator.is_main_process:
+        open_output_dir(args)
+        move_skipped_rows(skipped, output_dir)
     optimizer = create_optimizer(model, args.learning_rate, args.weight_decay)
-    scheduler = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        # accelerate steps the scheduler once for each process.
-        num_warmup_steps=args.num_warmup_steps * accelerator.num_processes,
-        num_training_steps=args.max_train_steps * accelerator.num_processes,
-    )
+    scheduler = create_scheduler(optimizer, args, accelerator.num_processes)
     num_parameters = model.num_parameters()
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     if own and args.report_to != "none":
-        accelerator.init_trackers("tinycap-teacher", config={k: str(v) for k, v in vars(args).items()})
+        accelerator.init_trackers("tinycap-teacher", config={k: str(v) for k, v in run_args(args).items()})
     state = {"step": 0, "epoch": 0, "batch": 0}
     if resume_from is not None:
         state, _ = load_checkpoint(accelerator, resume_from)
+    state["args"] = run_args(args)
     logger.info(
         "Training a teacher of %s parameters on %s pictures, %s steps.",
         f"{num_parameters:,}",
@@ -501,7 +521,4 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"train_teacher.py: error: {error}")
+    run_script(main)

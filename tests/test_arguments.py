@@ -84,7 +84,6 @@ def test_a_contradiction_between_file_and_flags_is_found(config_file, capsys):
     "flags, words",
     [
         (["--freeze_vision_model", "--distill_weight", "0"], "--freeze_vision_model: needs --model_name_or_path"),
-        (["--reset_decoder", "--distill_weight", "0"], "--reset_decoder: needs --model_name_or_path"),
         (
             ["--model_name_or_path", "m", "--freeze_vision_model"],
             "--distill_weight: expected 0 with --freeze_vision_model",
@@ -92,10 +91,6 @@ def test_a_contradiction_between_file_and_flags_is_found(config_file, capsys):
         (
             ["--model_name_or_path", "m", "--freeze_vision_model", "--distill_weight", "0", "--patch_dropout", "0.5"],
             "--patch_dropout: contradicts --freeze_vision_model",
-        ),
-        (
-            ["--model_name_or_path", "m", "--reset_decoder", "--distill_weight", "0", "--objective", "scst"],
-            "--reset_decoder: contradicts --objective scst",
         ),
         (["--memory_noise", "-1"], "--memory_noise: expected at least 0, got -1"),
     ],

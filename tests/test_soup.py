@@ -111,6 +111,7 @@ def test_a_soup_writes_over_nothing_unasked(models, tmp_path, capsys):
     flags = ["--models", *map(str, models)]
     (tmp_path / "soup").mkdir()
     (tmp_path / "soup" / "metrics.jsonl").write_text("{}")
+    (tmp_path / "soup" / "train_args.json").write_text('{"output_dir": "soup"}')
     with pytest.raises(ValueError, match="--overwrite_output_dir"):
         soup.main([*flags, "--output_dir", str(tmp_path / "soup")])
     soup.main([*flags, "--output_dir", str(tmp_path / "soup"), "--overwrite_output_dir"])

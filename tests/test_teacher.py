@@ -84,16 +84,6 @@ def test_pictures_of_another_size_are_resized_to_the_teachers(clip):
     torch.testing.assert_close(Teacher(clip)(flat), Teacher(clip)(torch.full((2, 3, 24, 24), 0.7)))
 
 
-def test_it_computes_in_its_own_precision_or_in_that_around_it(clip, pixels):
-    exact = Teacher(clip)(pixels)
-    with torch.autocast("cpu", torch.bfloat16):
-        around, own = Teacher(clip)(pixels), Teacher(clip, mixed_precision="no")(pixels)
-    assert own.equal(exact) and not around.equal(exact)
-    assert Teacher(clip, mixed_precision="bf16")(pixels).equal(around)
-    with pytest.raises(ValueError, match="mixed_precision: expected one of no, fp16, bf16, got 'int8'"):
-        Teacher(clip, mixed_precision="int8")
-
-
 def test_a_whole_clip_model_and_its_vision_half_are_the_same_teacher(pixels, tmp_path):
     text = {"vocab_size": 30, "hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1}
     config = CLIPConfig(

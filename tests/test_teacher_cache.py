@@ -58,14 +58,6 @@ def build(collator, tmp_path, monkeypatch):
     return run
 
 
-def test_another_precision_of_the_teachers_own_is_another_cache(build, tmp_path):
-    build(num_views=1)
-    coarse = make_teacher()
-    coarse.mixed_precision = "bf16"
-    build(coarse, num_views=1)
-    assert len(list((tmp_path / "cache").iterdir())) == 2
-
-
 @pytest.mark.parametrize("mixup", [0.0, 0.5])
 def test_the_cache_holds_what_the_teacher_says_of_just_the_students_picture(build, collator, mixup):
     teacher, dataset = make_teacher(), make_dataset(mixup=mixup)

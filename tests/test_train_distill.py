@@ -11,8 +11,6 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator
-from accelerate.utils import DistributedType
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import CAPTIONS, draw_picture, log_rows, png_bytes, tiny_model, tiny_repository_model
@@ -86,7 +84,7 @@ def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
 
 @pytest.mark.parametrize(
     ("dead_in_step", "more"),
-    [(4, []), (6, []), (4, ["--ema_decay", "0.9"]), (4, ["--optimizer", "muon"]), (4, ["--mixup", "0.9"])],
+    [(4, []), (6, []), (4, ["--optimizer", "muon"]), (4, ["--mixup", "0.9"])],
 )
 def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monkeypatch, dead_in_step, more):
     flags = [*flags, *more]
@@ -106,66 +104,24 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monk
 @pytest.mark.parametrize("dead_in_step", [4, None])
 def test_the_best_validation_is_what_is_saved_also_after_a_kill(flags, tmp_path, monkeypatch, dead_in_step):
     # Far too large a rate: steps make it worse as well as better.
-    best = ["--evaluation_steps", "1", "--load_best_model_at_end", "--metric_for_best_model", "rouge_l"]
+    best = ["--evaluation_steps", "1", "--load_best_model_at_end"]
     best += ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--max_grad_norm", "0", "--seed", "3"]
     train_distill.main([*flags, *best, "--output_dir", str(tmp_path / "whole")])
     if dead_in_step:
         die_in_step(monkeypatch, [*flags, *best], dead_in_step)
     resume = ["--resume_from_checkpoint", "latest"] if dead_in_step else []
     found = train_distill.main([*flags, *best, *resume])
-    rows = [row for row in log_rows(tmp_path / "out") if "eval_rouge_l" in row]
-    scores = {row["step"]: row["eval_rouge_l"] for row in rows}
+    rows = [row for row in log_rows(tmp_path / "out") if "eval_cider" in row]
+    scores = {row["step"]: row["eval_cider"] for row in rows}
     step = max(scores, key=scores.get)
     assert len(set(scores.values())) > 1, "validations that are all alike prove nothing"
-    assert found["rouge_l"] == pytest.approx(scores[step], abs=1e-6)
+    assert found["cider"] == pytest.approx(scores[step], abs=1e-6)
     state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
     earlier = max((other for other in scores if other < 6), key=scores.get)
     # The checkpoint of the last step comes before the last validation.
-    assert state["best"] == {"name": "rouge_l", "value": scores[earlier], "step": earlier}
+    assert state["best"] == {"name": "cider", "value": scores[earlier], "step": earlier}
     whole, out = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], out[name]) for name in whole)
-
-
-def test_with_ema_decay_the_average_of_all_steps_is_what_is_saved(flags, tmp_path):
-    # Each step's weights, from the checkpoints of a run that takes no average.
-    every = ["--checkpointing_steps", "1", "--checkpoints_total_limit", "10"]
-    train_distill.main([*flags, *every, "--output_dir", str(tmp_path / "plain")])
-    train_distill.main([*flags, "--ema_decay", "0.3"])
-    folders = sorted((tmp_path / "plain").glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    steps = [load_file(folder / "model.safetensors") for folder in folders]
-    saved = load_file(tmp_path / "out" / "model.safetensors")
-    assert len(steps) == 6
-    for name, value in saved.items():
-        average = steps[0][name]
-        for step in range(1, 6):
-            # (1 + 1) / (10 + 1), (1 + 2) / (10 + 2), ... to begin with, and 0.3 from the third step on.
-            decay = min(0.3, (1 + step) / (10 + step))
-            average = decay * average + (1 - decay) * steps[step][name]
-        torch.testing.assert_close(value, average, rtol=1e-5, atol=1e-6)
-    assert any(not torch.equal(value, steps[-1][name]) for name, value in saved.items())
-
-
-def test_a_checkpoint_without_the_average_is_an_error_with_ema_decay(flags):
-    train_distill.main([*flags, "--max_train_steps", "2"])
-    with pytest.raises(ValueError, match="expected the moving average of --ema_decay in its ema.safetensors"):
-        train_distill.main([*flags, "--ema_decay", "0.9", "--resume_from_checkpoint", "latest"])
-
-
-@pytest.mark.parametrize("more", [["--ema_decay", "0.9"], ["--optimizer", "muon"]], ids=str)
-def test_what_needs_whole_weights_is_refused_with_fsdp(flags, monkeypatch, more):
-    def in_parts(accelerator):
-        monkeypatch.setattr(Accelerator, "distributed_type", DistributedType.FSDP)
-        monkeypatch.setattr(Accelerator, "is_fsdp2", True)
-
-    monkeypatch.setattr(train_distill, "set_up_logging", in_parts)
-    with pytest.raises(ValueError, match=f"{more[0]}.*: not with FSDP"):
-        train_distill.main([*flags, *more])
-
-
-def test_a_figure_that_is_not_there_cannot_choose_the_best(flags):
-    with pytest.raises(ValueError, match="--metric_for_best_model: expected one of bleu_1.*got meteor"):
-        best = ["--evaluation_steps", "2", "--load_best_model_at_end", "--metric_for_best_model", "meteor"]
-        train_distill.main([*flags, *best])
 
 
 def test_a_run_does_not_go_on_with_other_photos_than_it_began_with(flags, photos, tmp_path):
@@ -174,7 +130,7 @@ def test_a_run_does_not_go_on_with_other_photos_than_it_began_with(flags, photos
     shutil.copytree(photos, changed)
     rows = datasets.Dataset.from_parquet(str(changed / "train.parquet"), cache_dir=str(tmp_path / "rows"))
     rows.select(range(1, len(rows))).to_parquet(changed / "train.parquet")
-    with pytest.raises(ValueError, match="expected the training photos that it was written with"):
+    with pytest.raises(ValueError, match="expected the training images that it was written with"):
         train_distill.main([*flags, "--dataset_name", str(changed), "--resume_from_checkpoint", "latest"])
 
 
@@ -260,30 +216,18 @@ def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(f
     assert list(captioner.image_processor.image_mean) == [0.4] * 3, "the checkpoint's own"
 
 
-def test_a_new_decoder_is_trained_beside_a_student_that_stays(flags, tmp_path, tokenizer):
+def test_a_decoder_is_trained_beside_a_student_that_stays(flags, tmp_path, tokenizer):
     repository = tmp_path / "repository"
     save_repository(repository, tiny_repository_model(tokenizer), tokenizer, create_image_processor(24))
-    drop = ("--config_name", "--vocab_size", "--teacher_name_or_path")
+    drop = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--patch_dropout")
     without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
     kept = [*without, "--model_name_or_path", str(repository), "--distill_weight", "0", "--freeze_vision_model"]
-    kept += ["--patch_dropout", "0"]
-    train_distill.main([*kept, "--reset_decoder", "--memory_noise", "0.7", "--learning_rate", "1e-12"])
+    train_distill.main([*kept, "--memory_noise", "0.7", "--learning_rate", "1e-2"])
     before, after = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
-    for name in before:
-        # Norms begin as those of the repository's model do.
-        if "norm" not in name:
-            assert torch.equal(before[name], after[name]) == name.startswith("vision_model."), name
-    new = after["decoder.embed_tokens.weight"]
-    assert new.std() == pytest.approx(0.02, rel=0.2), "as the config has it, where the trained one's is 0.3"
+    assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("vision_model."))
+    assert not torch.equal(before["decoder.embed_tokens.weight"], after["decoder.embed_tokens.weight"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["memory_noise"] == 0.7 and config["distill_weight"] == 1.0, "the weight it was taught with"
-
-    train_distill.main([*kept, "--output_dir", str(tmp_path / "more"), "--learning_rate", "1e-2"])
-    further = load_file(tmp_path / "more" / "model.safetensors")
-    for name in before:
-        if name.startswith("vision_model."):
-            assert torch.equal(before[name], further[name]), name
-    assert not torch.equal(before["decoder.embed_tokens.weight"], further["decoder.embed_tokens.weight"])
 
 
 def test_a_checkpoint_goes_on_with_another_memory_and_all_weights_but_its_projection(flags, tmp_path, tokenizer):
@@ -367,7 +311,6 @@ def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
         (["--no_such_flag"], ["--no_such_flag"]),
         (["--learning_rate", "0"], ["--learning_rate", "positive"]),
         (["--load_best_model_at_end"], ["--load_best_model_at_end", "--evaluation_steps"]),
-        (["--metric_for_best_model", "bleu_4"], ["--metric_for_best_model", "--load_best_model_at_end"]),
         (["--learning", "1"], ["--learning"]),
         (["--crop_scale", "1.5"], ["--crop_scale", "1.5"]),
         (["--dropout", "1"], ["--dropout"]),
@@ -474,6 +417,25 @@ def test_a_first_bad_row_stops_the_run_when_asked(flags, tmp_path):
 
 
 # --- the embedded default ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scene_flags(tmp_path) -> list[str]:
+    """A run on drawn scenes: a teacher of one step, then a student of four."""
+    return [
+        *("--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "5"),
+        *("--per_device_train_batch_size", "20", "--max_train_steps", "4", "--checkpointing_steps", "2"),
+        *("--dataloader_num_workers", "0", "--num_beams", "1"),
+    ]
+
+
+def test_a_killed_scenes_run_resumes_to_the_weights_of_a_whole_one(scene_flags, tmp_path, monkeypatch):
+    train_distill.main([*scene_flags, "--output_dir", str(tmp_path / "whole")])
+    die_in_step(monkeypatch, scene_flags, 4)
+    train_distill.main([*scene_flags, "--resume_from_checkpoint", "latest"])
+    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert [path.name for path in (tmp_path / "out" / "checkpoint-2").glob("*.safetensors")] == ["model.safetensors"]
 
 
 def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(tmp_path):

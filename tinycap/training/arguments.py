@@ -1,15 +1,42 @@
 """The flags that both training scripts share: data, optimisation, output; and the checks that go with them."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
+import huggingface_hub
 import yaml
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import LoggerType
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import validate_repo_id
 from transformers import SchedulerType
 
 
 FLAG = argparse.BooleanOptionalAction
+# Share of a run's steps that a warm-up takes which wasn't asked for.
+MAX_WARMUP_SHARE = 0.1
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Says a flag's default, except `None`, whose meaning the help says in words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class ArgumentParser(argparse.ArgumentParser):
+    """Ends with an error of two lines, where argparse would print all flags before it."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags.\n")
 
 
 def add_data_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,6 +61,9 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     data.add_argument("--horizontal_flip", action=FLAG, default=True, help="mirror half of the photos")
     data.add_argument("--color_jitter", type=float, default=0.2, help="largest relative change of the colours")
     data.add_argument("--dataloader_num_workers", type=int, default=1, help="processes that prepare batches")
+    data.add_argument(
+        "--preprocessing_num_workers", type=int, help="processes that decode the images once; one if not given"
+    )
 
 
 def add_optimisation_arguments(
@@ -55,7 +85,12 @@ def add_optimisation_arguments(
         choices=[kind.value for kind in SchedulerType],
         help="course of the learning rate",
     )
-    run.add_argument("--num_warmup_steps", type=int, default=200, help="optimizer steps of rising learning rate")
+    run.add_argument(
+        "--num_warmup_steps",
+        type=int,
+        default=200,
+        help=f"optimizer steps of rising learning rate; if not given, at most {MAX_WARMUP_SHARE:.0%}% of all",
+    )
     run.add_argument(
         "--max_grad_norm", type=float, default=1.0, help="gradients are scaled down to this norm; 0: never"
     )
@@ -129,22 +164,29 @@ def parse_flags(parser: argparse.ArgumentParser, argv: list[str] | None, scene_d
     """Parses `argv` in the two stages of timm's scripts: what a `--config_file` sets, flags override.
 
     Without a `--dataset_name` in either, `scene_defaults` hold in place of the usual ones.
+
+    Returns:
+        The flags; in `given`, the names of those that file or command line set: a default overrules no configuration.
     """
     parser.add_argument("--config_file", help="YAML file of flags without their dashes; flags given here override it")
-    parser.epilog = "Without --dataset_name these defaults hold instead: " + ", ".join(
+    parser.epilog = "Without --dataset_name, drawn scenes have these defaults instead: " + ", ".join(
         f"--{name} {value}" for name, value in scene_defaults.items()
     )
     argv = sys.argv[1:] if argv is None else argv
-    # Only looks for these two flags: errors are left to the real parser, whose defaults are then right.
+    # Only looks for this flag: errors are left to the real parser.
     scout = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     scout.add_argument("--config_file")
-    scout.add_argument("--dataset_name")
     args, _ = scout.parse_known_args(argv)
     if args.config_file is not None:
         argv = [*read_config_file(parser, args.config_file), *argv]
-    if scout.parse_known_args(argv)[0].dataset_name is None:
+    unset = object()
+    args = parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(vars(parser.parse_args([])), unset)))
+    given = {name for name, value in vars(args).items() if value is not unset}
+    if args.dataset_name is unset:
         parser.set_defaults(**scene_defaults)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.given = given
+    return args
 
 
 def check_common_arguments(args: argparse.Namespace, refuse: Callable[[bool, str], None]) -> None:
@@ -171,6 +213,45 @@ def check_common_arguments(args: argparse.Namespace, refuse: Callable[[bool, str
         refuse(value is not None and not value > 0, f"--{name}: expected a positive number, got {value}")
     for name in ("weight_decay", "num_warmup_steps", "max_grad_norm", "dataloader_num_workers"):
         refuse(not getattr(args, name) >= 0, f"--{name}: expected a number of at least 0, got {getattr(args, name)}")
+    workers = args.preprocessing_num_workers
+    refuse(workers is not None and workers < 1, f"--preprocessing_num_workers: expected at least 1, got {workers}")
+    trackers = (*LoggerType.list(), "none")
+    refuse(args.report_to not in trackers, f"--report_to: expected one of {', '.join(trackers)}, got {args.report_to}")
+    refuse(
+        args.report_to not in ("none", "all", *map(str, get_available_trackers())),
+        f"--report_to {args.report_to}: expected its package, which is not installed: pip install {args.report_to}",
+    )
     refuse(not 0 <= args.color_jitter < 1, f"--color_jitter: expected a number in [0, 1), got {args.color_jitter}")
     refuse(not 0 < args.crop_scale <= 1, f"--crop_scale: expected a number in (0, 1], got {args.crop_scale}")
     refuse(args.max_caption_length < 2, f"--max_caption_length: expected at least 2, got {args.max_caption_length}")
+
+
+def check_sources(args: argparse.Namespace) -> None:
+    """Raises `ValueError` for a folder that isn't there, where no library would look on the Hub for it either.
+
+    What may be a name on the Hub is left to the libraries, unless the Hub is offline and has never been asked for it.
+    """
+    flags = ("model_name_or_path", "teacher_name_or_path", "tokenizer_name", "image_model_name_or_path")
+    for flag in (*flags, "text_model_name_or_path", "dataset_name"):
+        name = getattr(args, flag, None)
+        if name is None or os.path.exists(name):
+            continue
+        try:
+            validate_repo_id(name)
+            is_path = name.startswith((".", "~"))
+        except HFValidationError:
+            is_path = True
+        if is_path:
+            raise ValueError(f"--{flag}: no such folder: {name}")
+        if huggingface_hub.constants.HF_HUB_OFFLINE and not _is_cached(name, is_dataset=flag == "dataset_name"):
+            raise ValueError(f"--{flag}: no such folder: {name}; as a name on the Hub it can't be had offline")
+
+
+def _is_cached(name: str, is_dataset: bool) -> bool:
+    kind = "dataset" if is_dataset else "model"
+    folder = Path(huggingface_hub.constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))
+    if not is_dataset:
+        return folder.exists()
+    from datasets.config import HF_DATASETS_CACHE
+
+    return folder.exists() or Path(HF_DATASETS_CACHE, name.replace("/", "___")).exists()

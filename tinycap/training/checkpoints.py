@@ -11,13 +11,10 @@ import numpy
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_model, save_model
-from torch import nn
 
 
 STATE_FILE = "trainer_state.json"
 OWN_STATE_FILE = "process_state_{}.json"
-EMA_FILE = "ema.safetensors"
 
 
 class CheckpointWriteError(OSError):
@@ -120,31 +117,6 @@ def load_checkpoint(accelerator: Accelerator, path: str | Path) -> tuple[dict, d
     accelerator.load_state(str(path))
     own = Path(path) / OWN_STATE_FILE.format(accelerator.process_index)
     return state, json.loads(own.read_text()) if own.exists() else None
-
-
-def checkpoint_ema(accelerator: Accelerator, ema: nn.Module) -> None:
-    """Makes the averaged weights a part of every checkpoint from here on, written and read.
-
-    As safetensors: what accelerate registers for checkpointing it keeps in a pickle, which may run anything when read.
-
-    Raises:
-        ValueError (of `load_checkpoint`): the checkpoint has none, or those of another model.
-    """
-
-    def write(models: list[nn.Module], weights: list[dict], folder: str) -> None:
-        if accelerator.is_main_process:
-            save_model(ema, str(Path(folder) / EMA_FILE))
-
-    def read(models: list[nn.Module], folder: str) -> None:
-        try:
-            load_model(ema, str(Path(folder) / EMA_FILE), device=str(accelerator.device))
-        except (OSError, RuntimeError, SafetensorError) as error:
-            raise ValueError(
-                f"checkpoint {folder}: expected the moving average of --ema_decay in its {EMA_FILE}: {error}"
-            ) from error
-
-    accelerator.register_save_state_pre_hook(write)
-    accelerator.register_load_state_pre_hook(read)
 
 
 def seed_step(seed: int, step: int, process_index: int) -> None:

@@ -1,29 +1,13 @@
-"""What a run writes while it goes on: the output folder, `metrics.jsonl`, trackers and the progress bar."""
+"""What a run writes while it goes on: `metrics.jsonl`, trackers and the progress bar."""
 
 import json
 import os
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
-
-from tinycap.training.best_model import BEST_FILE
-
-
-# What a run writes, and `overwrite_output_dir` therefore clears. Other files are somebody's: they are left alone.
-RUN_FILES = (
-    "train_args.json",
-    "metrics.jsonl",
-    "skipped.jsonl",
-    "eval_results.json",
-    "curves.png",
-    "samples.png",
-    BEST_FILE,
-)
-RUN_FOLDERS = ("checkpoint-*", ".checkpoint-*", "teacher")
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -55,34 +39,6 @@ def hours_of(folder: str | Path) -> float:
     except (FileNotFoundError, IndexError):
         raise ValueError(f"{path}: expected the log of a run") from None
     return json.loads(last)["elapsed_seconds"] / 3600
-
-
-def prepare_output_dir(output_dir: str | Path, overwrite: bool, resuming: bool) -> None:
-    """Makes the output folder, or sees to it that an earlier run's isn't mixed with this one's.
-
-    Args:
-        overwrite: clear the logs and checkpoints that an earlier run left; a saved model is written over at the end.
-        resuming: go on in the folder as it is.
-
-    Raises:
-        ValueError: the folder isn't empty and neither was asked for, or it is a file.
-    """
-    output_dir = Path(output_dir)
-    if output_dir.exists() and not output_dir.is_dir():
-        raise ValueError(f"--output_dir: expected a folder, got the file {output_dir}")
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if resuming:
-        return
-    if any(output_dir.iterdir()) and not overwrite:
-        raise ValueError(
-            f"--output_dir: expected an empty folder, got {output_dir}, which isn't; "
-            "pass --overwrite_output_dir to clear it, or --resume_from_checkpoint latest to go on"
-        )
-    for name in RUN_FILES:
-        (output_dir / name).unlink(missing_ok=True)
-    for pattern in RUN_FOLDERS:
-        for folder in output_dir.glob(pattern):
-            shutil.rmtree(folder)
 
 
 class RunLog:

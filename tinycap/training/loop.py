@@ -3,12 +3,15 @@
 import argparse
 import logging
 import os
+import shlex
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 import datasets
 import torch
@@ -18,7 +21,7 @@ from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
 
-from tinycap.training.checkpoints import save_checkpoint
+from tinycap.training.checkpoints import CheckpointWriteError, save_checkpoint
 from tinycap.training.data import StreamingCaptionDataset
 from tinycap.training.logs import RunLog
 
@@ -99,7 +102,7 @@ class Step:
             unevenly they are spread.
         num_photos: of all batches and processes.
         waited: seconds that this process waited for its batches.
-        stop: some process was asked to stop; this is to be the last step.
+        stop: the signal by which some process was asked to stop, 0 if none was; this is to be the last step then.
     """
 
     batches: list[dict]
@@ -107,7 +110,7 @@ class Step:
     token_shares: list[float]
     num_photos: int
     waited: float
-    stop: bool
+    stop: int
 
 
 def steps_of(
@@ -132,7 +135,7 @@ def steps_of(
         waited = time.perf_counter() - since
         photos = [len(batch["image_ids"]) for batch in window]
         tokens = [int((batch["labels"] != -100).sum()) for batch in window]
-        mine = torch.tensor([[len(window), sum(photos), sum(tokens), signals.received is not None]])
+        mine = torch.tensor([[len(window), sum(photos), sum(tokens), signals.received]])
         everyone = accelerator.gather(mine.to(accelerator.device)).cpu() if accelerator.num_processes > 1 else mine
         length = int(everyone[:, 0].max())
         if length == 0:
@@ -149,7 +152,7 @@ def steps_of(
             token_shares=[count * accelerator.num_processes / num_tokens for count in tokens],
             num_photos=num_photos,
             waited=waited,
-            stop=bool(everyone[:, 3].any()),
+            stop=int(everyone[:, 3].max()),
         )
 
 
@@ -158,27 +161,64 @@ class StoppedError(SystemExit):
 
 
 class StopSignals:
-    """Lets the step that is under way come to its end when the machine is to be given back.
+    """Ends the run after the next step when it is asked to stop: all processes must know before they take it.
 
-    SIGTERM is what schedulers send before they pull the plug. As a context manager, only in the main thread, which is
-    the only one that Python lets handle signals.
+    SIGTERM is what schedulers send before they take a machine back, SIGINT is Ctrl-C; a second SIGINT stops at once. As
+    a context manager, only in the main thread, which is the only one that Python lets handle signals.
     """
 
     def __init__(self):
-        self.received: int | None = None
+        self.received = 0
 
     def __enter__(self) -> "StopSignals":
-        self.previous = None
+        self.previous = {}
         if threading.current_thread() is threading.main_thread():
-            self.previous = signal.signal(signal.SIGTERM, self._receive)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                self.previous[number] = signal.signal(number, self._receive)
         return self
 
     def __exit__(self, *exception) -> None:
-        if self.previous is not None:
-            signal.signal(signal.SIGTERM, self.previous)
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
 
     def _receive(self, number: int, frame) -> None:
+        if number == self.received == signal.SIGINT:
+            raise KeyboardInterrupt
         self.received = number
+        if number == signal.SIGINT:
+            # The progress bar may be in the middle of a line, and of a call that can't be entered twice.
+            os.write(2, b"\nStopping after the next step; Ctrl-C again stops at once, without a checkpoint.\n")
+
+
+def ignore_interrupts(worker: int) -> None:
+    """A data loader's `worker_init_fn`: Ctrl-C reaches the workers too, which the last step still needs."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def resume_command(num_processes: int = 1) -> str:
+    """The command line of this process with `--resume_from_checkpoint latest`."""
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or num_processes > 1
+    launcher = ["accelerate", "launch"] if launched else ["python"]
+    if num_processes > 1:
+        launcher += ["--num_processes", str(num_processes)]
+    words, arguments = [sys.argv[0]], iter(sys.argv[1:])
+    for word in arguments:
+        if word == "--resume_from_checkpoint":
+            next(arguments, None)
+        elif word != "--overwrite_output_dir" and not word.startswith("--resume_from_checkpoint="):
+            words.append(word)
+    return shlex.join([*launcher, *words, "--resume_from_checkpoint", "latest"])
+
+
+def run_script(main: Callable[[], object]) -> None:
+    """Calls a script's `main`; errors that say what to do about them end it in one line, without a traceback."""
+    try:
+        main()
+    except (ValueError, NonFiniteLossError, CheckpointWriteError) as error:
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
+    except KeyboardInterrupt:
+        print(f"\nStopped. This goes on from the newest checkpoint:\n  {resume_command()}", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def run_steps(
@@ -207,7 +247,7 @@ def run_steps(
         blank: gives a batch that counts for nothing; see `steps_of`.
 
     Raises:
-        StoppedError: the run was asked to stop (SIGTERM); it stands behind a checkpoint.
+        StoppedError: the run was asked to stop (SIGTERM, SIGINT); a checkpoint of this step is saved.
         ValueError: an epoch held no photo at all.
     """
     sums, images, waited, since = {}, 0, 0.0, time.perf_counter()
@@ -242,8 +282,9 @@ def run_steps(
                 if is_last:
                     return
                 if step.stop:
-                    logger.warning("Asked to stop: --resume_from_checkpoint latest goes on at step %d.", state["step"])
-                    raise StoppedError(128 + signal.SIGTERM)
+                    command = resume_command(accelerator.num_processes)
+                    logger.warning("Stopped, with a checkpoint. This goes on at step %d:\n  %s", state["step"], command)
+                    raise StoppedError(128 + step.stop)
             if state["batch"] == 0:
                 raise ValueError(f"split {args.train_split}: expected at least one usable photo, got none")
             state.update(epoch=state["epoch"] + 1, batch=0)

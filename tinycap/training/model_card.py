@@ -2,11 +2,13 @@
 
 import datetime
 import platform
+import shlex
 from argparse import Namespace
 from pathlib import Path
 
 import torch
 import transformers
+import yaml
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.training.logs import write_text
@@ -38,7 +40,7 @@ tags:
 - image-captioning
 - tinycap
 - custom_code
-{dataset_tag}metrics:
+{front_matter}metrics:
 - cider
 - bleu
 - rouge
@@ -57,8 +59,8 @@ decoder that says what the embedding means. {num_parameters:,} parameters, {imag
 ```python
 from transformers import pipeline
 
-captioner = pipeline("image-to-text", model="{name}", trust_remote_code=True)
-captioner("photo.jpg")
+captioner = pipeline("image-to-text", model="{address}", trust_remote_code=True)
+captioner("{example}")  # or any other image: a file, a URL or a PIL image
 ```
 
 `model=` takes the path of this folder or its name on the Hub.
@@ -66,7 +68,7 @@ captioner("photo.jpg")
 ## Training
 
 - Data: {data}
-- Teacher: {teacher}
+{base_model}- Teacher: {teacher}
 - Objective: caption cross-entropy + {distill_weight} x (1 - cosine to the teacher's embedding)
 - Steps: {steps:,} of {batch_size} pictures with {captions_per_image} captions each; peak learning rate {learning_rate}
 - Seed: {seed}; software: transformers {transformers_version}, torch {torch_version}, Python {python_version}
@@ -92,6 +94,20 @@ training captions did. Check its captions before anyone depends on them.
 """
 
 
+def base_model_name(name_or_path: str) -> str:
+    """A checkpoint's name on the Hub, or that of its folder."""
+    return Path(name_or_path).resolve().name if Path(name_or_path).exists() else name_or_path
+
+
+def summarize(metrics: dict[str, float], output_dir: Path) -> str:
+    """What a run says at its end: the main metrics as a table, and the command to try the model."""
+    known = [(label, f"{metrics[key]:.4g}") for key, label in METRIC_NAMES.items() if key in metrics]
+    width = max(len(label) for label, _ in known)
+    rows = "\n".join(f"  {label:{width}}  {value}" for label, value in known)
+    command = shlex.join(["tinycap", "caption", "IMAGE", "--model", str(output_dir)])
+    return f"\nSaved to {output_dir}. On the held-out images:\n{rows}\nCaption an image or a folder:\n  {command}"
+
+
 def write_model_card(path: Path, args: Namespace, config: TinyCapConfig, metrics: dict, facts: dict) -> None:
     """Fills the card of a finished `train_distill.py` run.
 
@@ -107,10 +123,22 @@ def write_model_card(path: Path, args: Namespace, config: TinyCapConfig, metrics
     data = "scenes drawn by TinyCap's own generator"
     if args.dataset_name is not None:
         data = f"`{args.dataset_name}`, split `{args.train_split}`"
-    is_hub_id = args.dataset_name is not None and not Path(args.dataset_name).exists()
+    tags = {}
+    if args.model_name_or_path is not None:
+        tags["base_model"] = base_model_name(args.model_name_or_path)
+    if args.dataset_name is not None and not Path(args.dataset_name).exists():
+        tags["datasets"] = [args.dataset_name]
+    address = Path(args.output_dir).resolve().as_posix()
+    example = f"{address}/samples.png"
+    if args.push_to_hub:
+        address = args.hub_model_id
+        example = f"https://huggingface.co/{address}/resolve/main/samples.png"
     card = CARD.format(
-        name=args.hub_model_id or Path(args.output_dir).name,
-        dataset_tag=f"datasets:\n- {args.dataset_name}\n" if is_hub_id else "",
+        name=args.hub_model_id or Path(args.output_dir).resolve().name,
+        front_matter=yaml.safe_dump(tags, allow_unicode=True) if tags else "",
+        address=address,
+        example=example,
+        base_model=f"- Started from: `{tags['base_model']}`\n" if "base_model" in tags else "",
         num_parameters=facts["num_parameters"],
         image_size=config.vision_config.image_size,
         vocab_size=config.text_config.vocab_size,

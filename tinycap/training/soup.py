@@ -19,8 +19,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.arguments import FLAG
-from tinycap.training.logs import prepare_output_dir, write_json
+from tinycap.training.logs import write_json
 from tinycap.training.repository import create_image_processor, save_repository
+from tinycap.training.run_folder import check_output_dir, clear_output_dir
 from tinycap.training.tokenizer import load_tokenizer
 
 
@@ -114,8 +115,9 @@ def main(argv: list[str] | None = None) -> None:
         ValueError: a model can't be loaded or doesn't fit the first, or the folder isn't empty.
     """
     args = parse_args(argv)
+    check_output_dir(args)
     model, tokenizer, processor = average(args.models)
-    prepare_output_dir(args.output_dir, args.overwrite_output_dir, resuming=False)
+    clear_output_dir(Path(args.output_dir))
     save_repository(args.output_dir, model, tokenizer, processor)
     write_json(Path(args.output_dir) / SOUP_FILE, {"models": args.models})
     print(f"{args.output_dir}: the mean of {len(args.models)} models")

@@ -1,7 +1,6 @@
 """The frozen CLIP teacher: pixels as the student sees them in, the embedding the student should reach out."""
 
 import logging
-from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
@@ -17,8 +16,6 @@ from tinycap.training.locked_text import TEXT_HEAD_FILE
 logger = logging.getLogger(__name__)
 
 FEATURES = ("pooled", "projected")
-# accelerate's names of the number formats that a forward pass computes in.
-PRECISIONS = {"no": None, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class Teacher(nn.Module):
@@ -30,10 +27,9 @@ class Teacher(nn.Module):
             `image_embeds` after it (512).
         teacher_mean, teacher_std: per channel, what the teacher's pixels are normalised by; CLIP's if not given.
         image_mean, image_std: per channel, what the incoming pixels are normalised by; the teacher's if not given.
-        mixed_precision: one of `PRECISIONS` to compute in; as everything around it if not given.
 
     Raises:
-        ValueError: there is no such feature or precision, or the tower doesn't have it.
+        ValueError: there is no such feature, or the tower doesn't have it.
     """
 
     def __init__(
@@ -44,13 +40,10 @@ class Teacher(nn.Module):
         teacher_std: list[float] | None = None,
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
-        mixed_precision: str | None = None,
     ):
         super().__init__()
         if feature not in FEATURES:
             raise ValueError(f"teacher_feature: expected one of {', '.join(FEATURES)}, got {feature!r}")
-        if mixed_precision is not None and mixed_precision not in PRECISIONS:
-            raise ValueError(f"mixed_precision: expected one of {', '.join(PRECISIONS)}, got {mixed_precision!r}")
         if feature != "projected" and isinstance(vision_model, PretrainedImageTower):
             raise ValueError(
                 f"teacher_feature: expected projected, all that a {type(vision_model.classifier).__name__} is called "
@@ -58,7 +51,6 @@ class Teacher(nn.Module):
             )
         self.vision_model = vision_model.eval().requires_grad_(False)
         self.feature = feature
-        self.mixed_precision = mixed_precision
         teacher_mean, teacher_std = (
             torch.tensor(teacher_mean or OPENAI_CLIP_MEAN),
             torch.tensor(teacher_std or OPENAI_CLIP_STD),
@@ -76,7 +68,6 @@ class Teacher(nn.Module):
         feature: str = "pooled",
         image_mean: list[float] | None = None,
         image_std: list[float] | None = None,
-        mixed_precision: str | None = None,
     ) -> "Teacher":
         """Loads a teacher from the Hub or a folder: a whole `CLIPModel`, its vision half, or an image tower of another
         architecture that `train_teacher.py` has trained against texts.
@@ -85,7 +76,6 @@ class Teacher(nn.Module):
             name_or_path: such as "openai/clip-vit-base-patch32", or a folder of the same format.
             feature: see the class.
             image_mean, image_std: per channel, what the incoming pixels are normalised by.
-            mixed_precision: see the class.
 
         Raises:
             ValueError: not a CLIP vision model, weights of it are missing, or it can't be found.
@@ -99,7 +89,7 @@ class Teacher(nn.Module):
         statistics = pixel_statistics(name_or_path)
         if statistics is None:
             logger.info("teacher %s has no preprocessor_config.json; CLIP's mean and deviation are taken", name_or_path)
-        normalisation = (*(statistics or (None, None)), image_mean, image_std, mixed_precision)
+        normalisation = (*(statistics or (None, None)), image_mean, image_std)
         if config.model_type not in ("clip", "clip_vision_model"):
             # Any image classifier has the form; only one that was trained against texts is a teacher.
             try:
@@ -144,13 +134,6 @@ class Teacher(nn.Module):
                 f"got {projection_dim}"
             )
 
-    def precision(self, device_type: str) -> AbstractContextManager:
-        """The number format that it computes in: its own, or none of its own."""
-        if self.mixed_precision is None:
-            return nullcontext()
-        dtype = PRECISIONS[self.mixed_precision]
-        return torch.autocast(device_type, dtype, enabled=dtype is not None)
-
     def train(self, mode: bool = True) -> "Teacher":
         """Stays in eval mode, whatever the module around it does."""
         return super().train(False)
@@ -164,9 +147,8 @@ class Teacher(nn.Module):
             pixel_values = F.interpolate(
                 pixel_values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
             )
-        with self.precision(pixel_values.device.type):
-            if self.feature == "pooled":
-                embeds = self.vision_model.vision_model(pixel_values=pixel_values).pooler_output
-            else:
-                embeds = self.vision_model(pixel_values=pixel_values).image_embeds
+        if self.feature == "pooled":
+            embeds = self.vision_model.vision_model(pixel_values=pixel_values).pooler_output
+        else:
+            embeds = self.vision_model(pixel_values=pixel_values).image_embeds
         return F.normalize(embeds, dim=-1)

@@ -108,7 +108,7 @@ def build_teacher_cache(
     """
     recipe = {
         **teacher_recipe(teacher, dataset, collator, dataset_fingerprint),
-        "precision": teacher.mixed_precision or accelerator.mixed_precision,
+        "precision": accelerator.mixed_precision,
     }
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(cache_dir) / f"teacher-{key}"
