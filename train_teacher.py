@@ -404,6 +404,8 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
                 args.max_train_samples,
                 args.max_eval_samples,
                 seed=args.seed,
+                image_column=args.image_column,
+                caption_column=args.caption_column,
             )
         columns = resolve_columns(train_rows, args.image_column, args.caption_column)
         validation_rows = decode_dataset(validation_rows, columns, args.image_size, skipped, "validation")

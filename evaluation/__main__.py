@@ -7,7 +7,6 @@ from disk, to `--output_dir`; with `--failures`, `failures.json` and `unlike_pho
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import random
@@ -31,7 +30,14 @@ from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet
 from tinycap.evaluation.unlike_photos import caption_unlike_photos, draw_unlike_photos, mean_token_probability
 from tinycap.processing_tinycap import load_image
-from tinycap.training.data import Columns, clean_captions, load_split, resolve_columns
+from tinycap.training.data import (
+    Columns,
+    image_ids,
+    load_images,
+    load_splits,
+    resolve_columns,
+    uncaptioned,
+)
 from tinycap.training.logs import write_json, write_text
 from tinycap.training.teacher import FEATURES, Teacher
 
@@ -47,7 +53,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="a TinyCap repository")
     parser.add_argument("--dataset_name", required=True, help="Hub id, folder of parquet, or imagefolder")
     parser.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
-    parser.add_argument("--split", default="validation", help="split to caption")
+    parser.add_argument(
+        "--split",
+        default="validation",
+        help="split to caption; 'validation' of a data set without one: what training with the same --seed holds out",
+    )
     parser.add_argument("--image_column", help="column of the images; found by its type if not given")
     parser.add_argument("--caption_column", help="column of the captions; found by its name if not given")
     parser.add_argument("--max_samples", type=int, help="use only the first so many pictures")
@@ -60,8 +70,9 @@ def open_model_and_data(args: argparse.Namespace) -> tuple:
     Raises:
         ValueError: there is no such split or column; names what there is.
     """
-    dataset = load_split(args.dataset_name, args.split, args.dataset_config_name)
-    columns = resolve_columns(dataset, args.image_column, args.caption_column)
+    dataset, columns = load_images(
+        args.dataset_name, args.split, args.dataset_config_name, args.seed, args.image_column, args.caption_column
+    )
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, trust_remote_code=True)
@@ -102,7 +113,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num_shown", type=int, default=16, help="pictures on the contact sheet")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the pictures shown, the constant and the shuffled captions"
+        "--seed",
+        type=int,
+        default=0,
+        help="of the images shown, the constant and the shuffled captions, and of the images that training holds out",
     )
     parser.add_argument("--output_dir", default="outputs/evaluation", help="where the results go")
     parser.add_argument("--overwrite_output_dir", action=flag, default=False, help="write over earlier results")
@@ -147,6 +161,7 @@ def main(argv: list[str] | None = None) -> dict:
         accelerator=accelerator,
         teacher=teacher,
         progress=True,
+        skip=uncaptioned(dataset, columns),
         **generation,
     )
     references = references_of(dataset, columns, found.rows)
@@ -192,7 +207,7 @@ class Evaluated:
 
     def ids(self) -> list:
         """The id of every row of the data set."""
-        return self.dataset[self.columns.image_id] if self.columns.image_id else list(range(len(self.dataset)))
+        return image_ids(self.dataset, self.columns)
 
     def draw(self, number: int, seed: int) -> list[int]:
         """Positions of pictures to show: drawn by seed, not chosen, for the best ones would say nothing."""
@@ -200,15 +215,9 @@ class Evaluated:
 
 
 def references_of(dataset, columns: Columns, rows: list[int]) -> list[list[str]]:
-    """The human captions of the pictures that were captioned; a picture without any is an error that names its row."""
-    captions = dataset.select_columns([columns.caption])
-    references = []
-    for row in rows:
-        try:
-            references.append(clean_captions(captions[row][columns.caption]))
-        except ValueError as error:
-            raise ValueError(f"row {row}, column {columns.caption}: {error}") from error
-    return references
+    """The human captions of the images that were captioned."""
+    table = dataset.select_columns(columns.captions)
+    return [columns.captions_of(table[row]) for row in rows]
 
 
 def training_references(args: argparse.Namespace) -> list[list[str]] | None:
@@ -216,19 +225,17 @@ def training_references(args: argparse.Namespace) -> list[list[str]] | None:
     split = args.baseline_split or "train"
     if split == args.split:
         return None
+    options = {name: getattr(args, name) for name in ("dataset_config_name", "seed", "image_column", "caption_column")}
     try:
-        dataset = load_split(args.dataset_name, split, args.dataset_config_name)
+        dataset, _ = load_splits(args.dataset_name, train_split=split, **options)
     except ValueError:
         if args.baseline_split is not None:
             raise
         return None
     columns = resolve_columns(dataset, args.image_column, args.caption_column)
-    references = []
-    for captions in dataset[columns.caption]:
-        # What can't be trained on can't be chosen either.
-        with contextlib.suppress(ValueError):
-            references.append(clean_captions(captions))
-    return references
+    # What can't be trained on can't be chosen either.
+    bad = uncaptioned(dataset, columns)
+    return references_of(dataset, columns, [row for row in range(len(dataset)) if row not in bad])
 
 
 def score(args: argparse.Namespace, found: Captions, references: list[list[str]]) -> dict:

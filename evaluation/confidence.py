@@ -31,6 +31,7 @@ from tinycap.evaluation.__main__ import add_data_arguments, open_model_and_data,
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.captioning import Captions, caption_dataset
 from tinycap.evaluation.reports import plot_reliability
+from tinycap.training.data import uncaptioned
 from tinycap.training.logs import write_json, write_text
 
 
@@ -305,6 +306,7 @@ def main(argv: list[str] | None = None) -> dict:
     accelerator = Accelerator()
     model, processor, dataset, columns = open_model_and_data(args)
     model.to(accelerator.device)
+    skip = uncaptioned(dataset, columns)
     decodings, min_cider = [], args.min_cider
     for num_beams in sorted(set(args.num_beams or [1, model.generation_config.num_beams or 1])):
         found = caption_dataset(
@@ -316,6 +318,7 @@ def main(argv: list[str] | None = None) -> dict:
             accelerator=accelerator,
             return_log_probs=True,
             progress=True,
+            skip=skip,
             num_beams=num_beams,
             do_sample=False,
         )
