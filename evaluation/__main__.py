@@ -56,7 +56,7 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         default="validation",
-        help="split to caption; 'validation' of a data set without one: what training with the same --seed holds out",
+        help="split to caption; 'validation' of a data set without one: the images that training held out",
     )
     parser.add_argument("--image_column", help="column of the images; found by its type if not given")
     parser.add_argument("--caption_column", help="column of the captions; found by its name if not given")
@@ -70,14 +70,23 @@ def open_model_and_data(args: argparse.Namespace) -> tuple:
     Raises:
         ValueError: there is no such split or column; names what there is.
     """
+    args.hold_out_seed = training_seed(args.model_name_or_path) if args.seed is None else args.seed
+    args.seed = args.seed or 0
     dataset, columns = load_images(
-        args.dataset_name, args.split, args.dataset_config_name, args.seed, args.image_column, args.caption_column
+        *(args.dataset_name, args.split, args.dataset_config_name),
+        *(args.hold_out_seed, args.image_column, args.caption_column),
     )
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
     model = AutoModelForImageTextToText.from_pretrained(args.model_name_or_path, trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(args.model_name_or_path, trust_remote_code=True)
     return model, processor, dataset, columns
+
+
+def training_seed(model_name_or_path: str) -> int:
+    """The seed that a model was trained with, as its folder says, else the training scripts' default."""
+    path = Path(model_name_or_path) / "train_args.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("seed", 42) if path.is_file() else 42
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -115,8 +124,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--seed",
         type=int,
-        default=0,
-        help="of the images shown, the constant and the shuffled captions, and of the images that training holds out",
+        help="of the images shown, the constant and the shuffled captions (0 if not given), and of the images that "
+        "training held out (if not given: as the model's train_args.json says)",
     )
     parser.add_argument("--output_dir", default="outputs/evaluation", help="where the results go")
     parser.add_argument("--overwrite_output_dir", action=flag, default=False, help="write over earlier results")
@@ -225,9 +234,9 @@ def training_references(args: argparse.Namespace) -> list[list[str]] | None:
     split = args.baseline_split or "train"
     if split == args.split:
         return None
-    options = {name: getattr(args, name) for name in ("dataset_config_name", "seed", "image_column", "caption_column")}
+    options = {name: getattr(args, name) for name in ("dataset_config_name", "image_column", "caption_column")}
     try:
-        dataset, _ = load_splits(args.dataset_name, train_split=split, **options)
+        dataset, _ = load_splits(args.dataset_name, train_split=split, seed=args.hold_out_seed, **options)
     except ValueError:
         if args.baseline_split is not None:
             raise

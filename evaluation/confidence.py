@@ -62,7 +62,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a caption is right from this percentile of the human captions' own CIDEr on",
     )
     parser.add_argument("--min_cider", type=float, help="a caption is right from this CIDEr (times 100) on, instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the halves and folds")
+    parser.add_argument("--seed", type=int, help="of the halves and folds (0 if not given) and of held-out images")
     parser.add_argument(
         "--save_to_model", action=flag, default=True, help="write confidence.json into the model's folder"
     )

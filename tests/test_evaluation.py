@@ -1,4 +1,5 @@
 import json
+import shutil
 import subprocess
 import sys
 
@@ -281,7 +282,11 @@ def test_rows_without_captions_are_skipped_and_counted_before_captioning(reposit
     assert lines[-1]["image_id"] == "2.png" and "expected a caption" in lines[-1]["error"]
 
 
-def test_without_a_validation_split_what_training_holds_out_is_scored(repository, tmp_path, caplog):
+@pytest.mark.parametrize("given", [True, False])
+def test_without_a_validation_split_what_training_held_out_is_scored(given, repository, tmp_path, caplog):
+    model = tmp_path / "model"
+    shutil.copytree(repository, model)
+    (model / "train_args.json").write_text(json.dumps({"seed": 9 if given else 4}))
     data = tmp_path / "data"
     data.mkdir()
     rows = rows_of(tmp_path, 25)
@@ -289,7 +294,8 @@ def test_without_a_validation_split_what_training_holds_out_is_scored(repository
     datasets.concatenate_datasets(halves).to_parquet(data / "train.parquet")
     held_out = load_splits(str(data), seed=4)[1]
     caplog.set_level("INFO")
-    flags = ["--model_name_or_path", str(repository), "--dataset_name", str(data), "--num_beams", "1", "--seed", "4"]
+    flags = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--num_beams", "1"]
+    flags += ["--seed", "4"] if given else []
     results = main([*flags, "--baselines", "--report_photos", "0", "--output_dir", str(tmp_path / "out")])
     lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
     assert [line["image_id"] for line in lines] == image_ids(held_out, resolve_columns(held_out))
