@@ -13,7 +13,7 @@ import copy
 import math
 import tempfile
 import time
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -361,6 +361,8 @@ def build_data(args: argparse.Namespace, image_size: int, seen_size: int, skippe
             args.max_eval_samples,
             args.streaming,
             args.seed,
+            args.image_column,
+            args.caption_column,
         )
     columns = resolve_columns(train, args.image_column, args.caption_column)
     workers = args.preprocessing_num_workers
@@ -378,11 +380,9 @@ def iterate_captions(data: Data, num_streamed: int = 100_000):
         for captions in data.train["captions"]:
             yield from captions
         return
-    for row in data.raw_train.select_columns([data.columns.caption]).take(num_streamed):
-        captions = row[data.columns.caption]
-        for caption in [captions] if isinstance(captions, str) else captions or []:
-            if isinstance(caption, str):
-                yield caption
+    for row in data.raw_train.select_columns(data.columns.captions).take(num_streamed):
+        with suppress(ValueError):
+            yield from data.columns.captions_of(row)
 
 
 def build_loaders(

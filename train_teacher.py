@@ -423,6 +423,8 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
                 args.max_train_samples,
                 args.max_eval_samples,
                 seed=args.seed,
+                image_column=args.image_column,
+                caption_column=args.caption_column,
             )
         workers = args.preprocessing_num_workers
         columns = resolve_columns(train_rows, args.image_column, args.caption_column)

@@ -14,11 +14,14 @@ from tinycap.training.data import (
     CaptionCollator,
     CaptionDataset,
     EpochBatchSampler,
+    NoSplitError,
     SkippedRows,
     StreamingCaptionDataset,
     TooManyBadRowsError,
     clean_captions,
+    content_fingerprint,
     decode_dataset,
+    load_images,
     load_splits,
     picture_of,
     resolve_columns,
@@ -69,6 +72,36 @@ def test_a_column_that_is_not_there_is_an_error_that_names_it_and_those_there_ar
     assert all(word in str(error.value) for word in (flag, name, "captions", "image_id"))
 
 
+@pytest.mark.parametrize(
+    "names, taken",
+    [
+        (["mask", "image"], "image"),
+        (["depth", "Image"], "Image"),
+        (["mask", "img"], "img"),
+        (["photograph", "mask"], "photograph"),
+    ],
+)
+def test_of_several_image_columns_that_of_the_usual_name_is_taken_and_said(names, taken, caplog):
+    rows = rows_of(2).rename_column("image", names[0])
+    rows = rows.cast(datasets.Features({**rows.features, names[0]: datasets.Image(decode=False)}))
+    rows = rows.map(lambda row: {names[1]: row[names[0]]}).cast_column(names[0], datasets.Image())
+    rows = rows.cast_column(names[1], datasets.Image())
+    assert resolve_columns(rows).image == taken
+    assert f"image_column: took '{taken}' of the columns" in caplog.text and all(name in caplog.text for name in names)
+    assert resolve_columns(rows, image_column=names[0]).image == names[0]
+
+
+def test_numbered_caption_columns_are_captions_of_one_image():
+    rows = rows_of(12).remove_columns("captions")
+    for number in (10, 0, 2):
+        rows = rows.add_column(f"caption_{number}", [f"caption {number} of {row}" for row in range(12)])
+    columns = resolve_columns(rows)
+    assert columns.captions == ["caption_0", "caption_2", "caption_10"]
+    decoded = decode_dataset(rows, columns, 24, SkippedRows(), "train")
+    assert decoded[3]["captions"] == ["caption 0 of 3", "caption 2 of 3", "caption 10 of 3"]
+    assert resolve_columns(rows, caption_column="caption_2").captions == ["caption_2"]
+
+
 def test_a_caption_column_of_numbers_is_an_error():
     rows = rows_of(2).remove_columns("captions").add_column("captions", [1, 2])
     with pytest.raises(ValueError, match="expected strings"):
@@ -88,6 +121,83 @@ def test_without_a_validation_split_a_seeded_twentieth_is_held_out(parquet):
     assert [(len(train), len(validation)) for train, validation in splits] == [(19, 1)] * 3
     assert splits[0][1]["image_id"] == splits[1][1]["image_id"]
     assert not set(splits[0][0]["image_id"]) & set(splits[0][1]["image_id"])
+
+
+def one_row_a_caption(num: int, ids: bool = True, first: int = 0) -> datasets.Dataset:
+    """`num` images with three captions each, a row for each caption; rows of an image don't lie side by side."""
+    rows = [
+        {
+            "image": {"bytes": png(index), "path": None},
+            "caption": f"caption {number} of {index}",
+            "image_id": f"id-{index}" if ids else f"row-{number}-{index}",
+        }
+        for number in range(3)
+        for index in range(first, first + num)
+    ]
+    return datasets.Dataset.from_list(rows).cast_column("image", datasets.Image())
+
+
+@pytest.mark.parametrize("ids", [True, False])
+def test_rows_of_one_image_are_one_image_with_all_captions(ids, tmp_path):
+    one_row_a_caption(20, ids).to_parquet(tmp_path / "train.parquet")
+    splits = load_splits(str(tmp_path), seed=3)
+    assert [len(split) for split in splits] == [19, 1]
+    train, validation = (decode(split) for split in splits)
+    assert not set(train["pixels"]) & set(validation["pixels"])
+    for row in [*train, *validation]:
+        index = row["image_id"].split("-")[-1]
+        assert row["captions"] == [f"caption {number} of {index}" for number in range(3)]
+
+
+def test_rows_of_a_validation_split_are_merged_too(tmp_path):
+    one_row_a_caption(5).to_parquet(tmp_path / "train.parquet")
+    one_row_a_caption(4, first=5).to_parquet(tmp_path / "validation.parquet")
+    train, validation = load_splits(str(tmp_path), max_train_samples=2)
+    assert [len(train), len(validation)] == [2, 4] and set(map(len, validation["caption"])) == {3}
+    assert len(load_images(str(tmp_path), "train")[0]) == 5
+
+
+def test_copies_of_a_file_under_other_names_are_one_image(tmp_path):
+    for index in range(20):
+        for copy in range(2):
+            (tmp_path / f"{index}-{copy}.png").write_bytes(png(index))
+            (tmp_path / f"{index}-{copy}.txt").write_text(f"caption {copy} of {index}")
+    splits = load_splits(str(tmp_path))
+    assert [len(split) for split in splits] == [19, 1]
+    assert all(len(captions) == 2 for split in splits for captions in decode(split)["captions"])
+
+
+def test_images_that_share_an_id_are_held_out_together(tmp_path):
+    rows = rows_of(40).map(lambda row, index: {"image_id": f"id-{index // 2}"}, with_indices=True)
+    rows.to_parquet(tmp_path / "train.parquet")
+    train, validation = load_splits(str(tmp_path))
+    assert [len(train), len(validation)] == [38, 2] and not set(train["image_id"]) & set(validation["image_id"])
+
+
+def test_an_id_that_all_rows_share_is_none(tmp_path):
+    rows_of(20).map(lambda row: {"image_id": "0"}).to_parquet(tmp_path / "train.parquet")
+    assert [len(split) for split in load_splits(str(tmp_path))] == [19, 1]
+
+
+def test_missing_images_are_not_taken_for_one(tmp_path):
+    rows_of(40, image_3=b"", image_5=b"").to_parquet(tmp_path / "train.parquet")
+    skipped = SkippedRows()
+    assert sum(len(decode(split, skipped)) for split in load_splits(str(tmp_path))) == 38 and skipped.count == 2
+
+
+def test_what_is_held_out_can_be_loaded_alone(parquet):
+    for seed in (1, 2):
+        held_out, columns = load_images(str(parquet), "validation", seed=seed)
+        assert held_out["image_id"][:] == load_splits(str(parquet), seed=seed)[1]["image_id"][:]
+        assert columns == resolve_columns(held_out)
+    with pytest.raises(NoSplitError):
+        load_images(str(parquet), "test")
+
+
+def test_a_set_too_small_to_hold_anything_out_is_an_error(tmp_path):
+    rows_of(1).to_parquet(tmp_path / "train.parquet")
+    with pytest.raises(ValueError, match="at least 2 images"):
+        load_splits(str(tmp_path))
 
 
 def test_a_named_split_that_is_not_there_is_an_error(parquet):
@@ -113,7 +223,7 @@ def test_an_imagefolder_with_metadata_is_read(tmp_path):
 # --- bad rows ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("value, cleaned", [(" a  dog \n runs . ", ["a dog runs."]), (["one", "", None], ["one"])])
+@pytest.mark.parametrize("value, cleaned", [(" a  dog \t runs . ", ["a dog runs."]), (["one", "", None], ["one"])])
 def test_captions_are_cleaned_of_stray_whitespace(value, cleaned):
     assert clean_captions(value) == cleaned
 
@@ -133,6 +243,46 @@ def test_bad_rows_are_skipped_counted_and_listed_with_their_ids(tmp_path):
     assert [line["image_id"] for line in listed] == ["id-3", "id-7", "id-9", "id-11"]
     assert all(line["reason"] and line["split"] == "train" for line in listed)
     assert not {"id-3", "id-7", "id-9", "id-11"} & set(decoded["image_id"])
+
+
+def test_a_skipped_row_of_a_held_out_split_has_its_file_and_its_number_in_the_table(tmp_path):
+    lines = []
+    for index in range(40):
+        (tmp_path / f"{index}.png").write_bytes(png(index)[: 60 if index in (7, 21) else None])
+        lines.append(json.dumps({"file_name": f"{index}.png", "text": "" if index == 30 else "a dog"}))
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    path = tmp_path / ".skipped.jsonl"
+    for _ in range(2):  # A run, and one that resumes it.
+        skipped = SkippedRows(path, max_share=1.0)
+        for split in load_splits(str(tmp_path)):
+            decode(split, skipped)
+        assert skipped.count == 3
+    lines = sorted(map(json.loads, path.read_text().splitlines()), key=lambda line: line["row"])
+    assert [(line["row"], line["image_id"]) for line in lines] == [(7, "7.png"), (21, "21.png"), (30, "30.png")]
+    assert all(line["image_id"] in line["reason"] for line in lines)
+
+
+def test_the_id_of_a_row_without_one_is_its_file(tmp_path):
+    rows = rows_of(3).remove_columns("image_id")
+    rows = rows.map(lambda row, index: {"image": {"bytes": png(index), "path": f"a/{index}.png"}}, with_indices=True)
+    assert decode(rows)["image_id"][:] == ["a/0.png", "a/1.png", "a/2.png"]
+
+
+def test_two_processes_decode_the_same_in_the_same_order():
+    rows = rows_of(23, image_7=b"")
+    alone, together = (
+        decode_dataset(rows, resolve_columns(rows), 24, SkippedRows(), "train", num_proc=number) for number in (None, 2)
+    )
+    assert alone.to_list() == together.to_list() and len(together) == 22
+    assert content_fingerprint(alone) == content_fingerprint(together)
+
+
+def test_the_fingerprint_of_decoded_rows_reads_no_pixels():
+    rows = decode(rows_of(6))
+    found = content_fingerprint(rows.remove_columns("digest"))
+    assert found == content_fingerprint(rows) == content_fingerprint(rows.remove_columns("pixels"))
+    assert found != content_fingerprint(rows.select([1, 0, 2, 3, 4, 5]))
+    assert found != content_fingerprint(decode(rows_of(6, image_2=png(9))))
 
 
 def test_pictures_and_captions_never_shift_against_each_other():

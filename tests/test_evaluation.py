@@ -25,6 +25,7 @@ from tinycap.evaluation.captioning import caption_dataset
 from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
+from tinycap.training.data import image_ids, load_splits, resolve_columns
 
 
 REFERENCES = [[CAPTIONS[0], "A dog is running ."], [CAPTIONS[1], "Two people on a street ."], [CAPTIONS[2]]]
@@ -340,7 +341,8 @@ def test_the_command_scores_a_checkpoint_and_leaves_its_reports(tinycap, reposit
     assert results["vocabulary_used"] == pytest.approx(100 * len(used) / model.config.text_config.vocab_size)
     assert results["num_images"] == 5 and results["num_skipped"] == 1 and "cider" in results["baselines"]["human"]
     lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
-    assert [line["image_id"] for line in lines] == [0, 1, 2, 3, 5, 4] and lines[-1]["caption"] is None
+    assert [line["image_id"] for line in lines] == [f"{index}.png" for index in (0, 1, 2, 3, 5, 4)]
+    assert lines[-1]["caption"] is None and "4.png" in lines[-1]["error"]
     assert Image.open(tmp_path / "out" / "samples.png").width > 300
     with pytest.raises(ValueError, match="--overwrite_output_dir"):
         main([*flags, "--output_dir", str(tmp_path / "out")])
@@ -378,6 +380,41 @@ def test_evaluation_refuses_a_model_that_is_not_a_tinycap(teacher, photos, tmp_p
         main([*flags, teacher])
     with pytest.raises(ValueError, match="nowhere"):
         main([*flags, str(tmp_path / "nowhere"), "--overwrite_output_dir"])
+
+
+def test_rows_without_captions_are_skipped_and_counted_before_captioning(repository, tmp_path):
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = rows_of(tmp_path, 6)
+    rows = rows.map(lambda row, index: {"captions": [] if index == 2 else row["captions"]}, with_indices=True)
+    rows.to_parquet(data / "validation.parquet")
+    flags = ["--model_name_or_path", str(repository), "--dataset_name", str(data), "--num_beams", "1"]
+    results = main([*flags, "--report_photos", "0", "--output_dir", str(tmp_path / "out")])
+    assert (results["num_images"], results["num_skipped"]) == (5, 1)
+    lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert lines[-1]["image_id"] == "2.png" and "expected a caption" in lines[-1]["error"]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_without_a_validation_split_what_training_held_out_is_scored(given, repository, tmp_path, caplog):
+    model = tmp_path / "model"
+    shutil.copytree(repository, model)
+    (model / "train_args.json").write_text(json.dumps({"seed": 9 if given else 4}))
+    data = tmp_path / "data"
+    data.mkdir()
+    rows = rows_of(tmp_path, 25)
+    halves = [rows.map(lambda row, number=number: {"captions": [row["captions"][number]]}) for number in (0, 1)]
+    datasets.concatenate_datasets(halves).to_parquet(data / "train.parquet")
+    held_out = load_splits(str(data), seed=4)[1]
+    caplog.set_level("INFO")
+    flags = ["--model_name_or_path", str(model), "--dataset_name", str(data), "--num_beams", "1"]
+    flags += ["--seed", "4"] if given else []
+    results = main([*flags, "--baselines", "--report_photos", "0", "--output_dir", str(tmp_path / "out")])
+    lines = [json.loads(line) for line in (tmp_path / "out" / "captions.jsonl").read_text().splitlines()]
+    assert [line["image_id"] for line in lines] == image_ids(held_out, resolve_columns(held_out))
+    assert all(len(line["references"]) == 2 for line in lines) and results["num_images"] == 2
+    assert "2 of its 25 training images are held out, drawn by seed 4" in caplog.text
+    assert results["baselines"]["constant"]["chosen_from"] == "training captions"
 
 
 def test_importing_the_model_does_not_import_the_metrics():

@@ -97,6 +97,30 @@ def test_a_prompt_that_spells_special_tokens_is_text(repository, pictures):
     assert not {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id} & set(inputs[1:])
 
 
+@pytest.mark.parametrize(
+    "value, captions",
+    [
+        ("A dog runs .\nTwo men .\r\n\r\nA cat .", ["A dog runs.", "Two men.", "A cat."]),
+        ("['A dog .', \"It's a cat .\"]", ["A dog.", "It's a cat."]),
+        ('["A dog .", "A \\"cat\\" .", null]', ["A dog.", 'A "cat".']),
+        ("('A dog .', 'A cat .')", ["A dog.", "A cat."]),
+        ("['A dog .' 'A cat .'\n \"It's a man .\"]", ["A dog.", "A cat.", "It's a man."]),
+        ('[{"raw": "A dog ."}, {"raw": "A cat ."}]', ["A dog.", "A cat."]),
+        (["['A dog .']", "A cat .\nA man ."], ["A dog.", "A cat.", "A man."]),
+        ([{"raw": "A dog .", "sentid": 1}, {"raw": "A cat .", "sentid": 2}], ["A dog.", "A cat."]),
+        ([{"caption": "A dog ."}, {"caption": None}], ["A dog."]),
+        ({"raw": ["A dog .", "A cat ."], "sentid": [1, 2]}, ["A dog.", "A cat."]),
+        ("[CLS] a dog [SEP]", ["[CLS] a dog [SEP]"]),
+        ("(a dog)", ["(a dog)"]),
+        ("[1, 2]", ["[1, 2]"]),
+        ("[" * 5000 + "]" * 5000, ["[" * 5000 + "]" * 5000]),
+        ("['open", ["['open"]),
+    ],
+)
+def test_captions_that_were_joined_or_written_as_a_list_are_several(value, captions):
+    assert clean_captions(value) == captions
+
+
 def test_the_reason_of_a_skipped_row_names_its_column(tmp_path):
     good = png_bytes(draw_picture(1))
     captions = [["a dog"]] * 30
@@ -200,9 +224,9 @@ def test_a_cut_parquet_file_is_an_error_that_names_it(tmp_path, streaming):
         load_split(folder, "train", streaming=streaming)
 
 
-def test_damage_inside_a_parquet_file_is_an_error_with_rows_and_column(tmp_path):
+def test_damage_inside_a_parquet_file_is_an_error_that_names_it(tmp_path):
     folder = parquet(tmp_path, lambda data: data[:200] + bytes(300) + data[500:])
-    with pytest.raises(ValueError, match="data.parquet: rows 0 to 11, column 'image'"):
+    with pytest.raises(ValueError, match="data.parquet: not a whole parquet file"):
         load_split(folder, "train")
 
 

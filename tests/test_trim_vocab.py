@@ -5,7 +5,7 @@ import random
 
 import pytest
 import torch
-from tiny import CAPTIONS, draw_picture, tiny_model
+from tiny import CAPTIONS, draw_picture, png_bytes, tiny_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, pipeline
 
@@ -242,6 +242,17 @@ def test_a_tokenizer_with_one_special_token_for_everything(tmp_path, capsys):
     assert texts[0] == texts[1]
     assert cli.main(["trim-vocab", *flags, "--output", str(tmp_path / "small")]) == 2
     assert "empty folder" in capsys.readouterr().err
+
+
+def test_a_corpus_has_each_image_once_and_leaves_out_rows_without_captions(tmp_path, caplog):
+    from datasets import Dataset
+
+    images = [{"bytes": png_bytes(draw_picture(index)), "path": f"{index}.png"} for index in (0, 1, 1, 2)]
+    captions = ["", "a dog", "a cat\na man", "a child"]
+    Dataset.from_dict({"image": images, "caption": captions}).to_parquet(tmp_path / "validation.parquet")
+    texts, photos = trim_vocab.load_corpus(str(tmp_path), "validation", max_samples=1)
+    assert texts == ["a dog", "a cat", "a man", "a child"] and photos == images[1:2]
+    assert "1 rows have no caption" in caplog.text
 
 
 def test_what_cannot_be_trimmed_is_an_error_that_says_why(big_repository, tmp_path):

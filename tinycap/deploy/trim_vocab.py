@@ -376,27 +376,26 @@ def load_corpus(
         max_samples: photos at most; captions are taken all.
 
     Raises:
-        ValueError: a split, a column, or a row's caption isn't there.
+        ValueError: a split or a column isn't there. Rows without captions are left out with a warning.
         ImportError: `datasets` isn't installed.
     """
     try:
-        from datasets import Image
-
-        from tinycap.training.data import clean_captions, load_split, resolve_columns
+        from tinycap.training.data import load_images, uncaptioned, undecoded
     except ImportError as error:
         raise ImportError(
             f"data sets need the package datasets: pip install 'tinycap[evaluation]' ({error})"
         ) from error
-    rows = load_split(dataset_name, split)
-    columns = resolve_columns(rows)
-    texts = []
+    texts, photos = [], None
     for name in dict.fromkeys([split, *text_splits]):
-        groups = (rows if name == split else load_split(dataset_name, name)).select_columns([columns.caption])
-        texts += [text for group in groups[columns.caption] for text in clean_captions(group)]
-    photos = rows.select_columns([columns.image])
-    if isinstance(photos.features[columns.image], Image):
-        photos = photos.cast_column(columns.image, Image(decode=False))
-    return texts, photos.select(range(min(len(photos), max_samples or len(photos))))[columns.image][:]
+        rows, columns = load_images(dataset_name, name)
+        bad = uncaptioned(rows, columns)
+        good = [number for number in range(len(rows)) if number not in bad]
+        table = rows.select_columns(columns.captions)
+        texts += [text for number in good for text in columns.captions_of(table[number])]
+        if photos is None:
+            photos = undecoded(rows.select_columns([columns.image]), columns.image).select(good[:max_samples])
+            photos = photos[columns.image][:]
+    return texts, photos
 
 
 # --- the whole --------------------------------------------------------------------------------------------------------

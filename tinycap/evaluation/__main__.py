@@ -7,7 +7,6 @@ from disk, to `--output_dir`; with `--failures`, `failures.json` and `unlike_pho
 """
 
 import argparse
-import contextlib
 import json
 import logging
 import random
@@ -30,7 +29,14 @@ from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.ood_images import caption_ood_images, draw_ood_images, mean_caption_probability
 from tinycap.evaluation.reports import contact_sheet
 from tinycap.processing_tinycap import load_image, preprocess_images
-from tinycap.training.data import Columns, clean_captions, load_split, resolve_columns
+from tinycap.training.data import (
+    Columns,
+    image_ids,
+    load_images,
+    load_splits,
+    resolve_columns,
+    uncaptioned,
+)
 from tinycap.training.logs import write_json, write_text
 from tinycap.training.teacher import FEATURES, Teacher
 
@@ -46,7 +52,11 @@ def add_data_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="a TinyCap repository")
     parser.add_argument("--dataset_name", required=True, help="Hub id, folder of parquet, or imagefolder")
     parser.add_argument("--dataset_config_name", help="configuration of the dataset, where it has several")
-    parser.add_argument("--split", default="validation", help="split to caption")
+    parser.add_argument(
+        "--split",
+        default="validation",
+        help="split to caption; 'validation' of a data set without one: the images that training held out",
+    )
     parser.add_argument("--image_column", help="column of the images; found by its type if not given")
     parser.add_argument("--caption_column", help="column of the captions; found by its name if not given")
     parser.add_argument("--max_samples", type=int, help="use only the first so many pictures")
@@ -59,11 +69,21 @@ def open_model_and_data(args: argparse.Namespace) -> tuple:
     Raises:
         ValueError: there is no such split or column, or the model isn't a TinyCap; names what there is.
     """
-    dataset = load_split(args.dataset_name, args.split, args.dataset_config_name)
-    columns = resolve_columns(dataset, args.image_column, args.caption_column)
+    args.hold_out_seed = training_seed(args.model_name_or_path) if args.seed is None else args.seed
+    args.seed = args.seed or 0
+    dataset, columns = load_images(
+        *(args.dataset_name, args.split, args.dataset_config_name),
+        *(args.hold_out_seed, args.image_column, args.caption_column),
+    )
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
     return *load_captioner(args.model_name_or_path), dataset, columns
+
+
+def training_seed(model_name_or_path: str) -> int:
+    """The seed that a model was trained with, as its folder says, else the training scripts' default."""
+    path = Path(model_name_or_path) / "train_args.json"
+    return json.loads(path.read_text(encoding="utf-8")).get("seed", 42) if path.is_file() else 42
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -99,7 +119,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--num_shown", type=int, default=16, help="pictures on the contact sheet")
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the pictures shown, the constant and the shuffled captions"
+        "--seed",
+        type=int,
+        help="of the images shown, the constant and the shuffled captions (0 if not given), and of the images that "
+        "training held out (if not given: as the model's train_args.json says)",
     )
     parser.add_argument("--output_dir", default="outputs/evaluation", help="where the results go")
     parser.add_argument("--overwrite_output_dir", action=flag, default=False, help="write over earlier results")
@@ -144,6 +167,7 @@ def main(argv: list[str] | None = None) -> dict:
         accelerator=accelerator,
         teacher=teacher,
         progress=True,
+        skip=uncaptioned(dataset, columns),
         **generation,
     )
     references = references_of(dataset, columns, found.rows)
@@ -199,7 +223,7 @@ class Evaluated:
 
     def ids(self) -> list:
         """The id of every row of the data set."""
-        return self.dataset[self.columns.image_id] if self.columns.image_id else list(range(len(self.dataset)))
+        return image_ids(self.dataset, self.columns)
 
     def draw(self, number: int, seed: int) -> list[int]:
         """Positions of pictures to show: drawn by seed, not chosen, for the best ones would say nothing."""
@@ -207,15 +231,9 @@ class Evaluated:
 
 
 def references_of(dataset, columns: Columns, rows: list[int]) -> list[list[str]]:
-    """The human captions of the pictures that were captioned; a picture without any is an error that names its row."""
-    captions = dataset.select_columns([columns.caption])
-    references = []
-    for row in rows:
-        try:
-            references.append(clean_captions(captions[row][columns.caption]))
-        except ValueError as error:
-            raise ValueError(f"row {row}, column {columns.caption}: {error}") from error
-    return references
+    """The human captions of the images that were captioned."""
+    table = dataset.select_columns(columns.captions)
+    return [columns.captions_of(table[row]) for row in rows]
 
 
 def training_references(args: argparse.Namespace) -> list[list[str]] | None:
@@ -223,19 +241,17 @@ def training_references(args: argparse.Namespace) -> list[list[str]] | None:
     split = args.baseline_split or "train"
     if split == args.split:
         return None
+    options = {name: getattr(args, name) for name in ("dataset_config_name", "image_column", "caption_column")}
     try:
-        dataset = load_split(args.dataset_name, split, args.dataset_config_name)
+        dataset, _ = load_splits(args.dataset_name, train_split=split, seed=args.hold_out_seed, **options)
     except ValueError:
         if args.baseline_split is not None:
             raise
         return None
     columns = resolve_columns(dataset, args.image_column, args.caption_column)
-    references = []
-    for captions in dataset[columns.caption]:
-        # What can't be trained on can't be chosen either.
-        with contextlib.suppress(ValueError):
-            references.append(clean_captions(captions))
-    return references
+    # What can't be trained on can't be chosen either.
+    bad = uncaptioned(dataset, columns)
+    return references_of(dataset, columns, [row for row in range(len(dataset)) if row not in bad])
 
 
 def score(args: argparse.Namespace, found: Captions, references: list[list[str]]) -> dict:

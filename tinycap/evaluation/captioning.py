@@ -1,7 +1,7 @@
 """Captions and embeddings for every picture of a data set."""
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,6 +16,7 @@ from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.pipeline_tinycap import caption_log_probs
 from tinycap.processing_tinycap import load_image, preprocess_images
+from tinycap.training.data import path_of
 
 
 logger = logging.getLogger(__name__)
@@ -87,6 +88,7 @@ def caption_dataset(
     teacher: Callable[[torch.Tensor], torch.Tensor] | None = None,
     return_log_probs: bool = False,
     progress: bool = False,
+    skip: Mapping[int, str] | None = None,
     **generate_kwargs: Any,
 ) -> Captions:
     """Captions every picture once; with several processes, each takes its share and all get everything.
@@ -100,10 +102,11 @@ def caption_dataset(
         teacher: embeds the same pixels to (B, D), unit norm.
         return_log_probs: keep what the model thought of its captions.
         progress: show a bar.
+        skip: rows to leave out, by number, and why; they are listed in `skipped`.
         generate_kwargs: for `generate()`, over the model's generation config.
 
     Returns:
-        `Captions`. Pictures that can't be read are listed in `skipped`.
+        `Captions`. Images that can't be read are listed in `skipped`.
 
     Raises:
         ValueError: not one picture can be read; gives the first reason.
@@ -147,8 +150,13 @@ def caption_dataset(
     for index, row in tqdm(rows, total=total, desc="Captioning", disable=not progress or process != 0):
         if index % processes != process:
             continue
+        if skip and index in skip:
+            found.skipped.append((index, skip[index]))
+            continue
+        path = path_of(row[image_column])
         try:
-            batch.append((index, load_image(row[image_column], name=f"row {index}")))
+            image = load_image(row[image_column], name=f"of row {index}" + (f" ({path})" if path else ""))
+            batch.append((index, image))
         except (ValueError, TypeError) as error:
             found.skipped.append((index, str(error)))
         if len(batch) == batch_size:
@@ -160,7 +168,7 @@ def caption_dataset(
         reason = found.skipped[0][1] if found.skipped else "the data set has no rows"
         raise ValueError(f"expected at least one picture that can be read, got none: {reason}")
     if found.skipped:
-        logger.warning("%d pictures can't be read and were left out", len(found.skipped))
+        logger.warning("%d rows were left out; the first: %s", len(found.skipped), min(found.skipped)[1])
     order = sorted(range(len(found.rows)), key=found.rows.__getitem__)
     found.image_embeds = torch.cat(embeds)[order]
     if targets:

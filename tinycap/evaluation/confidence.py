@@ -30,6 +30,7 @@ from tinycap.evaluation.__main__ import add_data_arguments, open_model_and_data,
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.captioning import Captions, caption_dataset
 from tinycap.evaluation.reports import plot_reliability
+from tinycap.training.data import uncaptioned
 from tinycap.training.logs import write_json, write_text
 
 
@@ -60,7 +61,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="a caption is right from this percentile of the human captions' own CIDEr on",
     )
     parser.add_argument("--min_cider", type=float, help="a caption is right from this CIDEr (times 100) on, instead")
-    parser.add_argument("--seed", type=int, default=0, help="of the halves and folds")
+    parser.add_argument("--seed", type=int, help="of the halves and folds (0 if not given) and of held-out images")
     parser.add_argument(
         "--save_to_model", action=flag, default=True, help="write confidence.json into the model's folder"
     )
@@ -304,6 +305,7 @@ def main(argv: list[str] | None = None) -> dict:
     accelerator = Accelerator()
     model, processor, dataset, columns = open_model_and_data(args)
     model.to(accelerator.device)
+    skip = uncaptioned(dataset, columns)
     decodings, min_cider = [], args.min_cider
     for num_beams in sorted(set(args.num_beams or [1, model.generation_config.num_beams or 1])):
         found = caption_dataset(
@@ -315,6 +317,7 @@ def main(argv: list[str] | None = None) -> dict:
             accelerator=accelerator,
             return_log_probs=True,
             progress=True,
+            skip=skip,
             num_beams=num_beams,
             do_sample=False,
         )

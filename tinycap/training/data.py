@@ -5,14 +5,17 @@ its seeded augmentation, one batch. A photo is encoded once for all its captions
 and B x K captions. Everything random follows from (seed, epoch, row), never from a worker's state.
 """
 
+import ast
 import copy
 import hashlib
+import io
 import json
 import logging
 import math
 import os
 import random
 import re
+import tokenize
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -27,18 +30,27 @@ from PIL import Image
 from torch.utils.data import Dataset, IterableDataset, Sampler, get_worker_info
 
 from tinycap.processing_tinycap import load_image
-from tinycap.training.table_faults import find_table_fault
+from tinycap.training.folders import NoSplitError, read_folder
 from tinycap.training.tokenizer import encode_captions
 
 
 logger = logging.getLogger(__name__)
 
-CAPTION_COLUMNS = ("captions", "caption", "text", "sentences", "txt")
+CAPTION_COLUMNS = (
+    *("captions", "caption", "text", "sentences", "txt"),
+    *("sentence", "raw", "comment", "description", "alt_text"),
+)
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "photo")
 ID_COLUMNS = ("image_id", "id", "filename", "file_name", "__key__")
+# Where the objects of a list such as COCO's [{"raw": ...}] hold their text.
+TEXT_KEYS = ("raw", "caption", "text", "sentence")
+# Number of a row in the table that it was read from, or of the first of its image's rows.
+ROW_COLUMN = "__row__"
+# Share of the training images that are held out where a data set has no validation split.
+HELD_OUT = 0.05
 
 # Part of the key of every decoded cache: raise it when `decode_row` changes what it stores.
-DECODE_VERSION = 2
+DECODE_VERSION = 3
 
 # What `datasets` and what it is built on raise on files that aren't what they should be, or that aren't there. The
 # errors of pyarrow are among ValueError, OSError and its own.
@@ -50,15 +62,36 @@ UNREADABLE = (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueEr
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns that hold the image, its caption or captions, and its id (None: the row number)."""
+    """Names of the columns that hold the image, its caption or captions, and its id (None: file name or row number).
+
+    `more_captions` are further columns of captions, such as caption_1 to caption_4 beside caption_0.
+    """
 
     image: str
     caption: str
     image_id: str | None = None
+    more_captions: tuple[str, ...] = ()
+
+    @property
+    def captions(self) -> list[str]:
+        return [self.caption, *self.more_captions]
+
+    def captions_of(self, row: dict) -> list[str]:
+        """The row's usable captions; a `ValueError` where there are none (see `clean_captions`)."""
+        return clean_captions([row[name] for name in self.captions] if self.more_captions else row[self.caption])
+
+    def id_of(self, row: dict, number: int | str) -> str | int:
+        """The row's id: that of its id column, else its file's name, else `number`."""
+        if self.image_id and row[self.image_id] is not None:
+            return row[self.image_id]
+        path = path_of(row[self.image])
+        return number if path is None else os.path.basename(path) if os.path.isabs(path) else path
 
 
-class NoSplitError(ValueError):
-    """The data set has no split of this name."""
+def path_of(image: dict | str | bytes | None) -> str | None:
+    """The path of an image that has not been decoded; `None` where it has none."""
+    path = image.get("path") if isinstance(image, dict) else image
+    return path if isinstance(path, str) and 0 < len(path) < 4096 and not path.startswith("data:") else None
 
 
 def load_split(
@@ -78,15 +111,38 @@ def load_split(
     """
     if not os.path.isdir(dataset_name) and (os.path.isabs(dataset_name) or dataset_name.startswith(".")):
         raise ValueError(f"dataset_name: no such folder: {dataset_name}")
+    if os.path.isdir(dataset_name) and dataset_config_name is None:
+        rows = read_folder(dataset_name, split)
+        if rows is not None:
+            return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
     try:
         return datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
     except UNREADABLE as error:
         # How the two modes of `datasets` say the same.
         if re.search("(Unknown|Bad) split", str(error)):
             raise NoSplitError(f"dataset {dataset_name}: no split {split!r}: {error}") from error
-        fault = find_table_fault(dataset_name) if os.path.isdir(dataset_name) else None
-        reason = fault or error.__cause__ or error
+        reason = _broken_shard(dataset_name) or error.__cause__ or error
         raise ValueError(f"dataset {dataset_name}, split {split}: cannot be read: {reason}") from error
+
+
+def _broken_shard(folder: str) -> str | None:
+    """The first shard of a folder that can't be read or has other columns, which libraries say without its name."""
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".tar": "webdataset"}
+    first = None
+    for path in sorted(Path(folder).rglob("*")) if os.path.isdir(folder) else ():
+        if (kind := kinds.get(path.suffix)) is None:
+            continue
+        try:
+            stream = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+            for _ in stream.with_format("arrow"):
+                pass
+        except (*UNREADABLE, StopIteration) as error:
+            return f"{path}: not a whole {kind} file: {error.__cause__ or error}"
+        first = first or stream.features
+        for name in first or ():
+            if stream.features and stream.features.get(name) != first[name]:
+                return f"{path}: column {name!r}: expected {first[name]}, got {stream.features.get(name)}"
+    return None
 
 
 def load_splits(
@@ -98,19 +154,26 @@ def load_splits(
     max_eval_samples: int | None = None,
     streaming: bool = False,
     seed: int = 0,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    num_proc: int | None = None,
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset]:
-    """The training and the validation split, cut to the numbers of rows that were asked for.
+    """The training and the validation split, one row an image, cut to the numbers of images that were asked for.
 
     Args:
-        validation_split: `None` for "validation" if there is one, else for 5 % of the training rows, drawn by `seed`.
-        streaming: the training split comes as a stream; of the validation split, `max_eval_samples` rows (1,000 when
-            not given) are kept, since scores need the same photos each time.
+        validation_split: `None` for "validation" if there is one, else for 5 % of the training images, drawn by `seed`.
+        streaming: the training split comes as a stream, whose rows stay as they are; of the validation split,
+            `max_eval_samples` rows (1,000 when not given) are kept, since scores need the same images each time.
+        image_column, caption_column: see `resolve_columns`.
+        num_proc: processes to look for rows of the same image with.
         Others: see `load_split`.
 
     Raises:
-        ValueError: a split isn't there, or a stream has none to validate on.
+        ValueError: a split or column isn't there, a stream has none to validate on, or there are too few images to hold
+            some out.
     """
     train = load_split(dataset_name, train_split, dataset_config_name, streaming)
+    columns = resolve_columns(train, image_column, caption_column)
     try:
         validation = load_split(dataset_name, validation_split or "validation", dataset_config_name, streaming)
     except NoSplitError:
@@ -120,17 +183,159 @@ def load_splits(
             raise ValueError(
                 f"dataset {dataset_name}: expected a split to validate on; name it by --validation_split"
             ) from None
-        logger.info("dataset %s has no validation split: 5 %% of its training rows are held out", dataset_name)
-        held_out = train.train_test_split(test_size=0.05, seed=seed)
-        train, validation = held_out["train"], held_out["test"]
-    if streaming:
-        rows = list(validation.take(max_eval_samples or 1000))
-        validation = datasets.Dataset.from_list(rows, features=validation.features)
-        return train.take(max_train_samples) if max_train_samples else train, validation
-    return (
-        train.select(range(min(len(train), max_train_samples or len(train)))),
-        validation.select(range(min(len(validation), max_eval_samples or len(validation)))),
+        train, validation = hold_out(merge_rows(train, columns, num_proc), columns, seed)
+        logger.info(
+            "dataset %s has no validation split: %d of its %d training images are held out, drawn by seed %d",
+            *(dataset_name, len(validation), len(train) + len(validation), seed),
+        )
+    else:
+        if streaming:
+            logger.warning("dataset %s: a stream's rows are not merged: each row is taken for an image", dataset_name)
+            rows = list(validation.take(max_eval_samples or 1000))
+            validation = datasets.Dataset.from_list(rows, features=validation.features)
+            train = train.take(max_train_samples) if max_train_samples else train
+        else:
+            train = merge_rows(train, columns, num_proc)
+        validation = merge_rows(validation, columns, num_proc)
+    if not streaming:
+        train = train.select(range(min(len(train), max_train_samples or len(train))))
+    return train, validation.select(range(min(len(validation), max_eval_samples or len(validation))))
+
+
+def load_images(
+    dataset_name: str,
+    split: str,
+    dataset_config_name: str | None = None,
+    seed: int = 0,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+) -> tuple[datasets.Dataset, Columns]:
+    """One split with one row an image, and its columns.
+
+    "validation" of a data set without such a split is what `load_splits` holds out of "train" by the same seed.
+    """
+    try:
+        rows = load_split(dataset_name, split, dataset_config_name)
+    except NoSplitError:
+        if split != "validation":
+            raise
+        options = {"seed": seed, "image_column": image_column, "caption_column": caption_column}
+        _, rows = load_splits(dataset_name, dataset_config_name, **options)
+        return rows, resolve_columns(rows, image_column, caption_column)
+    rows = merge_rows(rows, resolve_columns(rows, image_column, caption_column))
+    return rows, resolve_columns(rows, image_column, caption_column)
+
+
+# --- one row an image -------------------------------------------------------------------------------------------------
+
+
+def undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+    """The rows with images as bytes or paths, so that a bad one is a bad row and not the end."""
+    is_image = isinstance(rows.features[column], datasets.Image)
+    return rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows
+
+
+def image_key(row: dict, number: int, column: str) -> dict[str, str]:
+    """The same `key` for rows of the same image: a hash of its file's bytes, else its path, else the row's number."""
+    image, path = row[column], path_of(row[column])
+    content = image.get("bytes") if isinstance(image, dict) else None if isinstance(image, str) else image
+    if content is None and path is not None and os.path.isfile(path):
+        content = Path(path).read_bytes()
+    return {"key": hashlib.blake2b(content, digest_size=16).hexdigest() if content else path or f"row {number}"}
+
+
+def merge_rows(rows: datasets.Dataset, columns: Columns, num_proc: int | None = None) -> datasets.Dataset:
+    """One row an image: the first of its rows, with the captions of all of them (equal ones once) in a list.
+
+    Rows are of the same image where their files hold the same bytes. Nothing is decoded, and `datasets` caches the
+    hashes. `ROW_COLUMN` keeps the number of each row in `rows`.
+    """
+    files = undecoded(rows, columns.image)
+    keys = files.select_columns([columns.image]).map(
+        image_key,
+        with_indices=True,
+        fn_kwargs={"column": columns.image},
+        remove_columns=columns.image,
+        num_proc=num_proc,
+        desc="Looking for rows of the same image",
+    )["key"]
+    groups: dict[str, list[int]] = {}
+    for number, key in enumerate(keys):
+        groups.setdefault(key, []).append(number)
+    if len(groups) == len(rows):
+        return rows if ROW_COLUMN in rows.column_names else rows.add_column(ROW_COLUMN, list(range(len(rows))))
+    logger.info("%d rows are of %d images: their captions are merged", len(rows), len(groups))
+    table = rows.select_columns(columns.captions).to_list()
+    captions = [_clean(value for number in group for value in table[number].values()) for group in groups.values()]
+    features = {name: kind for name, kind in files.features.items() if name not in columns.more_captions}
+    features.update({columns.caption: datasets.List(datasets.Value("string")), ROW_COLUMN: datasets.Value("int64")})
+    first = [group[0] for group in groups.values()]
+    merged = files.select(first).map(
+        _merged_row,
+        with_indices=True,
+        fn_kwargs={
+            "column": columns.caption,
+            "captions": [list(dict.fromkeys(texts)) for texts in captions],
+            "rows": first,
+        },
+        remove_columns=list(columns.more_captions),
+        features=datasets.Features(features),
+        # Images of some megabytes are held in memory before they are written.
+        writer_batch_size=100,
+        num_proc=num_proc,
+        desc="Merging captions",
     )
+    return merged.cast_column(columns.image, rows.features[columns.image])
+
+
+def _merged_row(row: dict, number: int, column: str, captions: list[list[str]], rows: list[int]) -> dict:
+    return {column: captions[number], ROW_COLUMN: rows[number]}
+
+
+def hold_out(rows: datasets.Dataset, columns: Columns, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """The images to train on and those held out (`HELD_OUT` of them), drawn by `seed`; each in the rows' order.
+
+    Args:
+        rows: from `merge_rows`. Rows that share an id, such as two encodings of an image, stay together.
+
+    Raises:
+        ValueError: there are fewer than two images.
+    """
+    ids = list(range(len(rows)))
+    if columns.image_id:
+        named = rows[columns.image_id]
+        ids = [f"id {name}" if name is not None else number for number, name in enumerate(named)]
+        if len(set(ids)) < 2:
+            ids = list(range(len(rows)))
+    unique = list(dict.fromkeys(ids))
+    if len(unique) < 2:
+        raise ValueError(f"expected at least 2 images, one of them to be held out for validation, got {len(unique)}")
+    drawn = set(random.Random(seed).sample(unique, math.ceil(HELD_OUT * len(unique))))
+    kept, held_out = ([row for row, name in enumerate(ids) if (name in drawn) == out] for out in (False, True))
+    return rows.select(kept), rows.select(held_out)
+
+
+def uncaptioned(rows: datasets.Dataset, columns: Columns) -> dict[int, str]:
+    """The rows without a usable caption, by number, and why."""
+    bad = {}
+    for number, row in enumerate(rows.select_columns(columns.captions)):
+        try:
+            columns.captions_of(row)
+        except ValueError as error:
+            bad[number] = f"column {columns.caption!r}: {error}"
+    if bad:
+        logger.warning("%d rows have no caption and are left out", len(bad))
+    return bad
+
+
+def image_ids(rows: datasets.Dataset, columns: Columns) -> list[str | int]:
+    """The id of every row: see `Columns.id_of`."""
+    wanted = [name for name in (columns.image, columns.image_id, ROW_COLUMN) if name in rows.column_names]
+    bare = undecoded(rows.select_columns(wanted), columns.image)
+    return [columns.id_of(row, row.get(ROW_COLUMN, number)) for number, row in enumerate(bare)]
+
+
+# --- columns ----------------------------------------------------------------------------------------------------------
 
 
 def resolve_columns(
@@ -140,6 +345,8 @@ def resolve_columns(
 ) -> Columns:
     """Finds the image, caption and id columns, by the given names or by the usual ones.
 
+    Where several could be meant, those with the usual names come first, and a warning says what was taken.
+
     Raises:
         ValueError: a named column isn't there, none of the usual names is, the caption column holds no text, or the
             image column neither images nor bytes nor paths.
@@ -147,55 +354,129 @@ def resolve_columns(
     names = list(dataset.column_names or next(iter(dataset)).keys())
     features = dataset.features or {}
 
-    def pick(flag: str, given: str | None, usual: tuple[str, ...]) -> str:
-        candidates = (given,) if given else usual
-        found = next((name for name in candidates if name in names), None)
-        if found is None:
-            raise ValueError(f"{flag}: expected a column named {' or '.join(candidates)}, got columns {names}")
-        return found
+    def named(wanted: tuple[str, ...], pattern: str = "") -> list[str]:
+        return [
+            name for base in wanted for name in names if re.fullmatch(re.escape(base) + pattern, name, re.IGNORECASE)
+        ]
 
-    if image_column is None:
-        image_column = next((name for name, feature in features.items() if isinstance(feature, datasets.Image)), None)
-    caption = pick("caption_column", caption_column, CAPTION_COLUMNS)
-    kind = features.get(caption)
-    inner = getattr(kind, "feature", kind)
-    if kind is not None and not (isinstance(inner, datasets.Value) and "string" in inner.dtype):
-        raise ValueError(f"caption_column: expected strings or lists of strings in {caption!r}, got {kind}")
-    image = pick("image_column", image_column, IMAGE_COLUMNS)
+    def pick(flag: str, given: str | None, found: list[str], usual: tuple[str, ...]) -> str:
+        if given is not None:
+            found, usual = [name for name in names if name == given], (given,)
+        if not found:
+            raise ValueError(f"{flag}: expected a column named {' or '.join(usual)}, got columns {names}")
+        if len(found) > 1:
+            logger.warning("%s: took %r of the columns %s", flag, found[0], found)
+        return found[0]
+
+    numbered = sorted(named(CAPTION_COLUMNS, r"[ _-]?\d+"), key=lambda name: int(re.search(r"\d+$", name).group()))
+    caption = pick("caption_column", caption_column, named(CAPTION_COLUMNS) or numbered[:1], CAPTION_COLUMNS)
+    more = []
+    if caption_column is None:
+        stem = re.sub(r"[ _-]?\d+$", "", caption)
+        more = [name for name in named((stem,), r"[ _-]?\d+") if name != caption]
+    for name in (caption, *more):
+        if name in features and not _holds_text(features[name]):
+            kind = features[name]
+            raise ValueError(f"caption_column: expected strings or lists of strings in {name!r}, got {kind}")
+    files = [name for name in named(IMAGE_COLUMNS) if name != caption]
+    images = [name for name in files if _holds_files(features.get(name))]
+    images += [name for name in names if isinstance(features.get(name), datasets.Image) and name not in images]
+    image = pick("image_column", image_column, images or files, IMAGE_COLUMNS)
     kind = features.get(image)
-    is_image = isinstance(kind, datasets.Image) or (isinstance(kind, dict) and {"bytes", "path"} & set(kind))
-    is_file = isinstance(kind, datasets.Value) and ("binary" in kind.dtype or "string" in kind.dtype)
-    if kind is not None and not (is_image or is_file):
+    is_path = isinstance(kind, datasets.Value) and "string" in kind.dtype
+    if kind is not None and not (is_path or _holds_files(kind)):
         raise ValueError(f"image_column: expected images, bytes of image files or paths in {image!r}, got {kind}")
     return Columns(
         image=image,
         caption=caption,
-        image_id=next((name for name in ID_COLUMNS if name in names and name != caption), None),
+        image_id=next((name for name in ID_COLUMNS if name in names and name not in (caption, image)), None),
+        more_captions=tuple(sorted(more, key=lambda name: int(re.search(r"\d+$", name).group()))),
     )
+
+
+def _holds_files(kind: object) -> bool:
+    """Whether a feature is of images or of the bytes of image files."""
+    is_struct = isinstance(kind, dict) and bool({"bytes", "path"} & set(kind))
+    return (
+        is_struct or isinstance(kind, datasets.Image) or (isinstance(kind, datasets.Value) and "binary" in kind.dtype)
+    )
+
+
+def _holds_text(kind: object, is_list: bool = False) -> bool:
+    """Whether a feature is of strings, of lists of them, or of lists of objects with a text each."""
+    if isinstance(kind, datasets.Value):
+        return "string" in kind.dtype
+    if isinstance(kind, dict):
+        inner = next((kind[key] for key in TEXT_KEYS if key in kind), None)
+        return _holds_text(inner) and (is_list or not isinstance(inner, datasets.Value))
+    return hasattr(kind, "feature") and _holds_text(kind.feature, is_list=True)
 
 
 # Control characters steer terminals and lone surrogates can't be written down; neither says anything of a picture.
 UNWRITABLE = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]+")
 
 
-def clean_captions(value: str | list[str] | None) -> list[str]:
+def clean_captions(value: str | list | dict | None) -> list[str]:
     """The usable captions of one row: control characters and whitespace folded, no space before closing punctuation,
     left out where nothing visible remains.
+
+    Args:
+        value: one caption, several with a line each, a list of captions, such a list written as text (JSON, Python's or
+            NumPy's), or a list of objects such as COCO's `{"raw": ...}`.
 
     Raises:
         ValueError: not one usable caption is left; says what came.
     """
-    values = value if isinstance(value, (list, tuple)) else [value]
-    captions = [
-        re.sub(r"\s+([.,;:!?])", r"\1", " ".join(UNWRITABLE.sub(" ", text).split()))
-        for text in values
-        if isinstance(text, str)
-    ]
-    # Zero-width spaces and direction marks alone are no caption.
-    captions = [text for text in captions if any(unicodedata.category(letter)[0] not in "CZ" for letter in text)]
+    captions = _clean([value])
     if not captions:
         raise ValueError(f"expected a caption or a list of captions, got {str(value)[:80]!r} ({type(value).__name__})")
     return captions
+
+
+def _clean(values) -> list[str]:
+    captions = [
+        re.sub(r"\s+([.,;:!?])", r"\1", " ".join(UNWRITABLE.sub(" ", text).split()))
+        for value in values
+        for text in _texts(value)
+    ]
+    # Zero-width spaces and direction marks alone are no caption.
+    return [text for text in captions if any(unicodedata.category(letter)[0] not in "CZ" for letter in text)]
+
+
+def _texts(value) -> Iterator[str]:
+    if isinstance(value, str):
+        listed = _listed(value)
+        yield from re.split(r"[\r\n]+", value) if listed is None else filter(None, listed)
+    elif isinstance(value, dict):
+        yield from _texts(next((value[key] for key in TEXT_KEYS if key in value), None))
+    elif isinstance(value, (list, tuple)):
+        for entry in value:
+            yield from _texts(entry)
+
+
+def _listed(text: str) -> list | None:
+    """The strings (or JSON's objects) of a list that was written as text; `None` where the text is none."""
+    text = text.strip()
+    if (text[:1], text[-1:]) not in (("[", "]"), ("(", ")")):
+        return None
+    try:
+        entries = json.loads(text)
+    except (ValueError, RecursionError):
+        try:
+            tokens = [token for token in tokenize.generate_tokens(io.StringIO(text).readline) if token.string.strip()]
+        except (tokenize.TokenError, SyntaxError):
+            return None
+        if any(
+            token.type != tokenize.STRING and token.string not in ("[", "]", "(", ")", ",", "None") for token in tokens
+        ):
+            return None
+        # String by string: NumPy leaves the commas out, and Python would join what lies side by side.
+        entries = [ast.literal_eval(token.string) for token in tokens if token.type == tokenize.STRING]
+    entries = [
+        next((entry[key] for key in TEXT_KEYS if key in entry), None) if isinstance(entry, dict) else entry
+        for entry in entries
+    ]
+    return entries if any(entries) and all(isinstance(entry, (str, type(None))) for entry in entries) else None
 
 
 # --- bad rows ---------------------------------------------------------------------------------------------------------
@@ -224,17 +505,29 @@ class SkippedRows:
     max_share: float = 0.10
     count: int = 0
     by_split: dict[str, int] = field(default_factory=dict)
+    written: set[str] | None = None
 
-    def add(self, split: str, row: int | str, image_id: str, reason: str) -> None:
-        """Counts one row. Raises `BadRowError` where the run was asked to stop at the first."""
+    def add(self, split: str, row: int | None, image_id: str, reason: str) -> None:
+        """Counts one row; `row` is its number in the table that it was read from, `None` in a stream.
+
+        A line that is in the file already, from an earlier epoch or the run that is resumed, is not written again.
+
+        Raises:
+            BadRowError: the run was asked to stop at the first one.
+        """
         if self.on_bad_row == "error":
             raise BadRowError(f"split {split}, row {row}, id {image_id}: {reason}")
         self.count += 1
         self.by_split[split] = self.by_split.get(split, 0) + 1
         if self.path is not None:
-            with open(self.path, "a", encoding="utf-8") as file:
-                line = {"split": split, "row": row, "image_id": image_id, "reason": reason}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            if self.written is None:
+                self.written = set(self.path.read_text("utf-8").splitlines()) if self.path.exists() else set()
+            line = {"split": split, "row": row, "image_id": image_id, "reason": reason}
+            line = json.dumps(line, ensure_ascii=False)
+            if line not in self.written:
+                self.written.add(line)
+                with open(self.path, "a", encoding="utf-8") as file:
+                    file.write(line + "\n")
 
     def check(self, split: str, total: int) -> None:
         """Raises `TooManyBadRowsError` when more than `max_share` of the split's `total` rows so far were bad."""
@@ -254,24 +547,26 @@ def decode_row(row: dict, index: int | str, columns: Columns, stored_size: int, 
 
     Args:
         row: a row whose image has not been decoded (`Image(decode=False)`).
-        index: its number, which is its id when the dataset has no id column.
+        index: its number, which is its id when the dataset has neither ids nor file names.
         columns: where to look.
         stored_size: pixels of the stored picture's shorter side; smaller pictures are stored as they are.
         version: only there to be part of the cache's key.
 
     Returns:
         dict of `pixels` (height x width x 3 bytes, RGB), `height`, `width`, `captions`, `image_id`, `reason` ("" when
-        the row is good).
+        the row is good; it names the file).
     """
-    image_id = str(row[columns.image_id]) if columns.image_id and row[columns.image_id] is not None else str(index)
+    image_id, path = str(columns.id_of(row, row.get(ROW_COLUMN, index))), path_of(row[columns.image])
     decoded = {"pixels": b"", "height": 0, "width": 0, "captions": [], "image_id": image_id, "reason": ""}
     column = columns.caption
     try:
-        captions = clean_captions(row[columns.caption])
+        captions = columns.captions_of(row)
         column = columns.image
-        image = load_image(row[columns.image], name=image_id)
+        image = load_image(row[columns.image], name=path or image_id)
     except (ValueError, TypeError) as error:
-        return {**decoded, "reason": f"column {column!r}: {error}"}
+        # `load_image` names the file itself.
+        where = f" of {path}" if path and column == columns.caption else ""
+        return {**decoded, "reason": f"column {column!r}{where}: {error}"}
     width, height = image.size
     if min(width, height) > stored_size:
         ratio = stored_size / min(width, height)
@@ -326,16 +621,15 @@ def decode_dataset(
         TooManyBadRowsError, BadRowError: see `SkippedRows`.
         ValueError: no good row is left.
     """
-    wanted = [name for name in (columns.image, columns.caption, columns.image_id) if name]
-    rows = dataset.select_columns(wanted)
-    if isinstance(rows.features[columns.image], datasets.Image):
-        rows = rows.cast_column(columns.image, datasets.Image(decode=False))
-    decoded = rows.map(
-        decode_row,
+    wanted = [columns.image, *columns.captions, columns.image_id, ROW_COLUMN]
+    rows = dataset.select_columns([name for name in wanted if name in dataset.column_names])
+    numbers = rows[ROW_COLUMN] if ROW_COLUMN in rows.column_names else range(len(rows))
+    decoded = undecoded(rows, columns.image).map(
+        _decode_and_hash,
         with_indices=True,
         fn_kwargs={"columns": columns, "stored_size": stored_size_for(image_size), "version": DECODE_VERSION},
         remove_columns=rows.column_names,
-        features=DECODED_FEATURES,
+        features=datasets.Features({**DECODED_FEATURES, "digest": datasets.Value("string")}),
         num_proc=num_proc,
         # 200 photos of 200 kB: what is held in memory before it is written.
         writer_batch_size=200,
@@ -346,7 +640,7 @@ def decode_dataset(
     if len(good) < len(decoded):
         for row, reason in enumerate(reasons):
             if reason:
-                skipped.add(split, row, decoded[row]["image_id"], reason)
+                skipped.add(split, numbers[row], decoded[row]["image_id"], reason)
         skipped.check(split, len(decoded))
         decoded = decoded.select(good)
     if not good:
@@ -354,22 +648,25 @@ def decode_dataset(
     return decoded.remove_columns("reason")
 
 
+def _decode_and_hash(row: dict, index: int, **options) -> dict:
+    decoded = decode_row(row, index, **options)
+    return {**decoded, "digest": row_digest(decoded)}
+
+
+def row_digest(row: dict) -> str:
+    """A hash of a decoded row's pixels and texts."""
+    texts = json.dumps([row[name] for name in ("height", "width", "captions", "image_id")], ensure_ascii=False)
+    return hashlib.blake2b(row["pixels"] + texts.encode(errors="surrogatepass"), digest_size=16).hexdigest()
+
+
 def content_fingerprint(rows: datasets.Dataset) -> str:
     """A hash of everything that decoded rows hold: the same on any machine, another if a single pixel changes.
 
     `datasets`' own fingerprint follows from paths and times of files, which neither a shared cache nor a resumed run
-    should depend on. Reads every row once: 1 GB/s or so.
+    should depend on. `decode_dataset` has left each row's hash beside it, so that no pixels are read here.
     """
-    found = hashlib.blake2b(digest_size=16)
-    for batch in rows.with_format("arrow").iter(batch_size=100):
-        for name in sorted(batch.column_names):
-            column = batch.column(name)
-            if name == "pixels":
-                for pixels in column:
-                    found.update(pixels.as_buffer())
-            else:
-                found.update(json.dumps(column.to_pylist(), ensure_ascii=False).encode())
-    return found.hexdigest()
+    digests = rows["digest"] if "digest" in rows.column_names else map(row_digest, rows)
+    return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
 
 def picture_of(row: dict) -> Image.Image:
@@ -714,7 +1011,7 @@ class StreamingCaptionDataset(IterableDataset):
                 index = block * size + order[place]
                 decoded = decode_row(rows[order[place]], f"{share}/{index}", self.columns, stored_size)
                 if decoded["reason"]:
-                    self.skipped.add(self.split, index, decoded["image_id"], decoded["reason"])
+                    self.skipped.add(self.split, None, decoded["image_id"], decoded["reason"])
                     if index >= self.MIN_ROWS_TO_JUDGE:
                         self.skipped.check(self.split, index + 1)
                     continue

@@ -6,6 +6,7 @@ import logging
 import shutil
 from pathlib import Path
 
+from tinycap import REPOSITORY
 from tinycap.training.best_model import BEST_FILE
 from tinycap.training.checkpoints import STATE_FILE, complete_checkpoints
 from tinycap.training.logs import write_json
@@ -70,8 +71,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir: expected a folder, got the file {folder}")
-    code = Path(__file__).resolve().parents[1]
-    if folder.resolve() == code or (folder / "train_distill.py").exists():
+    if folder.resolve() == REPOSITORY or (folder / "train_distill.py").exists():
         raise ValueError(f"--output_dir: expected a folder other than the code's own, got {folder}")
     for name in ("model_name_or_path", "teacher_name_or_path", "image_model_name_or_path", "dataset_name"):
         source = getattr(args, name, None)

@@ -1,0 +1,427 @@
+"""Plain folders of captioned images, as cameras, annotators and well-known data sets leave them.
+
+    a.jpg + a.txt                      a text file beside each image (or in a folder of its own), one caption a line
+    images/ + captions.csv             a CSV, TSV, JSON-lines or JSON table whose rows name a file and its captions
+    Images/ + captions.txt             Flickr8k's "a.jpg,caption", with or without a header
+    Flickr8k.token.txt                 Flickr8k's "a.jpg#0<TAB>caption"
+    annotations/captions_*.json        COCO's annotations, and Karpathy's splits
+
+Splits are folders and tables called train, val2017 and the like, a table's column `split`, and lists of file names
+such as `Flickr_8k.devImages.txt`; everything else is "train".
+"""
+
+import csv
+import io
+import json
+import logging
+import os
+import posixpath
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+import datasets
+import pyarrow
+from PIL import Image
+
+from tinycap.processing_tinycap import FORMATS
+
+
+logger = logging.getLogger(__name__)
+
+Image.init()
+IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
+IMAGE_ENDINGS |= {".avif", ".heic", ".heif", ".hif", ".webp"}
+# Which `datasets` reads itself.
+SHARD_ENDINGS = {".parquet", ".arrow", ".tar", ".tgz"}
+TABLE_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt"}
+SIDECAR_ENDINGS = (".txt", ".caption")
+FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_name", "image_path", "path", "filepath")
+
+SPLIT_NAME = re.compile(
+    r"(?:.*[^a-z])?(?:(?P<train>train|training|restval)|(?P<validation>val|valid|validation|dev)"
+    r"|(?P<test>test|testing|eval|evaluation))[_-]?(?:images?|imgs?|captions?|annotations?|data|set)?(?:[_-]?\d{4})?",
+    re.IGNORECASE,
+)
+
+
+class NoSplitError(ValueError):
+    """The data set has no split of this name."""
+
+
+# Where a row stands ("captions.csv: line 3"), for errors, and what it holds by column.
+Row = tuple[str, dict[str, Any]]
+
+
+def split_of(path: str) -> str | None:
+    """The split that a folder in a relative path, or the last part's stem, is named after; `None` for none."""
+    *folders, name = path.split("/")
+    matches = map(SPLIT_NAME.fullmatch, [*folders, posixpath.splitext(name)[0]])
+    return next((match.lastgroup for match in matches if match), None)
+
+
+def read_folder(folder: str, split: str) -> datasets.Dataset | None:
+    """One split of a plain folder of captioned images; `None` where the folder holds shards or no image files.
+
+    Args:
+        folder: a local folder, searched with all folders below it.
+        split: name of the split, slices such as `train[:100]` included.
+
+    Returns:
+        Rows of `image` (paths), `file_name` (relative to the folder) and the table's other columns, or `captions`; one
+        row for each row of the table.
+
+    Raises:
+        ValueError: a file can't be read, there are images and no captions, or there is no such split; names it.
+    """
+    files = list(_walk(folder))
+    endings = Counter(posixpath.splitext(name)[1].lower() for name in files)
+    if SHARD_ENDINGS & set(endings) or not IMAGE_ENDINGS & set(endings):
+        return None
+    if "README.md" in files and re.search(r"^configs:", _read_text(folder, "README.md"), re.MULTILINE):
+        return None
+    images = _Images(folder, [name for name in files if posixpath.splitext(name)[1].lower() in IMAGE_ENDINGS])
+    sidecars = _find_sidecars(files, images)
+    used = set(images.names) | set(sidecars.values())
+    rows, unused = _table_rows(folder, [name for name in files if name not in used], images)
+    if not rows:
+        rows = [
+            (text, {"image": image, "captions": _read_text(folder, text), "split": images.split_of(image)})
+            for image, text in sidecars.items()
+        ]
+    if not rows:
+        raise ValueError(
+            f"{folder}: expected captions for {len(images.names)} images: a text file of the same name beside each "
+            f"image, or a table (CSV, TSV, JSON lines, JSON) with file names and captions; got {unused or 'neither'}"
+        )
+    rows += _uncaptioned(rows, images)
+    others = {end: count for end, count in endings.items() if end not in IMAGE_ENDINGS | TABLE_ENDINGS}
+    if unused or others:
+        logger.info("%s: left out: files by ending %s, files that name no image %s", folder, others, unused)
+    return _to_dataset(folder, rows, split)
+
+
+def _walk(folder: str) -> Iterator[str]:
+    """Relative paths of all files but hidden ones; a folder that is linked several times is visited once."""
+
+    def refuse(error: OSError) -> None:
+        raise ValueError(f"dataset_name: cannot read the folder {error.filename}: {error.strerror}")
+
+    seen = set()
+    for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
+        if os.path.realpath(here) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        for name in sorted(names):
+            if not name.startswith("."):
+                yield os.path.relpath(os.path.join(here, name), folder).replace(os.sep, "/")
+
+
+class _Images:
+    """Finds the images that tables name: by path, by file name, by file name without its ending."""
+
+    def __init__(self, folder: str, names: list[str]):
+        self.folder = folder
+        self.names = dict.fromkeys(names)
+        self.splits: dict[str, str] = {}
+        self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
+        for name in names:
+            self.by_name[posixpath.basename(name)].append(name)
+            self.by_stem[posixpath.splitext(posixpath.basename(name))[0]].append(name)
+
+    def split_of(self, image: str) -> str | None:
+        return self.splits.get(image) or split_of(posixpath.dirname(image) + "/")
+
+    def find(self, named: Any, base: str = "", split: str | None = None, by_stem: bool = False) -> str | None:
+        """The image that a cell of a table in the folder `base` names; `None` for none, or for several."""
+        if not isinstance(named, (str, int)) or not (name := file_named(named)):
+            return None
+        for path in (posixpath.normpath(posixpath.join(base, name)), posixpath.normpath(name)):
+            if path in self.names or (os.path.isabs(path) and os.path.isfile(path)):
+                return path
+        name = posixpath.basename(name)
+        found = self.by_name.get(name) or (self.by_stem.get(name) if by_stem else None) or []
+        if len(found) > 1:
+            found = [image for image in found if self.split_of(image) == split]
+        return found[0] if len(found) == 1 else None
+
+
+def file_named(cell: Any) -> str:
+    """The file name in a cell such as `images\\a.jpg` or Flickr8k's `a.jpg#0`."""
+    return re.sub(r"#\d+$", "", str(cell).strip()).replace("\\", "/")
+
+
+def _find_sidecars(files: list[str], images: _Images) -> dict[str, str]:
+    """For each image its text file: beside it, or the only one of its name elsewhere."""
+    texts = [name for name in files if name.lower().endswith(SIDECAR_ENDINGS)]
+    there, by_name = set(texts), defaultdict(list)
+    for name in texts:
+        by_name[posixpath.basename(name)].append(name)
+    sidecars = {}
+    for image in images.names:
+        stem = posixpath.splitext(image)[0]
+        beside = [base + ending for base in (stem, image) for ending in SIDECAR_ENDINGS]
+        found = [name for name in beside if name in there]
+        found += [only[0] for name in beside if len(only := by_name.get(posixpath.basename(name), [])) == 1]
+        if found:
+            sidecars[image] = found[0]
+    return sidecars
+
+
+def _read_text(folder: str, name: str) -> str:
+    path = os.path.join(folder, name)
+    try:
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: expected a text file in UTF-8: {error}") from None
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def _table_rows(folder: str, names: list[str], images: _Images) -> tuple[list[Row], list[str]]:
+    """The rows of all tables that name images, as `_to_dataset` takes them, and the tables that name none."""
+    tables = [name for name in names if posixpath.splitext(name)[1].lower() in TABLE_ENDINGS]
+    # COCO's folder of annotations also holds boxes and key points, and Flickr8k's its captions once more, lemmatised.
+    captions = {posixpath.dirname(name) for name in tables if re.search(r"captions[^/]*\.json$", name)}
+    tables = [
+        name
+        for name in tables
+        if not re.search(r"lemma[^/]*$", name)
+        and not (name.endswith(".json") and posixpath.dirname(name) in captions and "captions" not in name)
+    ]
+    rows, unused = [], []
+    # Lists of a split's file names first: they say which split the rows of other tables are in.
+    contents = sorted(((name, _read_table(folder, name)) for name in tables), key=lambda item: bool(item[1][1]))
+    for name, (listed, read) in contents:
+        base, table_split = posixpath.dirname(name), split_of(name)
+        found = [image for cell in listed if (image := images.find(cell, base, table_split, by_stem=True))]
+        if found and table_split:
+            images.splits.update(dict.fromkeys(found, table_split))
+        if (column := _file_column(read, base, table_split, images)) is not None:
+            rows += [_resolve(row, where, column, base, table_split, images) for where, row in read]
+        elif not (found and table_split):
+            unused.append(name)
+    return rows, unused
+
+
+def _file_column(rows: list[Row], base: str, split: str | None, images: _Images) -> str | None:
+    """The column that names files: by its name where there are several."""
+    names = dict.fromkeys(name for _, row in rows for name in row)
+    ranks = {name: place for place, name in enumerate(FILE_COLUMNS)}
+    names = sorted(names, key=lambda name: ranks.get(name.lower(), len(ranks)))
+    for by_stem in (False, True):
+        for name in names:
+            if any(images.find(row.get(name), base, split, by_stem) for _, row in rows):
+                return name
+    return None
+
+
+def _resolve(row: dict, where: str, column: str, base: str, table_split: str | None, images: _Images) -> Row:
+    split = row.get("split") if isinstance(row.get("split"), str) else None
+    split = (split_of(split) or split) if split else table_split
+    named = row.get(column)
+    image = images.find(named, base, split, by_stem=True)
+    resolved = {name: value for name, value in row.items() if name not in (column, "image", "file_name")}
+    # As in an imagefolder of `datasets`: further images of the row.
+    for name in [name for name in resolved if name.endswith("_file_name")]:
+        other = resolved.pop(name)
+        resolved[name.removesuffix("_file_name")] = _Path(images.find(other, base, split, by_stem=True) or str(other))
+    split = split or (images.split_of(image) if image else None)
+    return where, {**resolved, "image": image or posixpath.join(base, file_named(named)), "split": split}
+
+
+class _Path(str):
+    """A further image of a row."""
+
+
+def _read_table(folder: str, name: str) -> tuple[list[str], list[Row]]:
+    """The cells of a table of one column, which may be a list of files, or else its rows."""
+    text, path = _read_text(folder, name), os.path.join(folder, name)
+    ending = posixpath.splitext(name)[1].lower()
+    if ending in (".jsonl", ".ndjson"):
+        rows = list(_json_lines(text, path))
+        if not rows:
+            raise ValueError(f"{path}: no rows")
+        return [], rows
+    if ending == ".json":
+        try:
+            content = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not JSON: {error}") from None
+        return [], [(f"{path}: entry {number}", row) for number, row in enumerate(_json_rows(content))]
+    return _delimited_rows(text, path, ending)
+
+
+def _json_lines(text: str, path: str) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: line {number}: not JSON: {error}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f"{path}: line {number}: expected an object, got {type(row).__name__}")
+        yield f"{path}: line {number}", row
+
+
+def _json_rows(content: Any) -> list[dict]:
+    """The rows of a list of objects, of COCO's annotations, of Karpathy's splits, or of captions by file name."""
+    if isinstance(content, list):
+        return [row for row in content if isinstance(row, dict)]
+    if not isinstance(content, dict):
+        return []
+    images, annotations = content.get("images"), content.get("annotations")
+    if isinstance(images, list) and isinstance(annotations, list):
+        names = {image.get("id"): image.get("file_name") for image in images}
+        return [
+            {"file_name": names.get(row.get("image_id")), "caption": row["caption"], "image_id": row.get("image_id")}
+            for row in annotations
+            if "caption" in row
+        ]
+    if isinstance(images, list):
+        return [
+            {
+                "file_name": row.get("filename") or row.get("file_name"),
+                "captions": [sentence["raw"] for sentence in row["sentences"]],
+                "split": row.get("split"),
+            }
+            for row in images
+            if "sentences" in row
+        ]
+    return [
+        {"file_name": name, "captions": [value] if isinstance(value, str) else value}
+        for name, value in content.items()
+        if isinstance(value, (str, list))
+    ]
+
+
+def _delimited_rows(text: str, path: str, ending: str) -> tuple[list[str], list[Row]]:
+    first = text.partition("\n")[0]
+    delimiter = min((mark for mark in "\t,;|" if mark in first), key=first.index, default=None)
+    if delimiter is None:
+        return text.split("\n"), []
+    # Flickr8k's and Flickr30k's own files know no quoting: a caption may begin with a quotation mark.
+    plain = delimiter == "|" or (delimiter == "\t" and ending == ".txt")
+    quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True
+    )
+    table = []
+    try:
+        for cells in reader:
+            table.append((f"{path}: line {reader.line_num}", [cell.strip() for cell in cells]))
+    except csv.Error as error:
+        if ending == ".txt":
+            return [], []  # Prose, such as a licence.
+        raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
+    header, files = table[0][1], [file_named(cell).lower().endswith(tuple(IMAGE_ENDINGS)) for cell in table[0][1]]
+    if sum(files) > 1:
+        return [], []  # Flickr8k's judgements of pairs of images.
+    if any(files):
+        # The caption is all that follows the file's name and numbers.
+        caption = next((place for place in range(files.index(True) + 1, len(header)) if not header[place].isdigit()), 0)
+        header = [f"column_{place}" for place in range(caption)] + ["caption"]
+        header[files.index(True)] = "file_name"
+    else:
+        table = table[1:]
+    last = len(header) - 1
+    # Commas of a caption that isn't quoted.
+    rows = [(where, [*cells[:last], f"{delimiter} ".join(cells[last:])]) for where, cells in table if any(cells)]
+    return [], [(where, dict(zip(header, cells))) for where, cells in rows]
+
+
+# --- rows to a data set -----------------------------------------------------------------------------------------------
+
+
+def _uncaptioned(rows: list[Row], images: _Images) -> list[Row]:
+    """Rows without captions, which decoding skips and counts, for images that have none where others have some.
+
+    Many of them mean that the captions cover a part of the folder on purpose: those are left out with a warning.
+    """
+    captioned = {row["image"] for _, row in rows}
+    others = {value for _, row in rows for value in row.values() if isinstance(value, _Path)}
+    left = [image for image in images.names if image not in captioned | others]
+    folders = {posixpath.dirname(image) for image in captioned}
+    beside = [image for image in left if posixpath.dirname(image) in folders]
+    if left:
+        shown = ", ".join((beside or left)[:5])
+        logger.warning(
+            "%s: %d images have no captions: %s%s", images.folder, len(left), shown, ", ..." * (len(left) > 5)
+        )
+    if 10 * len(beside) > len(rows):
+        return []
+    return [(image, {"image": image, "split": images.split_of(image)}) for image in beside]
+
+
+def _to_dataset(folder: str, rows: list[Row], split: str) -> datasets.Dataset:
+    splits = defaultdict(list)
+    for where, row in rows:
+        splits[row.pop("split", None) or "train"].append((where, row))
+    lengths = {name: len(entries) for name, entries in splits.items()}
+    try:
+        parts = datasets.ReadInstruction.from_spec(split).to_absolute(lengths)
+    except ValueError as error:
+        raise NoSplitError(f"dataset {folder}: no split {split!r}: {error}") from None
+    rows = [row for part in parts for row in splits[part.splitname][part.from_ : part.to]]
+    names = dict.fromkeys(["image", "file_name", *(name for _, row in rows for name in row)])
+    wheres = [where for where, _ in rows]
+    table = [{**dict.fromkeys(names), **row, "file_name": row["image"]} for _, row in rows]
+    features = {}
+    for name in names:
+        values = [row[name] for row in table]
+        if name == "image" or any(isinstance(value, _Path) for value in values):
+            features[name] = datasets.Image()
+            for row in table:
+                row[name] = None if row[name] is None else os.path.join(folder, row[name])
+        else:
+            schema = pyarrow.schema({name: _type_of(name, values, wheres)})
+            features.update(datasets.Features.from_arrow_schema(schema))
+    return datasets.Dataset.from_generator(
+        _generate,
+        features=datasets.Features(features),
+        # Another file of the same name is another image, for the caches of `datasets` too.
+        gen_kwargs={"table": tuple(table), "stamps": tuple(_stamp(row["image"]) for row in table)},
+        split=datasets.NamedSplit(re.split(r"[\[+]", split)[0]),
+    )
+
+
+def _generate(table: tuple[dict, ...], stamps: tuple) -> Iterator[dict]:
+    yield from table
+
+
+def _stamp(path: str) -> tuple[int, int] | None:
+    try:
+        return os.stat(path).st_size, os.stat(path).st_mtime_ns
+    except OSError:
+        return None
+
+
+def _type_of(name: str, values: list, wheres: list[str]) -> pyarrow.DataType:
+    """The type of a column's values; where they aren't of one, an error that names the first row that differs."""
+    try:
+        return pyarrow.array(values).type
+    except (pyarrow.ArrowException, UnicodeEncodeError, ValueError, TypeError, OverflowError) as error:
+        low, high = 0, len(values)
+        while high - low > 1:
+            middle = (low + high) // 2
+            try:
+                pyarrow.array(values[:middle])
+                low = middle
+            except (pyarrow.ArrowException, UnicodeEncodeError, ValueError, TypeError, OverflowError):
+                high = middle
+        kind = _kind_of(values[high - 1])
+        raise ValueError(
+            f"{wheres[high - 1]}, column {name!r}: expected a value like those before, got {kind}: {error}"
+        ) from None
+
+
+def _kind_of(value: Any) -> str:
+    if isinstance(value, list):
+        return f"list of {' and '.join(sorted(set(map(_kind_of, value))))}"
+    return {int: "number", float: "number", str: "string", dict: "object"}.get(type(value), type(value).__name__)
