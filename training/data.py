@@ -38,7 +38,7 @@ IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "photo")
 ID_COLUMNS = ("image_id", "id", "filename", "file_name", "__key__")
 
 # Part of the key of every decoded cache: raise it when `decode_row` changes what it stores.
-DECODE_VERSION = 2
+DECODE_VERSION = 3
 
 # What `datasets` and what it is built on raise on files that aren't what they should be, or that aren't there. The
 # errors of pyarrow are among ValueError, OSError and its own.
