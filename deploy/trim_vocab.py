@@ -30,6 +30,7 @@ from transformers import AutoImageProcessor, GenerationConfig, PreTrainedTokeniz
 from transformers.modeling_outputs import ModelOutput
 
 from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.deploy.captioners import install_command
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionOutput
 from tinycap.processing_tinycap import load_image
 from tinycap.training.repository import save_repository
@@ -383,9 +384,7 @@ def load_corpus(
 
         from tinycap.training.data import clean_captions, load_split, resolve_columns
     except ImportError as error:
-        raise ImportError(
-            f"data sets need the package datasets: pip install 'tinycap[evaluation]' ({error})"
-        ) from error
+        raise ImportError(f"data sets need the package datasets: {install_command('evaluation')} ({error})") from error
     rows = load_split(dataset_name, split)
     columns = resolve_columns(rows)
     texts = []
