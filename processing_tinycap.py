@@ -1,4 +1,4 @@
-"""Opens one image the way a viewer would show it: any source, any mode in, an RGB picture out.
+"""Opens one image the way a viewer would show it: any source, any mode in, an sRGB image out.
 
 The tensors themselves are made by transformers' own `CLIPImageProcessor` and the tokenizer, joined in a
 `GitProcessor` (see `preprocessor_config.json`); this file covers what these leave to the caller. Training,
@@ -11,20 +11,14 @@ import binascii
 import io
 import math
 import os
+import re
 import struct
-import sys
 from collections.abc import Iterable, Sequence
+from itertools import product
 from typing import Any
 
+from PIL import Image, ImageChops, ImageCms
 
-# Pillow. A remote-code file may name no package but torch and transformers, which imports Pillow, and PyTorch with it;
-# those who caption without PyTorch have imported Pillow before.
-if "PIL.Image" in sys.modules:
-    Image = sys.modules["PIL.Image"]
-else:
-    from transformers import image_utils
-
-    Image = image_utils.PIL.Image
 
 # What photos and drawings come in. Pillow opens more: EPS starts Ghostscript, and what hardly anybody uses hardly
 # anybody has attacked yet.
@@ -32,13 +26,17 @@ FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF"),
     "WEBP",
 )
-# The largest photo a phone takes is 108 million pixels; decoding as many from a PNG of two megabytes takes half a
-# second and 510 MB.
+# Pixels that are decoded at most: 510 MB and half a second for a PNG of two megabytes.
 MAX_IMAGE_PIXELS = 2**27
-# WebP, AVIF and JPEG 2000 hold as many pixels in five kilobytes and take several times as long; and so does an animated
-# PNG, which is composed frame upon frame.
-MAX_SLOW_IMAGE_PIXELS = 2**25
-SLOW_FORMATS = ("AVIF", "HEIF", "JPEG2000", "WEBP")
+# Pixels of a JPEG of one scan, which is decoded at a fraction of its size: phones take 200 million (0.4 s, 50 MB).
+MAX_JPEG_PIXELS = 2**28
+# Slower decoders that keep several copies, whatever the file's size. Phones write at most 50 million pixels in the
+# first three, which take 1 to 2 seconds and 380 MB (HEIF), 460 MB (AVIF) or 810 MB (WebP); JPEG 2000 would take 4
+# seconds and 940 MB. An animated PNG (APNG) is composed frame upon frame.
+MAX_SLOW_IMAGE_PIXELS = {
+    **dict.fromkeys(("AVIF", "HEIF", "WEBP"), 8192 * 6144),
+    **dict.fromkeys(("JPEG2000", "APNG"), 2**25),
+}
 # A progressive JPEG is passed over once a scan; it usually has ten, but a small file may hold thousands.
 MAX_SCANNED_PIXELS = 2**30
 # The image processor resizes the shorter side and then keeps the middle square, so that what lies further out than
@@ -51,6 +49,10 @@ URL_TIMEOUT = 10.0
 # Bytes of an answer that may be an image.
 MAX_DOWNLOAD = 2**28
 
+# What stands behind `ftyp` at the head of a HEIC or HEIF file.
+HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
+# What isn't compressed data: there, FF is followed by 0 or the number of a restart.
+JPEG_MARKER = rb"\xff[^\x00\x01\xff\xd0-\xd7]"
 EXIF_ORIENTATION = 0x0112
 TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -62,9 +64,12 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
+# 16 x 16 x 16 colours, by which a profile that changes nothing is known.
+COLOURS = Image.frombytes("RGB", (64, 64), bytes(v for rgb in product(range(0, 256, 17), repeat=3) for v in rgb))
+
 
 def load_image(image: Any, timeout: float | None = None, name: str | None = None) -> "Image.Image":
-    """Opens and decodes an image, upright and in RGB.
+    """Opens and decodes an image, upright and in sRGB.
 
     Args:
         image: a path, an `http(s)://` URL, a base64 string (with or without its `data:image/...` head), the bytes of an
@@ -74,12 +79,12 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
         name: what to call the image in an error; the path or URL when not given.
 
     Returns:
-        A `PIL.Image.Image` in mode RGB, its sides at most 1:4 (the middle is kept), its shorter side less than
-        2 x `LARGE_SIDE`.
+        A `PIL.Image.Image` in mode RGB without `info`, its sides at most 1:4 (the middle is kept), its shorter side
+        less than 2 x `LARGE_SIDE`.
 
     Raises:
         ValueError: the image can't be opened or decoded, is in none of `FORMATS`, or claims more than
-            `MAX_IMAGE_PIXELS`; names it.
+            `MAX_IMAGE_PIXELS` (or the limit of its format); names it. HEIC needs the package pillow-heif.
         TypeError: `image` is none of the kinds above.
     """
     if isinstance(image, dict):
@@ -109,13 +114,14 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
 
 
 def to_rgb(image: "Image.Image") -> "Image.Image":
-    """Converts as a viewer would: EXIF rotation applied, transparency over white, 16 bits scaled to 8.
+    """Converts as a viewer would: EXIF rotation and ICC profile applied, transparency over white, 16 bits scaled to 8.
 
     Args:
         image: an opened image of any mode; of an animation, the first frame is taken.
 
     Raises:
-        ValueError: the image has no pixels or more than `MAX_IMAGE_PIXELS`, or they are no finite numbers.
+        ValueError: the image has no pixels or more than `MAX_IMAGE_PIXELS` (or the limit of its format), or they are no
+            finite numbers.
     """
     return _to_rgb(image, may_draft=False)
 
@@ -146,17 +152,22 @@ def _enlarge(image: "Image.Image", image_processor: Any) -> "Image.Image":
 
 def _to_rgb(image: "Image.Image", may_draft: bool) -> "Image.Image":
     width, height = image.size
-    is_slow = image.format in SLOW_FORMATS or (image.format == "PNG" and getattr(image, "is_animated", False))
-    limit = MAX_SLOW_IMAGE_PIXELS if is_slow else MAX_IMAGE_PIXELS
-    if not 0 < width * height <= limit:
-        kind = f" of this kind ({image.format})" if is_slow else ""
-        raise ValueError(f"expected 1 to {limit:,} pixels in an image{kind}, got {width} x {height}")
-    if image.format in ("JPEG", "MPO"):
-        _check_scans(image)
-        shrinking = _shrinking(image.size)
-        if may_draft and shrinking > 1:
+    kind = "APNG" if image.format == "PNG" and getattr(image, "is_animated", False) else image.format
+    limit = MAX_SLOW_IMAGE_PIXELS.get(kind, MAX_IMAGE_PIXELS)
+    decoded = width * height
+    if kind in ("JPEG", "MPO"):
+        scans, shrinking = _count_scans(image), _shrinking(image.size)
+        if scans > 16 and scans * decoded > MAX_SCANNED_PIXELS:
+            most = max(16, MAX_SCANNED_PIXELS // decoded)
+            raise ValueError(f"expected at most {most} scans in a JPEG of {decoded:,} pixels, got {scans}")
+        if may_draft and shrinking > 1 and decoded <= MAX_JPEG_PIXELS:
             # Decodes every second, fourth or eighth pixel. It changes the opened image, which must not be a caller's.
             image.draft(None, (width // shrinking, height // shrinking))
+            # More scans than one are kept at full size until the last is read.
+            decoded = image.width * image.height if scans == 1 else decoded
+    if not 0 < decoded <= limit:
+        of_kind = f" of this kind ({kind})" if kind else ""
+        raise ValueError(f"expected 1 to {limit:,} pixels in an image{of_kind}, got {width} x {height}")
     image.load()
     # Decoding a TIFF turns it; older releases of Pillow leave the tag, which would turn it once more.
     orientation = 1 if image.format == "TIFF" else _exif_orientation(image)
@@ -166,18 +177,45 @@ def _to_rgb(image: "Image.Image", may_draft: bool) -> "Image.Image":
         image = image.transpose(TRANSPOSITIONS[orientation])
     if image.mode.startswith("I") or image.mode == "F":
         image = _scale_to_8_bits(image)
+    profile = image.info.get("icc_profile")
+    alpha = None
     if _has_transparency(image):
-        image = image.convert("RGBA")
-        canvas = Image.new("RGBA", image.size, "white")
-        image = Image.alpha_composite(canvas, image)
+        mode, image = image.mode, image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.getchannel("R") if mode in ("L", "LA", "La") else image.convert("RGB")
+    image = _to_srgb(image, profile)
+    if alpha is not None:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    # Orientation and profile are applied: whatever reads this image again must not find them.
+    image.info = {}
+    return image
+
+
+def _to_srgb(image: "Image.Image", profile: bytes | None) -> "Image.Image":
+    """A new RGB image, converted by an ICC profile; one that is broken or of another colour space is ignored."""
+    if image.mode == "LAB":
+        lab, srgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        return ImageCms.profileToProfile(image, lab, srgb, outputMode="RGB")
+    if image.mode not in ("L", "CMYK"):
+        image = image.convert("RGB")
+    if profile:
+        try:
+            srgb = ImageCms.createProfile("sRGB")
+            transform = ImageCms.buildTransform(io.BytesIO(profile), srgb, image.mode, "RGB")
+            colours = COLOURS.convert(image.mode)
+            changes = ImageChops.difference(ImageCms.applyTransform(colours, transform), colours.convert("RGB"))
+            # An sRGB profile itself would only add rounding errors.
+            if max(high for _, high in changes.getextrema()) > 2:
+                return ImageCms.applyTransform(image, transform)
+        except (ImageCms.PyCMSError, ImportError, TypeError):
+            # ImportError: a Pillow that was built without LittleCMS.
+            pass
     return image.convert("RGB")
 
 
 def _open(image: Any, timeout: float | None) -> "Image.Image":
     """Opens, without decoding it yet, what is no `PIL.Image.Image` already."""
-    # Makes Pillow's plugins known, so that those of `FORMATS` can be named; HEIF is there if a user registered it.
-    Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
     if isinstance(image, str) and not os.path.exists(image):
         if image.startswith(("http://", "https://")):
             image = _download(image, URL_TIMEOUT if timeout is None else timeout)
@@ -189,8 +227,28 @@ def _open(image: Any, timeout: float | None) -> "Image.Image":
         # Reading a pipe would wait for whoever writes to it.
         if not os.path.isfile(image):
             raise ValueError("expected a file")
-        return Image.open(image, formats=formats)
-    return Image.open(io.BytesIO(image), formats=formats)
+        with open(image, "rb") as file:
+            head = file.read(64)
+    else:
+        head, image = bytes(image[:64]), io.BytesIO(image)
+    # Makes Pillow's plugins known, so that those of `FORMATS` can be named.
+    Image.init()
+    is_heif = head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and b"avif" not in head
+    if is_heif and "HEIF" not in Image.OPEN:
+        _register_heif()
+    if head.startswith(b"\xff\xd8\xff"):
+        # Not by `Image.open`, which refuses 179 million pixels although a JPEG needn't be decoded in full.
+        return Image.OPEN["JPEG"][0](image)
+    return Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _register_heif() -> None:
+    # transformers' check of remote code leaves out imports in a `try`: this one is optional.
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError("HEIC: install pillow-heif (pip install pillow-heif)") from None
+    register_heif_opener()
 
 
 def _from_base64(text: str) -> bytes:
@@ -247,21 +305,25 @@ def _exif_orientation(image: "Image.Image") -> int:
         return 1
 
 
-def _check_scans(image: "Image.Image") -> None:
-    """Refuses a JPEG whose scans, each of them a pass over the whole picture, would take more than a second."""
-    pixels, file = image.width * image.height, getattr(image, "fp", None)
-    if pixels <= MAX_SCANNED_PIXELS // 1000 or file is None:
-        return
-    position, scans, last = file.tell(), 0, b""
+def _count_scans(image: "Image.Image") -> int:
+    """Scans of a JPEG that isn't decoded yet: passes over the whole image, without those of an embedded thumbnail."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return 0
+    before = file.tell()
     file.seek(0)
-    while block := file.read(2**20):
-        # The marker of a scan; in the compressed data itself, FF is never followed by DA.
-        scans += (last + block).count(b"\xff\xda")
-        last = block[-1:]
-    file.seek(position)
-    if scans > 16 and scans * pixels > MAX_SCANNED_PIXELS:
-        limit = max(16, MAX_SCANNED_PIXELS // pixels)
-        raise ValueError(f"expected at most {limit} scans in a JPEG of {pixels:,} pixels, got {scans}")
+    data = file.read()
+    file.seek(before)
+    scans, position = 0, 2
+    for marker in re.finditer(JPEG_MARKER, data):
+        if marker.start() < position:
+            continue
+        if marker[0] == b"\xff\xd9":
+            break
+        scans += marker[0] == b"\xff\xda"
+        # A segment's length stands after its marker.
+        position = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    return scans
 
 
 def _has_transparency(image: "Image.Image") -> bool:

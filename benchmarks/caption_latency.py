@@ -23,7 +23,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
-import onnxruntime
 import torch
 import transformers
 from floor import Floor
@@ -34,7 +33,9 @@ from reference import ReferenceCaptioner
 from benchmarks.results import run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.deploy.export import export_onnx
-from tinycap.deploy.onnx_captioner import OnnxCaptioner
+
+# With its telemetry off, which is decided before its first import.
+from tinycap.deploy.onnx_captioner import OnnxCaptioner, onnxruntime
 from tinycap.deploy.token_search import greedy_search
 from tinycap.evaluation.captioning import load_captioner
 from tinycap.evaluation.reports import plot_bars

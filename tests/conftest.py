@@ -12,6 +12,7 @@ from pathlib import Path
 # at once, here and in every process that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = f"{Path(__file__).with_name('no_network')}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Remote code is copied here under its folder's name, which two test runs at a time share.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")

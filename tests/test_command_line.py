@@ -1,21 +1,25 @@
 """`tinycap caption` and `tinycap embed`, as a user calls them, on the tiny repository."""
 
 import csv
+import importlib.metadata
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 from tiny import draw_picture
 from transformers import pipeline
 
-from tinycap.deploy import cli
+from tinycap.deploy import captioners, cli
 from tinycap.deploy.captioners import CaptionOptions, Found, read_ahead
 from tinycap.deploy.inputs import list_images
 from tinycap.deploy.outputs import RowFile, RowShape, Sidecars, alt_attribute
@@ -154,12 +158,12 @@ def test_parts_that_processes_left_are_put_in_whatever_their_number(tmp_path, ki
     whole.append(found[2:3])
     whole.close()
     assert len(whole.parts()) == 3
-    whole.settle(keep_errors=True)
+    whole.settle()
     assert whole.parts() == []
     assert [row["image"] for row in read_rows(whole.path)] == [f"{n}.png" for n in (0, 2, 1, 3, 4, 5, 6)] + [
         "bad\n.png"
     ]
-    whole.settle(keep_errors=False)
+    whole.settle(retried={"bad\n.png"})
     assert whole.done() == {f"{number}.png" for number in range(7)}
 
 
@@ -293,6 +297,238 @@ def test_patterns_hidden_files_and_what_is_not_there(photos):
         list_images(["-"], None)
 
 
+def test_what_a_folder_holds_beyond_images_is_counted_and_named(run, photos, expected, tmp_path, capsys):
+    (photos / "IMG_0001.HEIC").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0")
+    for name in ("film.MOV", "deep/film.mov", "deep/edit.aae", "LICENSE", ".hidden"):
+        (photos / name).touch()
+    draw_picture(0).save(tmp_path / "elsewhere.png")
+    (photos / "link").symlink_to(tmp_path)
+    output = tmp_path / "c.jsonl"
+    assert run("caption", "photos", "photos/[cd]*", "--output", output) == 1, "HEIC is an image"
+    errors = capsys.readouterr().err
+    left_out = "left out: 5 file(s) of other kinds (.aae, .md, .mov, no ending); 1 hidden; "
+    assert f"{left_out}1 linked folder(s), not followed: photos/link; 1 folder(s) that match a pattern" in errors
+    assert "photos/deep" in errors and "IMG_0001.HEIC: " in errors
+    rows = {row["image"]: row["caption"] for row in read_rows(output)}
+    assert rows == expected | {"photos/IMG_0001.HEIC": None}
+    (photos / "IMG_0001.HEIC").unlink()
+    assert run("caption", "photos", "--output", output, "--overwrite", "--quiet") == 0
+    assert capsys.readouterr().err == ""
+
+
+def test_a_folder_that_cannot_be_read_is_named_and_a_failure(run, photos, expected, capsys, monkeypatch):
+    listed = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("deep"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert run("caption", "photos", "--quiet") == 1
+    out, errors = capsys.readouterr()
+    assert "1 folder(s) that can't be read: photos/deep (Permission denied)" in errors
+    assert len(out.splitlines()) == 3
+    assert run("embed", "photos", "--output", "e.npy", "--quiet") == 1
+    with pytest.raises(ValueError, match=r"photos/deep: .* can't be read: photos/deep"):
+        list_images(["photos/deep"])
+
+
+def test_a_folder_without_images_is_an_error_that_says_what_it_holds(tmp_path):
+    (tmp_path / "film.mov").touch()
+    with pytest.raises(ValueError, match=r"got none; left out: 1 file\(s\) of other kinds \(.mov\)"):
+        list_images([str(tmp_path)])
+
+
+def test_brackets_of_names_that_exist_are_no_pattern(photos, tmp_path):
+    trip = tmp_path / "trip [2020]"
+    (trip / "day [1]").mkdir(parents=True)
+    (tmp_path / "trip 2").mkdir()
+    for name in ("a.png", "[b].png", "day [1]/c.png"):
+        draw_picture(0).save(trip / name)
+    draw_picture(0).save(tmp_path / "trip 2" / "a.png")
+    assert list_images(["trip [2020]/*.png"]) == ["trip [2020]/[b].png", "trip [2020]/a.png"]
+    assert list_images([f"{trip}/day [1]/*"]) == [f"{trip}/day [1]/c.png"]
+    assert list_images(["tri*/day [1]/*.png"]) == ["trip [2020]/day [1]/c.png"]
+    assert list_images(["trip [0-9]/*.png"]) == ["trip 2/a.png"], "a pattern where there is no such name"
+    assert list_images(["trip [2020]/gone.png", "photos/a.png"]) == ["trip [2020]/gone.png", "photos/a.png"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
+def test_lists_are_read_as_windows_writes_them(run, photos, expected, tmp_path, encoding, monkeypatch):
+    mark = "\ufeff" if encoding == "utf-16-be" else ""
+    content = (mark + "photos/a.png\r\nphotos/gone [1].png\r\nphotos/b.png\r\nnone*.png\r\n").encode(encoding)
+    (tmp_path / "list.txt").write_bytes(content)
+    assert run("caption", "--input-list", "list.txt", "--output", "c.jsonl") == 1
+    rows = {row["image"]: row["caption"] for row in read_rows(tmp_path / "c.jsonl")}
+    missing = {"photos/gone [1].png": None, "none*.png": None}
+    assert rows == {name: expected[name] for name in ("photos/a.png", "photos/b.png")} | missing
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(content)))
+    assert list_images(["-"], sys.stdin) == list(rows) or set(list_images(["-"], sys.stdin)) <= set(rows)
+
+
+def test_a_sidecar_that_cannot_be_written_is_named_and_the_others_are(run, photos, expected, capsys):
+    # Names of 255 bytes, the longest there are: the first one's sidecar has as many, the second one's more.
+    longest, too_long = "b" * 251 + ".png", "c" * 253 + ".x"
+    shutil.copy(photos / "a.png", photos / longest)
+    (photos / "a.png").rename(photos / too_long)
+    (photos / "c.txt").mkdir()
+    flags = ("--sidecar", "--batch-size", 3)
+    assert run("caption", f"photos/{too_long}", "photos", *flags) == 1
+    errors = capsys.readouterr().err
+    for name, reason in ((too_long, "File name too long"), ("c.png", "Is a directory")):
+        assert any(name in line and reason in line for line in errors.splitlines()), errors
+    assert "4 of 6 images done, 2 could not be written" in errors
+    written = {path.name for path in photos.rglob("*.txt") if path.is_file()}
+    assert written == {"b.txt", "d.txt", "e.txt", "b" * 251 + ".txt"}
+    assert not [path for path in photos.rglob(".*")]
+    assert run("caption", f"photos/{too_long}", "photos", *flags) == 1
+    assert "0 of 6 images done, 4 were there already, 2 could not be written" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to_loses_no_other_sidecar(run, photos, capsys, monkeypatch):
+    write = Path.write_text
+
+    def write_text(path, *args, **kwargs):
+        if path.parent.name == "deep":
+            raise PermissionError(13, "Permission denied", str(path))
+        return write(path, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "write_text", write_text)
+    assert run("caption", "photos", "--sidecar") == 1
+    errors = capsys.readouterr().err
+    assert errors.count("Permission denied") == 2 and "2 could not be written" in errors
+    assert len(list(photos.glob("*.txt"))) == 3
+
+
+def test_an_output_that_cannot_be_written_is_one_line(run, photos, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run("caption", "photos", "--output", "file/c.jsonl") == 2
+    assert "file" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "old, new, words",
+    [
+        ("photos/b.png,", 'photos/b.png,"', "line 3"),
+        ("photos/b.png,", '"photos/b.png"x,', "line 3"),
+        ("photos/b.png,", "photos/b.png,one,more,", "line 3"),
+        ("photos/deep/e.png,", '"photos/deep/e.png,', "line 6"),
+    ],
+)
+def test_a_csv_file_that_cannot_be_read_is_refused_as_it_is(run, photos, tmp_path, capsys, old, new, words):
+    output = tmp_path / "c.csv"
+    assert run("caption", "photos", "--output", output) == 0
+    content = output.read_text().replace(old, new)
+    output.write_text(content)
+    assert run("caption", "photos", "--output", output) == 2
+    assert f"c.csv, {words}: " in capsys.readouterr().err
+    assert output.read_text() == content
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_no_row_is_lost_on_resume(tmp_path, kind):
+    names = ["a\rb.png", "a\r\nb.png", 'a"b\n,".png', "a,b.png", "x" * 200_000, " a.png ", "\x1f.png"]
+    output = RowFile(tmp_path / f"c.{kind}", RowShape())
+    output.append([*(Found(name, [name]) for name in names), Found("other\n.png", error="broken")])
+    output.close()
+    content = output.path.read_bytes()
+    output.start(False, names)
+    assert output.path.read_bytes() == content, "another command's failures are left alone too"
+    assert output.done() == {*names, "other\n.png"}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_run_killed_anywhere_goes_on(tmp_path, kind):
+    found = [Found("a.png", ["one"]), Found('b\n".png', ["two, too"]), Found("c.png", error="no")]
+    whole = RowFile(tmp_path / f"whole.{kind}", RowShape())
+    whole.append(found)
+    whole.close()
+    content = whole.path.read_bytes()
+    ends = [content.index(end) + len(end) for end in (b"one", b"too")]
+    for length in range(len(content)):
+        output = RowFile(tmp_path / f"c.{kind}", RowShape())
+        output.path.write_bytes(content[:length])
+        if kind == "csv" and content[:length].endswith(b'"b\n'):
+            continue  # As well an editor's open quote: refused.
+        output.start(False, ["a.png"])
+        done = output.done()
+        assert done <= {image.image for image in found}
+        # A row is kept as soon as all of it is there.
+        assert length < ends[0] + 3 or "a.png" in done
+        assert length >= ends[0] or "a.png" not in done
+        assert length < ends[1] + 4 or 'b\n".png' in done
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_file_saved_by_an_editor_is_gone_on_with(run, photos, tmp_path, kind):
+    output = tmp_path / f"c.{kind}"
+    assert run("caption", "photos", "--output", output) == 0
+    words = output.read_text().replace("photos/a.png", "photos/kept.png").rstrip("\n")
+    output.write_bytes(b"\xef\xbb\xbf" + words.replace("\n", "\r\n").encode())
+    assert run("caption", "photos", "--output", output) == 0
+    assert len(read_rows(output)) == 6 and "photos/kept.png" in output.read_text()
+
+
+@pytest.mark.parametrize(
+    "flags, words", [(["--confidence"], "confidence"), (["--num-beams", "2", "--num-captions", "2"], "2 captions")]
+)
+def test_rows_without_what_is_asked_for_now_are_refused(repository, photos, tmp_path, capsys, flags, words):
+    model = shutil.copytree(repository, tmp_path / "model")
+    coefficients = {"mean_log_prob": 0.0, "num_tokens": 1.0}
+    calibration = {"num_beams": 1, "intercept": -9.0, "coefficients": coefficients}
+    (model / "confidence.json").write_text(json.dumps({"calibrations": [calibration]}))
+    command = ["caption", "photos", "--model", str(model), "--output", "c.jsonl"]
+    assert cli.main(command) == 0
+    content = (tmp_path / "c.jsonl").read_bytes()
+    assert cli.main([*command, *flags]) == 2
+    assert f"c.jsonl, line 1: expected rows with {words}" in capsys.readouterr().err
+    assert (tmp_path / "c.jsonl").read_bytes() == content
+
+
+def test_the_version_is_said(capsys, monkeypatch):
+    for _ in range(2):
+        with pytest.raises(SystemExit) as end:
+            cli.main(["--version"])
+        assert end.value.code == 0
+        assert re.fullmatch(r"tinycap \d+\.\d+\.\d+\S*\n", capsys.readouterr().out)
+
+        def missing(name):
+            raise importlib.metadata.PackageNotFoundError(name)
+
+        monkeypatch.setattr(importlib.metadata, "version", missing)
+
+
+def test_hints_say_how_to_install_here(monkeypatch, tmp_path):
+    assert captioners.install_command("export") == 'pip install -e ".[export]"'
+    monkeypatch.setattr(captioners, "RELEASED_MODEL", tmp_path)
+    assert captioners.install_command("export") == 'pip install "tinycap[export]"'
+
+
+def test_num_threads_are_pytorchs_too(run, photos):
+    before = torch.get_num_threads()
+    try:
+        for number in (3, 2):
+            assert run("caption", "photos/a.png", "--num-threads", number) == 0
+            assert torch.get_num_threads() == number
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_inputs_are_looked_at_before_pytorch_is_imported(photos):
+    code = (
+        "import sys; from tinycap.deploy import cli\n"
+        "for argv in (['caption', 'empty'], ['caption', 'photos', '--model', '/no/where'], ['embed', 'empty'],\n"
+        "             ['trim-vocab', '--model', '/no/where', '--output', 'x'], ['export', '--model', './no']):\n"
+        "    argv += ['--output', 'x.npy'] if argv[0] in ('embed', 'export') else []\n"
+        "    assert cli.main(argv) == 2\n"
+        "    assert not {'torch', 'transformers', 'onnxruntime'} & set(sys.modules)"
+    )
+    (photos.parent / "empty").mkdir()
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert process.returncode == 0, process.stderr
+
+
 def test_a_file_name_that_is_no_text_goes_through(run, photos, tmp_path):
     name = os.fsdecode(b"photos/caf\xe9.png")
     shutil.copy(photos / "a.png", name)
@@ -310,14 +546,23 @@ def test_a_file_name_that_is_no_text_goes_through(run, photos, tmp_path):
         (["caption", "photos", "--output", "c.xml"], ".jsonl or .csv"),
         (["caption", "photos", "--output", "c.csv", "--format", "jsonl"], "--format"),
         (["caption", "photos", "--quantized"], "--backend onnx"),
-        (["caption", "photos", "--model", "nowhere"], "nowhere"),
+        (["caption", "photos", "--model", "nowhere"], "--model nowhere: no such folder, and"),
+        (["caption", "photos", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
+        (["export", "--model", "/no/where", "--output", "x"], "--model /no/where: no such folder"),
+        (["caption", "photos", "--device", "cuda"], "--device cuda: "),
+        (["caption", "photos", "--device", "toaster"], "--device toaster: "),
+        (["embed", "photos", "--output", "no/folder/e.npy"], "--output: expected a folder"),
         (["caption", "--input-list", "nowhere.txt"], "nowhere.txt"),
         (["embed", "photos", "--output", "e.txt"], ".safetensors or .npy"),
     ],
 )
 def test_a_command_that_makes_no_sense_says_why_and_writes_nothing(photos, tmp_path, capsys, arguments, words):
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
     assert cli.main(arguments) == 2
-    assert words in capsys.readouterr().err
+    *others, line = capsys.readouterr().err.splitlines()
+    assert all("left out:" in other for other in others), "one line, no traceback"
+    assert words in line and line.startswith(f"tinycap {arguments[0]}: ")
     assert [path.name for path in tmp_path.iterdir()] == ["photos"]
 
 

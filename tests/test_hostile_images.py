@@ -104,7 +104,7 @@ def test_an_animation_of_a_few_bytes_on_an_enormous_canvas_is_refused_before_it_
     data = webp_that_claims(9_000, 16_000)
     with Image.open(io.BytesIO(data)) as opened:
         assert opened.size == (9_000, 16_000), "the claim isn't there"
-    with peak_memory() as peak, pytest.raises(ValueError, match=f"{MAX_SLOW_IMAGE_PIXELS:,} pixels"):
+    with peak_memory() as peak, pytest.raises(ValueError, match=f"{MAX_SLOW_IMAGE_PIXELS['WEBP']:,} pixels"):
         load_image(data)
     assert not peak or peak[0] < 100
 
@@ -163,6 +163,58 @@ def test_more_pixels_than_any_phone_takes_are_refused():
     with peak_memory() as peak, pytest.raises(ValueError, match="big.png: expected 1 to"):
         load_image(data, name="big.png")
     assert not peak or peak[0] < 50
+
+
+def test_a_jpeg_of_200_megapixels_is_decoded_at_a_fraction():
+    """What phones take; Pillow's own limit is 179 million pixels."""
+    flat = Image.new("L", (16_320, 12_240), 90)
+    buffer = io.BytesIO()
+    # As cameras do, with a thumbnail whose scan isn't one of the image's.
+    exif = b"Exif\0\0" + b"\xff\xd8\xff\xda\xff\xd9"
+    flat.save(buffer, "JPEG", exif=exif)
+    flat.close()
+    with peak_memory() as peak:
+        assert load_image(buffer.getvalue()).size == (4_080, 3_060)
+    assert not peak or peak[0] < 150
+
+
+@pytest.mark.parametrize("width, height", [(16_390, 16_390), (60_000, 2_300), (65_000, 65_000)])
+def test_a_jpeg_too_large_even_at_a_fraction_is_refused(width, height):
+    buffer = io.BytesIO()
+    Image.new("L", (16, 16)).save(buffer, "JPEG")
+    data = bytearray(buffer.getvalue())
+    at = data.index(b"\xff\xc0") + 5
+    data[at : at + 4] = struct.pack(">HH", height, width)
+    with peak_memory() as peak, pytest.raises(ValueError, match=f"got {width} x {height}"):
+        load_image(bytes(data))
+    assert not peak or peak[0] < 50
+
+
+def test_large_jpegs_of_several_scans_are_refused():
+    """All their coefficients are kept until the last scan: 640 MB for 200 million pixels."""
+    buffer = io.BytesIO()
+    Image.new("L", (2_000, 1_000)).save(buffer, "JPEG", progressive=True)
+    data = bytearray(buffer.getvalue())
+    at = data.index(b"\xff\xc2") + 5
+    data[at : at + 4] = struct.pack(">HH", 12_240, 16_320)
+    with peak_memory() as peak, pytest.raises(ValueError, match="got 16320 x 12240"):
+        load_image(bytes(data))
+    assert not peak or peak[0] < 50
+
+
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF", "HEIF", "JPEG2000"])
+def test_slow_formats_have_limits_of_their_own(kind, monkeypatch):
+    """What phones take of 48 and 50 megapixels fits; it was refused."""
+    limits = processing_tinycap.MAX_SLOW_IMAGE_PIXELS
+    assert kind == "JPEG2000" or 8_192 * 6_144 <= limits[kind] < 2**26
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    buffer = io.BytesIO()
+    draw_picture(1, (64, 48)).save(buffer, kind)
+    assert load_image(buffer.getvalue()).size == (64, 48)
+    monkeypatch.setitem(limits, kind, 64 * 48 - 1)
+    with pytest.raises(ValueError, match=rf"of this kind \({kind}\), got 64 x 48"):
+        load_image(buffer.getvalue())
 
 
 @pytest.mark.parametrize("source", ["path", "bytes"])

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -211,6 +212,35 @@ def test_the_captioner_needs_neither_pytorch_nor_transformers(exported, captione
     done = subprocess.run(command, capture_output=True, text=True, cwd=root)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == captioner(tmp_path / "photo.jpg", num_beams=2)[0][0].text
+
+
+@pytest.mark.parametrize("module", ["deploy.onnx_captioner", "deploy.captioners", "deploy.export"])
+def test_onnxruntime_is_imported_with_its_telemetry_off(tmp_path, module):
+    """It asked for a connection to its vendor and wrote a device id into the home folder."""
+    code = """
+        import importlib, os, sys
+
+        class Witness:
+            def find_spec(self, name, path=None, target=None):
+                if name == "onnxruntime":
+                    assert os.environ.get("ORT_DISABLE_TELEMETRY") == "1"
+
+        sys.meta_path.insert(0, Witness())
+        importlib.import_module(sys.argv[1])
+        import onnxruntime
+
+        onnxruntime.SessionOptions()
+    """
+    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), f"tinycap.{module}"],
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).resolve().parents[1],
+        env={**environment, "HOME": str(tmp_path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert not [path for path in tmp_path.rglob("*") if "onnx" in path.name.lower() or "device" in path.name.lower()]
 
 
 def test_int8_graphs_are_close_and_hold_small_weights(exported, captioner, pictures):

@@ -1,11 +1,12 @@
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageChops, ImageCms, features
 from tiny import draw_picture
 from transformers import BatchFeature
 
@@ -76,6 +77,132 @@ def test_cmyk_and_grey_become_rgb():
 def test_sixteen_bits_are_scaled_and_not_clipped_to_white():
     image = Image.new("I;16", (9, 7), 32_768)
     assert 120 < load_image(encoded(image)).getpixel((4, 3))[0] < 135
+
+
+# --- colour profiles ------------------------------------------------------------------------------------------------
+
+
+def linear_profile(space: bytes = b"RGB ", swapped: bool = False) -> bytes:
+    """A matrix (or grey) profile of linear light, its green and blue primaries exchanged where asked for."""
+    columns = [(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7139)]
+    if swapped:
+        columns[1:] = columns[:0:-1]
+
+    def xyz(*values: float) -> bytes:
+        return b"XYZ \0\0\0\0" + struct.pack(">iii", *(round(value * 65_536) for value in values))
+
+    linear = b"curv\0\0\0\0" + struct.pack(">I", 0)
+    tags = {b"wtpt": xyz(0.9642, 1.0, 0.8249)}
+    if space == b"GRAY":
+        tags[b"kTRC"] = linear
+    else:
+        for name, column in zip((b"r", b"g", b"b"), columns):
+            tags |= {name + b"XYZ": xyz(*column), name + b"TRC": linear}
+    table, body, offset = b"", b"", 132 + 12 * len(tags)
+    for name, content in tags.items():
+        table += name + struct.pack(">II", offset + len(body), len(content))
+        body += content
+    header = struct.pack(
+        ">I4sI4s4s4s12x4s", offset + len(body), b"\0" * 4, 0x02400000, b"mntr", space, b"XYZ ", b"acsp"
+    )
+    header = header.ljust(68, b"\0") + struct.pack(">iii", 63_190, 65_536, 54_061)
+    return header.ljust(128, b"\0") + struct.pack(">I", len(tags)) + table + body
+
+
+def largest_difference(image: Image.Image, other: Image.Image) -> int:
+    return max(high for _, high in ImageChops.difference(image, other).getextrema())
+
+
+def by_profile(image: Image.Image, profile: bytes) -> Image.Image:
+    return ImageCms.profileToProfile(image, io.BytesIO(profile), ImageCms.createProfile("sRGB"), outputMode="RGB")
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP", "AVIF", "HEIF"])
+def test_colours_are_those_of_the_embedded_profile(kind):
+    if kind == "HEIF":
+        pytest.importorskip("pillow_heif").register_heif_opener()
+    elif kind == "AVIF" and not features.check("avif"):
+        pytest.skip("Pillow was built without AVIF")
+    profile = linear_profile(swapped=True)
+    data = encoded(draw_picture(3), kind, icc_profile=profile)
+    with Image.open(io.BytesIO(data)) as opened:
+        stored = opened.convert("RGB")
+    shown = load_image(data)
+    assert largest_difference(shown, by_profile(stored, profile)) == 0
+    assert largest_difference(shown, stored) > 50
+    assert largest_difference(load_image(shown), shown) == 0, "once"
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "P", "RGBA", "1", "CMYK"])
+def test_every_mode_is_converted_by_a_profile_of_its_kind(mode):
+    profile = linear_profile(b"GRAY" if mode in ("L", "LA", "1") else b"RGB ")
+    picture = draw_picture(3)
+    image = picture.quantize(8) if mode == "P" else picture.convert(mode)
+    if mode.endswith("A"):
+        mask = Image.new("L", picture.size, 0)
+        mask.paste(255, (0, 0, 20, 29))
+        image.putalpha(mask)
+    plain = load_image(image)
+    image.info["icc_profile"] = profile
+    shown = load_image(image)
+    if mode in ("CMYK", "1"):
+        # Of another colour space; black and white, which stay so.
+        assert largest_difference(shown, plain) == 0
+    else:
+        assert sum(shown.convert("L").tobytes()) > 1.1 * sum(plain.convert("L").tobytes()), "linear light is brighter"
+    if mode.endswith("A"):
+        assert shown.getpixel((30, 10)) == (255, 255, 255)
+
+
+def test_lab_is_shown_with_its_colours():
+    lab = ImageCms.profileToProfile(
+        draw_picture(3), ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB"), outputMode="LAB"
+    )
+    assert largest_difference(load_image(encoded(lab, "TIFF")), draw_picture(3)) < 20
+
+
+def test_the_srgb_profile_changes_no_pixel():
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    picture = Image.effect_noise((64, 64), 90).convert("RGB")
+    assert load_image(encoded(picture, icc_profile=profile)).tobytes() == picture.tobytes()
+
+
+def test_a_broken_profile_is_ignored():
+    whole, picture = linear_profile(), draw_picture(3)
+    for broken in (b"x", b"\0" * 300, whole[:200], whole[:132] + b"\xff" * 400, linear_profile(b"GRAY"), "text"):
+        picture.info["icc_profile"] = broken
+        assert load_image(picture).tobytes() == draw_picture(3).tobytes()
+
+
+def test_a_large_image_is_shrunk_before_its_profile_is_applied():
+    profile, picture = linear_profile(swapped=True), draw_picture(6).resize((4_400, 4_200))
+    picture.info["icc_profile"] = profile
+    shown = load_image(picture)
+    assert shown.size == (2_200, 2_100)
+    assert largest_difference(shown, by_profile(picture.reduce(2), profile)) == 0
+
+
+# --- HEIC -------------------------------------------------------------------------------------------------------------
+
+
+def test_heic_is_opened_where_pillow_heif_is_installed():
+    heif = pytest.importorskip("pillow_heif")
+    buffer = io.BytesIO()
+    heif.from_pillow(draw_picture(3, (64, 48))).save(buffer, quality=90)
+    shown = load_image(buffer.getvalue())
+    assert shown.size == (64, 48) and largest_difference(shown, draw_picture(3, (64, 48))) < 120
+
+
+@pytest.mark.parametrize("brand", [b"heic", b"mif1", b"hevc"])
+def test_without_pillow_heif_the_error_names_it(tmp_path, monkeypatch, brand):
+    Image.init()
+    monkeypatch.setattr(Image, "OPEN", {name: each for name, each in Image.OPEN.items() if name != "HEIF"})
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    path = tmp_path / "IMG_0001.HEIC"
+    path.write_bytes(b"\0\0\0\x18ftyp" + brand + b"\0\0\0\0mif1heic")
+    for image in (path, path.read_bytes()):
+        with pytest.raises(ValueError, match="HEIC: install pillow-heif"):
+            load_image(image)
 
 
 def test_one_pixel_is_a_picture():

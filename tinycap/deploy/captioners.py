@@ -5,6 +5,7 @@ before a captioner of its kind is made.
 """
 
 import os
+import re
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,23 @@ from tinycap.confidence_tinycap import CONFIDENCE_NAME, ConfidenceCalibration
 BACKENDS = ("torch", "onnx")
 # The folder of this package's own checkpoint: the repository's root in a clone, the package's folder in a wheel.
 RELEASED_MODEL = REPOSITORY
+
+
+def check_model(model: str) -> str:
+    """`model`, if it is a folder or could be a name on the Hub; before anything heavy is imported.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    if not os.path.isdir(model) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
+        raise ValueError(f"--model {model}: no such folder")
+    return model
+
+
+def install_command(extra: str) -> str:
+    """How to install one of this package's extras: in a clone, or by name."""
+    is_clone = (RELEASED_MODEL / "pyproject.toml").is_file()
+    return f'pip install -e ".[{extra}]"' if is_clone else f'pip install "tinycap[{extra}]"'
 
 
 @dataclass
@@ -50,7 +68,7 @@ class CaptionOptions:
         confidence: compute it.
         device: PyTorch's name of the device; the first GPU or else the CPU if `None`.
         quantized: ONNX: the int8 files instead of the fp32 ones.
-        num_threads: ONNX: threads of a step; ONNX Runtime's own choice if `None`.
+        num_threads: threads of a step; the library's own choice, one a core, if `None`.
         num_workers: PyTorch: processes that open images ahead, 0 for none; ONNX: threads that do.
     """
 
@@ -85,7 +103,8 @@ class TorchCaptioner:
     """The `image-to-text` pipeline, by this package's own classes: no remote code is run.
 
     Raises:
-        ValueError: the model isn't a TinyCap, or has no `confidence.json` where a confidence is wanted.
+        ValueError: the model isn't there or isn't a TinyCap, has no `confidence.json` where a confidence is wanted, or
+            the device can't be used.
     """
 
     def __init__(self, options: CaptionOptions):
@@ -100,6 +119,14 @@ class TorchCaptioner:
         # The bar of this program is about images.
         logging.disable_progress_bar()
         self.options = options
+        if options.num_threads is not None:
+            torch.set_num_threads(options.num_threads)
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        try:
+            torch.empty(1, device=device)
+        except (RuntimeError, AssertionError) as error:
+            # AssertionError: a PyTorch that was built without it.
+            raise ValueError(f"--device {device}: {first_line(error)}") from error
         try:
             content, _ = TinyCapConfig.get_config_dict(options.model)
             if content.get("model_type") != TinyCapConfig.model_type:
@@ -108,13 +135,14 @@ class TorchCaptioner:
             tokenizer = PreTrainedTokenizerFast.from_pretrained(options.model)
             image_processor = AutoImageProcessor.from_pretrained(options.model, trust_remote_code=False)
         except (OSError, ValueError) as error:
-            raise ValueError(f"--model {options.model}: {error}") from error
+            where = "" if os.path.isdir(options.model) else "no such folder, and from the Hub: "
+            raise ValueError(f"--model {options.model}: {where}{first_line(error)}") from error
         options.check_num_captions(model.generation_config.num_beams)
         self.pipeline = ImageToTextPipeline(
             model=model,
             tokenizer=tokenizer,
             image_processor=image_processor,
-            device=torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu")),
+            device=torch.device(device),
         )
         self.arguments = {"batch_size": options.batch_size, "num_workers": options.num_workers, **options.generation()}
         if options.confidence:
@@ -150,6 +178,11 @@ class TorchCaptioner:
                 embeds = self.pipeline.model.get_image_features(pixels).pooler_output.float().cpu().numpy()
             for (image, item), row in zip(inputs, embeds):
                 yield image, item["error"] or row
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, without the advice that libraries add."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:
@@ -194,7 +227,7 @@ class OnnxRuntimeCaptioner:
         try:
             from tinycap.deploy.onnx_captioner import OnnxCaptioner
         except ImportError as error:
-            raise ImportError(f"--backend onnx needs onnxruntime: pip install 'tinycap[onnx]' ({error})") from error
+            raise ImportError(f"--backend onnx needs onnxruntime: {install_command('onnx')} ({error})") from error
 
         if options.device not in (None, "cpu"):
             raise ValueError(f"--device: expected cpu with --backend onnx, got {options.device}")

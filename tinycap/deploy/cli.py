@@ -12,13 +12,22 @@ command can't be run as it is; 130, interrupted.
 
 import argparse
 import contextlib
+import importlib.metadata
 import os
+import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
-from tinycap.deploy.captioners import BACKENDS, RELEASED_MODEL, CaptionOptions, Found, create_captioner
-from tinycap.deploy.inputs import list_images, read_list
+from tinycap.deploy.captioners import (
+    BACKENDS,
+    RELEASED_MODEL,
+    CaptionOptions,
+    Found,
+    check_model,
+    create_captioner,
+)
+from tinycap.deploy.inputs import LeftOut, list_images, read_list
 from tinycap.deploy.outputs import FORMATS, RowFile, RowShape, Screen, Sidecars
 
 
@@ -65,7 +74,7 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch-size", type=positive, default=8, help="images run together (default: %(default)s)")
     parser.add_argument("--device", help="PyTorch's name of the device (default: the first GPU, else cpu)")
     parser.add_argument("--quantized", action="store_true", help="with --backend onnx: the int8 files")
-    parser.add_argument("--num-threads", type=positive, help="with --backend onnx: threads (default: its own choice)")
+    parser.add_argument("--num-threads", type=positive, help="threads of a step (default: one a core)")
     parser.add_argument(
         "--num-workers", type=count, default=0, help="processes (onnx: threads) that open images ahead (default: 0)"
     )
@@ -73,10 +82,20 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
 
+def installed_version() -> str:
+    """The package's version; that of `pyproject.toml` in a clone that isn't installed."""
+    try:
+        return importlib.metadata.version("tinycap")
+    except importlib.metadata.PackageNotFoundError:
+        text = (RELEASED_MODEL / "pyproject.toml").read_text(encoding="utf-8")
+        return re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1]
+
+
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinycap", description="Captions images on this machine, offline.", allow_abbrev=False
     )
+    parser.add_argument("--version", action="version", version=f"tinycap {installed_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     caption = commands.add_parser("caption", help="caption images", description="Captions images.", allow_abbrev=False)
@@ -171,9 +190,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = create_parser().parse_args(argv)
     try:
         return args.run(args)
-    except (ValueError, ImportError) as error:
-        print(f"tinycap {args.command}: error: {error}", file=sys.stderr)
-        return BAD_COMMAND
     except KeyboardInterrupt:
         print(f"tinycap {args.command}: interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
@@ -181,6 +197,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Whoever read the captions has seen enough; Python would complain again when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+    except (ValueError, ImportError, OSError) as error:
+        # OSError: an output that can't be written.
+        print(f"tinycap {args.command}: error: {error}", file=sys.stderr)
+        return BAD_COMMAND
 
 
 # --- several processes ------------------------------------------------------------------------------------------------
@@ -250,19 +270,30 @@ class Processes:
 # --- tinycap caption --------------------------------------------------------------------------------------------------
 
 
-def find_inputs(args: argparse.Namespace, processes: Processes) -> list[str]:
-    """The images of the command line and of `--input-list`.
+def find_inputs(args: argparse.Namespace, processes: Processes) -> tuple[list[str], LeftOut]:
+    """The images of the command line and of `--input-list`, and what was left out of folders.
 
     Raises:
-        ValueError: there are none.
+        ValueError: there are no images.
     """
     if not args.images and args.input_list is None:
         raise ValueError("expected images: files, folders, patterns, addresses, - or --input-list")
-    entries = list(args.images) + (read_list(args.input_list) if args.input_list is not None else [])
-    images = list_images(entries, sys.stdin if processes.count == 1 else None)
+    left_out = LeftOut()
+    images = list_images(args.images, sys.stdin if processes.count == 1 else None, left_out)
+    if args.input_list is not None:
+        listed = list_images(read_list(args.input_list), left_out=left_out, from_list=True)
+        images = list(dict.fromkeys([*images, *listed]))
     if not images:
         raise ValueError("expected images, got an empty list")
-    return images
+    if processes.is_main:
+        print_left_out(args, left_out)
+    return images, left_out
+
+
+def print_left_out(args: argparse.Namespace, left_out: LeftOut) -> None:
+    """What folders hold beyond images; with `--quiet`, only where some can't be read."""
+    if str(left_out) and (left_out.unreadable or not getattr(args, "quiet", False)):
+        print(f"tinycap {args.command}: {left_out}", file=sys.stderr)
 
 
 def options_of(args: argparse.Namespace, processes: Processes) -> CaptionOptions:
@@ -271,10 +302,8 @@ def options_of(args: argparse.Namespace, processes: Processes) -> CaptionOptions
     Raises:
         ValueError: an option belongs to the other backend.
     """
-    if args.backend != "onnx":
-        for name in ("quantized", "num_threads"):
-            if getattr(args, name):
-                raise ValueError(f"--{name.replace('_', '-')} is an option of --backend onnx")
+    if args.quantized and args.backend != "onnx":
+        raise ValueError("--quantized is an option of --backend onnx")
     device = args.device
     if args.backend == "torch":
         device = processes.device(device)
@@ -284,7 +313,7 @@ def options_of(args: argparse.Namespace, processes: Processes) -> CaptionOptions
         captions = {name: getattr(args, name) for name in names}
         captions["confidence"] = args.confidence or args.min_confidence is not None
     return CaptionOptions(
-        model=args.model or str(RELEASED_MODEL),
+        model=check_model(args.model or str(RELEASED_MODEL)),
         batch_size=args.batch_size,
         device=device,
         quantized=args.quantized,
@@ -331,7 +360,7 @@ def run_caption(args: argparse.Namespace) -> int:
     """
     processes = Processes(on_cpu=args.backend == "onnx" or args.device == "cpu")
     format = check_format(args)
-    images = find_inputs(args, processes)
+    images, left_out = find_inputs(args, processes)
     options = options_of(args, processes)
     shape = RowShape(args.num_captions, options.confidence, alt=format == "alt")
     if args.output is not None:
@@ -348,7 +377,7 @@ def run_caption(args: argparse.Namespace) -> int:
     with processes.main_first():
         if isinstance(output, RowFile):
             if processes.is_main:
-                output.start(args.overwrite)
+                output.start(args.overwrite, images)
             done = output.done()
     if isinstance(output, Sidecars) and not args.overwrite:
         done = output.done(images)
@@ -356,23 +385,27 @@ def run_caption(args: argparse.Namespace) -> int:
     processes.wait()
 
     pending = [image for image in images if image not in done]
-    bad = caption_all(args, captioner, pending[processes.index :: processes.count], output, processes)
-    bad = processes.gather(bad)
+    bad, failed = caption_all(args, captioner, pending[processes.index :: processes.count], output, processes)
+    bad, failed = processes.gather(bad), processes.gather(failed)
     processes.wait()
     if isinstance(output, RowFile) and processes.count > 1 and processes.is_main:
-        output.settle(keep_errors=True)
+        output.settle()
     if processes.is_main:
-        report(args, len(images), len(pending), bad)
+        report(args, len(images), len(pending), bad, failed)
     processes.end()
     # One process's status is the command's; a launcher would report each that isn't 0.
-    return BAD_IMAGES if bad and processes.is_main else DONE
+    return BAD_IMAGES if (bad or failed or left_out.unreadable) and processes.is_main else DONE
 
 
 def caption_all(
     args: argparse.Namespace, captioner, images: list[str], output, processes: Processes
-) -> list[tuple[str, str]]:
-    """Captions images to the output, batch by batch; returns the bad ones with what is wrong with them."""
-    bad, batch = [], []
+) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
+    """Captions images to the output, batch by batch.
+
+    Returns:
+        The images that can't be read and those whose caption can't be written, each with the reason.
+    """
+    bad, failed, batch = [], [], []
     shown = processes.is_main and not args.quiet and len(images) > args.batch_size
     try:
         for found in progress_bar(captioner(images), len(images), shown):
@@ -380,28 +413,35 @@ def caption_all(
                 bad.append((found.image, found.error))
             batch.append(withhold(found, args.min_confidence))
             if len(batch) == args.batch_size:
-                output.append(batch)
+                failed += output.append(batch)
                 batch = []
     finally:
         # Also what was found before an interruption.
-        output.append(batch)
+        failed += output.append(batch)
         output.close()
-    return bad
+    return bad, failed
 
 
-def report(args: argparse.Namespace, total: int, pending: int, bad: list[tuple[str, str]]) -> None:
+def report(
+    args: argparse.Namespace,
+    total: int,
+    pending: int,
+    bad: list[tuple[str, str]],
+    failed: Sequence[tuple[str, str]] = (),
+) -> None:
     """What went wrong, always; and what was done, unless `--quiet`."""
     listed = args.command == "caption" and args.output is not None
     named = bad[:MAX_NAMED] if listed else bad
-    for image, error in named:
+    for image, error in (*named, *failed):
         print(f"tinycap {args.command}: {error if image in error else f'{image}: {error}'}", file=sys.stderr)
     if len(bad) > len(named):
         print(f"tinycap {args.command}: ... all {len(bad)} of them have an error in {args.output}", file=sys.stderr)
-    if bad or (total > 1 and not args.quiet):
+    if bad or failed or (total > 1 and not args.quiet):
         kept = f", {total - pending} were there already" if total > pending else ""
         print(
-            f"tinycap {args.command}: {pending - len(bad)} of {total} images done{kept}"
-            + (f", {len(bad)} could not be read" if bad else ""),
+            f"tinycap {args.command}: {pending - len(bad) - len(failed)} of {total} images done{kept}"
+            + (f", {len(bad)} could not be read" if bad else "")
+            + (f", {len(failed)} could not be written" if failed else ""),
             file=sys.stderr,
         )
 
@@ -419,7 +459,7 @@ def run_embed(args: argparse.Namespace) -> int:
     output = EmbeddingFile(args.output)
     if output.path.exists() and not args.overwrite:
         raise ValueError(f"--output: {args.output} is there already; pass --overwrite to write over it")
-    images = find_inputs(args, processes)
+    images, left_out = find_inputs(args, processes)
     captioner = create_captioner(args.backend, options_of(args, processes))
     bad, ids, embeds = [], [], []
     shown = not args.quiet and len(images) > args.batch_size
@@ -434,14 +474,15 @@ def run_embed(args: argparse.Namespace) -> int:
         return BAD_IMAGES
     output.write(ids, embeds)
     report(args, len(images), len(images), bad)
-    return BAD_IMAGES if bad else DONE
+    return BAD_IMAGES if bad or left_out.unreadable else DONE
 
 
 def run_export(args: argparse.Namespace) -> int:
     """`tinycap export`; returns the exit status."""
+    model = check_model(args.model or str(RELEASED_MODEL))
     from tinycap.deploy.export import export_onnx
 
-    for path in export_onnx(args.model or RELEASED_MODEL, args.output, args.quantize).values():
+    for path in export_onnx(model, args.output, args.quantize).values():
         print(f"{Path(path).stat().st_size:>12,}  {path}")
     return DONE
 
@@ -451,13 +492,16 @@ def run_trim(args: argparse.Namespace) -> int:
     import json
     import logging
 
+    check_model(args.model)
     from tinycap.deploy.trim_vocab import load_corpus, read_texts, trim_repository
 
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     if args.corpus_split and args.dataset_name is None:
         raise ValueError("--corpus-split: expected --dataset-name with it")
     texts = [text for path in args.corpus for text in read_texts(path)]
-    images = list_images(args.images)[: args.max_samples]
+    left_out = LeftOut()
+    images = list_images(args.images, left_out=left_out)[: args.max_samples]
+    print_left_out(args, left_out)
     if args.dataset_name is not None:
         captions, photos = load_corpus(args.dataset_name, args.split, args.corpus_split, args.max_samples)
         texts += captions

@@ -7,18 +7,22 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
+from tinycap.deploy.outputs import path_aside
+
 
 class EmbeddingFile:
     """A file of embeddings: `.safetensors` (tensor `image_embeds`; `ids`, a JSON list, in its metadata) or `.npy`.
 
     Raises:
-        ValueError: its ending is neither; names it.
+        ValueError: its ending is neither, or its folder isn't there or can't be written to; names it.
     """
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
         if self.path.suffix not in (".safetensors", ".npy"):
             raise ValueError(f"--output: expected a name that ends in .safetensors or .npy, got {path}")
+        if not os.access(self.path.absolute().parent, os.W_OK):
+            raise ValueError(f"--output: expected a folder that can be written to, got {self.path.absolute().parent}")
 
     @property
     def ids_path(self) -> Path:
@@ -28,7 +32,7 @@ class EmbeddingFile:
     def write(self, ids: list[str], embeds: list[np.ndarray]) -> None:
         """Writes N ids and N arrays (D,), aside and renamed."""
         table = np.stack(embeds).astype(np.float32)
-        aside = self.path.with_name(f".{os.getpid()}.{self.path.name}")
+        aside = path_aside(self.path)
         if self.path.suffix == ".npy":
             np.save(aside, table)
             aside_ids = aside.with_suffix(".ids.json")

@@ -24,6 +24,7 @@ from transformers.utils import cached_file
 
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
 from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.deploy.captioners import install_command
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
 
@@ -104,7 +105,9 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError("exporting needs onnx, onnxscript and onnxruntime: pip install 'tinycap[export]'") from error
+        raise ImportError(
+            f"exporting needs onnx, onnxscript and onnxruntime: {install_command('export')} ({error})"
+        ) from error
     model_type = TinyCapConfig.get_config_dict(model_name_or_path)[0].get("model_type")
     if model_type != TinyCapConfig.model_type:
         raise ValueError(f"{model_name_or_path}: expected model_type {TinyCapConfig.model_type}, got {model_type}")

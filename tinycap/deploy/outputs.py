@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -20,6 +20,8 @@ from tinycap.deploy.captioners import Found
 
 
 FORMATS = ("text", "alt", "jsonl", "csv")
+# The csv module reads no longer field than 131,072 characters unless told; this is the most that it takes everywhere.
+csv.field_size_limit(2**31 - 1)
 
 
 def alt_attribute(caption: str) -> str:
@@ -58,6 +60,14 @@ class RowShape:
             row["error"] = found.error
         return row
 
+    def missing(self, row: dict) -> str:
+        """What a row of an earlier run lacks of what was asked for now; empty where it is nothing."""
+        names = {"confidence": self.confidence, "alt": self.alt}
+        missing = [name for name, wanted in names.items() if wanted and name not in row]
+        if row.get("caption") is not None and len(row.get("alternatives", ())) < self.num_captions - 1:
+            missing.append(f"{self.num_captions} captions")
+        return " and ".join(missing)
+
     def as_fields(self, found: Found) -> list[str]:
         """The row of a CSV file, in the order of `columns`; empty where there is nothing."""
         row = self.as_dict(found)
@@ -78,43 +88,55 @@ def json_line(row: dict) -> str:
 def csv_line(fields: list[str]) -> str:
     """One row of CSV, quoted where it must be."""
     buffer = io.StringIO()
-    csv.writer(buffer, lineterminator="\n").writerow(fields)
-    return buffer.getvalue()
+    # Python 3.11 and older quote a line break only where it is one of the terminator's: with the default, both are.
+    csv.writer(buffer).writerow(fields)
+    return buffer.getvalue().removesuffix("\r\n") + "\n"
+
+
+def path_aside(path: Path) -> Path:
+    """Where a file is written before it is renamed: beside it, by a name that isn't longer than most."""
+    return path.with_name(f".tinycap-{os.getpid()}{path.suffix}")
 
 
 # --- reading what is there --------------------------------------------------------------------------------------------
 
 
-def read_jsonl(path: Path) -> Iterator[tuple[str, str, bool]]:
+def read_jsonl(path: Path, shape: RowShape) -> Iterator[tuple[str, str, bool]]:
     """The whole rows of a file that `RowFile` wrote: their text, image and whether they hold an error.
 
     A last line that was being written when the run was stopped is left out.
 
     Raises:
-        ValueError: a line before the last is no such row; names it.
+        ValueError: any other line is no such row, or lacks what this run's rows hold; names it.
     """
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="\n") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
         for number, line in enumerate(file, start=1):
-            if not line.endswith("\n"):
-                return
             try:
                 row = json.loads(line)
                 image = row["image"]
             except (json.JSONDecodeError, TypeError, KeyError):
+                if not line.endswith("\n"):
+                    return
                 raise ValueError(
                     f'{path}, line {number}: expected a row with an "image", got {line.strip()[:60]!r}; '
                     "is this another program's file?"
                 ) from None
-            yield line, image, row.get("error") is not None
+            if missing := shape.missing(row):
+                raise ValueError(
+                    f"{path}, line {number}: expected rows with {missing}, got one without, which would stay so; "
+                    "pass --overwrite or another name"
+                )
+            # An editor may have taken the last line's end.
+            yield line.rstrip("\r\n") + "\n", image, row.get("error") is not None
 
 
 def read_csv(path: Path, columns: list[str]) -> Iterator[tuple[str, str, bool]]:
     """As `read_jsonl`, of a CSV file with a head.
 
     Raises:
-        ValueError: its columns aren't `columns`, or a row before the last has more or fewer of them.
+        ValueError: its columns aren't `columns`, or a row can't be parsed or has more or fewer of them; names its line.
     """
-    with open(path, encoding="utf-8", errors="surrogateescape", newline="") as file:
+    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
         read: list[str] = []
 
         def lines():
@@ -123,26 +145,38 @@ def read_csv(path: Path, columns: list[str]) -> Iterator[tuple[str, str, bool]]:
                 yield line
 
         rows = csv.reader(lines(), strict=True)
-        first = True
+        first = 1
         while True:
             read.clear()
             try:
-                fields = next(rows)
-            except (StopIteration, csv.Error):
-                # Unfinished quotes at the end: the row that was being written.
+                fields, reason = next(rows), ""
+            except StopIteration:
                 return
+            except csv.Error as error:
+                fields, reason = [], f": {error}"
             text = "".join(read)
-            if not text.endswith("\n"):
+            # A row that was being written when the run was stopped has no line end. One that has all its fields and a
+            # caption is whole: an editor may have taken the end.
+            is_whole = text.endswith("\n") or (
+                first > 1 and len(fields) == len(columns) and bool(fields[1]) and not fields[-1]
+            )
+            # But an open quote in the middle of the file takes all rows behind it for one field.
+            takes_rows = any(len(row) == len(columns) for line in read[1:] for row in csv.reader([line]))
+            if not is_whole and not takes_rows:
                 return
-            if first and fields != columns:
+            if first == 1 and not reason and fields != columns:
                 raise ValueError(
                     f"{path}: expected the columns {columns}, got {fields}; pass --overwrite or another name"
                 )
-            if not first and len(fields) != len(columns):
-                raise ValueError(f"{path}: expected {len(columns)} fields in a row, got {text.strip()[:60]!r}")
-            if not first:
-                yield text, fields[0], bool(fields[-1])
-            first = False
+            if len(fields) != len(columns):
+                got = reason or f", got {len(fields)}"
+                raise ValueError(
+                    f"{path}, line {first}: expected a row of {len(columns)} fields{got}: {text.strip()[:60]!r}; "
+                    "mend its quotes, or pass --overwrite or another name"
+                )
+            if first > 1:
+                yield text.rstrip("\r\n") + "\n", fields[0], bool(fields[-1])
+            first += len(read)
 
 
 class RowFile:
@@ -180,43 +214,44 @@ class RowFile:
         """The whole rows of a file: text, image, whether it holds an error."""
         if not path.exists() or path.stat().st_size == 0:
             return iter(())
-        return read_jsonl(path) if self.kind == "jsonl" else read_csv(path, self.shape.columns())
+        return read_jsonl(path, self.shape) if self.kind == "jsonl" else read_csv(path, self.shape.columns())
 
     def done(self) -> set[str]:
         """The images that have their rows."""
         return {image for _, image, _ in self.rows(self.path)}
 
-    def start(self, overwrite: bool) -> None:
-        """Gets the file ready for this run's rows, by one process before the others: gone on with, or begun anew."""
+    def start(self, overwrite: bool, images: Iterable[str]) -> None:
+        """Gets the file ready for this run's images, by one process before the others: gone on with, or begun anew."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if overwrite:
             for path in (self.path, *self.parts()):
                 path.unlink(missing_ok=True)
-        self.settle(keep_errors=False)
+        self.settle(retried=set(images))
 
-    def settle(self, keep_errors: bool) -> None:
+    def settle(self, retried: Collection[str] = ()) -> None:
         """Makes one whole file of what an earlier run left: parts are put in, and a half-written row is left out.
 
         Run by one process while no other writes. Killed in the middle, it leaves everything as it was.
 
         Args:
-            keep_errors: also keep rows of images that couldn't be read. Without them, these are tried again.
+            retried: images whose rows are left out if they hold an error.
         """
         parts = self.parts()
         # Turn by turn, as the images were dealt out: parts of a run that went through give their order back.
         turns = itertools.zip_longest(*map(self.rows, parts))
         dealt = (row for turn in turns for row in turn if row is not None)
-        aside = self.path.with_name(f".{self.path.name}.{os.getpid()}")
+        aside = path_aside(self.path)
         seen: set[str] = set()
         try:
             with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 if self.kind == "csv":
                     file.write(csv_line(self.shape.columns()))
-                for text, image, is_error in itertools.chain(self.rows(self.path), dealt):
-                    # A part is removed after its rows are in the file: killed in between, both have them.
-                    if image not in seen and (keep_errors or not is_error):
-                        file.write(text)
-                        seen.add(image)
+                for rows, is_part in ((self.rows(self.path), False), (dealt, True)):
+                    for text, image, is_error in rows:
+                        # A part is removed after its rows are in the file: killed in between, both have them.
+                        if not (is_part and image in seen) and not (is_error and image in retried):
+                            file.write(text)
+                            seen.add(image)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, self.path)
@@ -225,8 +260,8 @@ class RowFile:
         for part in parts:
             part.unlink()
 
-    def append(self, batch: Iterable[Found]) -> None:
-        """Adds rows and hands them to the system."""
+    def append(self, batch: Iterable[Found]) -> list[tuple[str, str]]:
+        """Adds rows and hands them to the system; none of them fails alone."""
         if self.file is None:
             new = not self.own_path.exists() or self.own_path.stat().st_size == 0
             self.file = open(self.own_path, "a", encoding="utf-8", errors="surrogateescape", newline="")
@@ -238,6 +273,7 @@ class RowFile:
             else:
                 self.file.write(csv_line(self.shape.as_fields(found)))
         self.file.flush()
+        return []
 
     def close(self) -> None:
         if self.file is not None:
@@ -275,10 +311,16 @@ class Sidecars:
 
     def done(self, images: Iterable[str]) -> set[str]:
         """The images that have a file beside them, whoever wrote it."""
-        return {image for image in images if self.path_of(image).exists()}
+        # Not `Path.exists`, which raises an error on a name that is too long.
+        return {image for image in images if os.path.isfile(self.path_of(image))}
 
-    def append(self, batch: Iterable[Found]) -> None:
-        """Writes the files, each aside and renamed; none where there is no caption."""
+    def append(self, batch: Iterable[Found]) -> list[tuple[str, str]]:
+        """Writes the files, each aside and renamed; none where there is no caption.
+
+        Returns:
+            The images whose file can't be written, with the reason.
+        """
+        failed = []
         for found in batch:
             lines = [caption for caption in found.captions if caption is not None]
             if not lines:
@@ -286,9 +328,14 @@ class Sidecars:
             if self.format == "alt":
                 lines = [alt_attribute(line) for line in lines]
             path = self.path_of(found.image)
-            aside = path.with_name(f".{path.name}.{os.getpid()}")
-            aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-            os.replace(aside, path)
+            aside = path_aside(path)
+            try:
+                aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                os.replace(aside, path)
+            except OSError as error:
+                aside.unlink(missing_ok=True)
+                failed.append((found.image, f"cannot write {path}: {error.strerror}"))
+        return failed
 
     def close(self) -> None:
         pass
@@ -319,7 +366,7 @@ class Screen:
         if format == "csv":
             stream.write(csv_line(shape.columns()))
 
-    def append(self, batch: Iterable[Found]) -> None:
+    def append(self, batch: Iterable[Found]) -> list[tuple[str, str]]:
         for found in batch:
             if self.format == "jsonl":
                 self.stream.write(json_line(self.shape.as_dict(found)))
@@ -328,6 +375,7 @@ class Screen:
             elif found.error is None:
                 self._write_lines(found)
         self.stream.flush()
+        return []
 
     def _write_lines(self, found: Found) -> None:
         for caption in found.captions:

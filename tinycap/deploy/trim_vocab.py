@@ -31,6 +31,7 @@ from transformers.modeling_outputs import ModelOutput
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.deploy.captioners import install_command
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionOutput
 from tinycap.processing_tinycap import load_image, preprocess_images
 from tinycap.training.repository import save_repository
@@ -382,9 +383,7 @@ def load_corpus(
     try:
         from tinycap.training.data import load_images, uncaptioned, undecoded
     except ImportError as error:
-        raise ImportError(
-            f"data sets need the package datasets: pip install 'tinycap[evaluation]' ({error})"
-        ) from error
+        raise ImportError(f"data sets need the package datasets: {install_command('evaluation')} ({error})") from error
     texts, photos = [], None
     for name in dict.fromkeys([split, *text_splits]):
         rows, columns = load_images(dataset_name, name)
