@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,6 +144,28 @@ def test_rows_after_the_checkpoint_are_dropped_when_resuming(tmp_path):
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in found] == [1, 2, 3, 3]
     assert found[2]["loss"] == 0.5 and found[3]["eval_cider"] == 7.0
+
+
+@pytest.mark.parametrize("share, expected", [(1.0, "50 minutes"), (0.25, "3.5 hours")])
+def test_the_time_left_is_said_after_the_first_steps(tmp_path, monkeypatch, caplog, share, expected):
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr("tinycap.training.logs.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("tinycap.training.logs.ESTIMATE_EVERY", 10**6)
+    log = RunLog(tmp_path, Accelerator(cpu=True), total_steps=320, share=share)
+    with caplog.at_level("INFO"):
+        for step in range(1, 60):
+            log.advance(step)
+    assert [record.getMessage() for record in caplog.records] == [f"Step 20 of 320: about {expected} left."]
+
+
+def test_without_a_terminal_the_time_left_is_said_each_minute(tmp_path, monkeypatch, caplog):
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr("tinycap.training.logs.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    log = RunLog(tmp_path, Accelerator(cpu=True), total_steps=400)
+    with caplog.at_level("INFO"):
+        for step in range(1, 15):
+            log.advance(step)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["Step 7 of 400", "Step 14 of 400"]
 
 
 def test_json_is_written_whole_or_not_at_all(tmp_path):

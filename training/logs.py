@@ -1,6 +1,8 @@
 """What a run writes while it goes on: the output folder, `metrics.jsonl`, trackers and the progress bar."""
 
 import json
+import logging
+import math
 import os
 import shutil
 import time
@@ -12,6 +14,11 @@ from tqdm.auto import tqdm
 
 from tinycap.training.best_model import BEST_FILE
 
+
+logger = logging.getLogger(__name__)
+
+# Steps before the first estimate of the time left, and seconds between estimates where no bar can be drawn.
+ESTIMATE_AFTER, ESTIMATE_EVERY = 20, 60.0
 
 # What a run writes, and `overwrite_output_dir` therefore clears. Other files are somebody's: they are left alone.
 RUN_FILES = (
@@ -75,17 +82,27 @@ class RunLog:
         accelerator: knows the main process and the trackers.
         total_steps: optimizer steps of the whole run.
         start_step: the step a resumed run goes on from; rows after it, from the run that broke off, are dropped.
+        share: of the whole run's time that this training takes, for the estimate of the time left.
 
-    Every row carries `elapsed_seconds`, the time spent in the run's loop up to it.
+    Every row carries `elapsed_seconds`, the time spent in the run's loop up to it. The bar needs a terminal; in a file
+    the time left is logged each minute instead.
     """
 
-    def __init__(self, output_dir: str | Path, accelerator: Accelerator, total_steps: int, start_step: int = 0):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        accelerator: Accelerator,
+        total_steps: int,
+        start_step: int = 0,
+        share: float = 1.0,
+    ):
         self.path = Path(output_dir) / "metrics.jsonl"
         self.accelerator = accelerator
-        self.progress = tqdm(
-            total=total_steps, initial=start_step, desc="Training", disable=not accelerator.is_main_process
-        )
-        self.started = time.perf_counter()
+        self.total_steps, self.start_step, self.share = total_steps, start_step, share
+        # None: only on a terminal.
+        shown = None if accelerator.is_main_process else True
+        self.progress = tqdm(total=total_steps, initial=start_step, desc="Training", disable=shown)
+        self.started = self.opened = self.estimated = time.perf_counter()
         if accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             lines = [line for line in lines if _step_of(line) <= start_step]
@@ -105,8 +122,16 @@ class RunLog:
         self._write({"step": step, "epoch": epoch, **{f"eval_{name}": value for name, value in figures.items()}})
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar to `step`."""
+        """Moves the progress bar to `step`, and says how long the rest will take once that is known."""
         self.progress.update(step - self.progress.n)
+        now = time.perf_counter()
+        is_first = step == min(self.start_step + ESTIMATE_AFTER, self.total_steps - 1)
+        is_due = self.progress.disable and now - self.estimated > ESTIMATE_EVERY
+        if self.accelerator.is_main_process and (is_first or is_due):
+            self.estimated = now
+            seconds = (now - self.opened) / (step - self.start_step) * (self.total_steps - step)
+            seconds += (now - self.opened + seconds) * (1 / self.share - 1)
+            logger.info("Step %d of %d: about %s left.", step, self.total_steps, _duration(seconds))
 
     def close(self) -> None:
         self.progress.close()
@@ -118,6 +143,13 @@ class RunLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def _duration(seconds: float) -> str:
+    """As a person would say it: "40 seconds", "7 minutes", "5.2 hours"."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _step_of(line: str) -> float:
