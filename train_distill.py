@@ -104,11 +104,12 @@ SCENE_CONFIG = {
 SCENE_DEFAULTS = {
     "max_train_samples": 12000,
     "max_eval_samples": 500,
-    "per_device_train_batch_size": 64,
-    "captions_per_image": 2,
-    "num_train_epochs": 8.0,
+    "per_device_train_batch_size": 32,
+    "captions_per_image": 1,
+    "num_train_epochs": 10.0,
     "learning_rate": 1e-3,
-    "num_warmup_steps": 50,
+    "patch_learning_rate_scale": 0.1,
+    "num_warmup_steps": 100,
     "vocab_size": 512,
     "dropout": 0.0,
     "crop_scale": 1.0,
@@ -928,7 +929,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         if args.max_train_steps is None:
             args.max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
     checkpointing_steps = args.checkpointing_steps or steps_per_epoch or args.max_train_steps
-    optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
+    optimizer = create_optimizer(
+        model, args.learning_rate, args.weight_decay, args.optimizer, args.patch_learning_rate_scale
+    )
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer,

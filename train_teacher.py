@@ -83,7 +83,8 @@ SCENE_DEFAULTS = {
     "max_caption_length": 40,
     "per_device_train_batch_size": 128,
     "learning_rate": 1e-3,
-    "num_train_epochs": 7.0,
+    "patch_learning_rate_scale": 0.1,
+    "num_train_epochs": 4.0,
     "num_warmup_steps": 50,
     "crop_scale": 1.0,
     "horizontal_flip": False,
@@ -457,7 +458,9 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
 
     steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
     args.max_train_steps = args.max_train_steps or max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
-    optimizer = create_optimizer(model, args.learning_rate, args.weight_decay)
+    optimizer = create_optimizer(
+        model, args.learning_rate, args.weight_decay, kernel_scale=args.patch_learning_rate_scale
+    )
     scheduler = get_scheduler(
         args.lr_scheduler_type,
         optimizer,

@@ -216,6 +216,15 @@ def test_muon_has_the_matrices_and_adamw_the_rest():
     assert 0.1e-3 < (taken - old * (1 - 1e-4)).square().mean().sqrt() < 0.4e-3
 
 
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_patch_embedding_may_learn_slower_than_the_rest(name):
+    model = tiny_model()
+    optimizer = create_optimizer(model, 1e-3, 0.1, name, kernel_scale=0.1)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert rates.pop(id(model.vision_model.embeddings.patch_embedding.weight)) == pytest.approx((1e-4, 0.1))
+    assert len(rates) == len(list(model.parameters())) - 1 and {rate for rate, _ in rates.values()} == {1e-3}
+
+
 def test_an_optimizer_that_is_not_there_is_an_error(monkeypatch):
     with pytest.raises(ValueError, match="expected one of adamw, muon, got 'sgd'"):
         create_optimizer(tiny_model(), 1e-3, 0.1, "sgd")
