@@ -117,8 +117,8 @@ SCENE_DEFAULTS = {
     "color_jitter": 0.0,
     "max_caption_length": 40,
 }
-# Of the time of the whole run, teacher and student; measured on two cores.
-SCENE_TEACHER_SHARE = 0.3
+# Of the whole run's time, teacher and student, by processor time.
+SCENE_TEACHER_SHARE = 0.25
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -960,7 +960,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     num_train_images = "a stream" if args.streaming else f"{len(data.train):,} pictures"
     logger.info(
-        "Training %s parameters on %s, %s steps of %d pictures with %d captions each, on %s x %d, %s.",
+        "Training %s parameters on %s, %s steps of %d images, %d caption(s) each, on %s x %d, %s.",
         f"{num_parameters:,}",
         num_train_images,
         f"{args.max_train_steps:,}",

@@ -113,7 +113,7 @@ class RunLog:
 
     def train_row(self, step: int, epoch: int, figures: dict[str, float]) -> None:
         """Writes one row of losses; they also stand beside the progress bar."""
-        shown = {name: f"{value:.3g}" for name, value in figures.items() if "loss" in name or "per_second" in name}
+        shown = {name.removesuffix("_loss"): f"{value:.3g}" for name, value in figures.items() if "loss" in name}
         self.progress.set_postfix(shown, refresh=False)
         self._write({"step": step, "epoch": epoch, **figures})
 
