@@ -11,11 +11,16 @@ Reading order: arguments, data, model, one evaluation, the loop, what is left be
 import argparse
 import copy
 import math
+import os
 import tempfile
 import time
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
+
+
+# Read when torch loads OpenMP: threads that spin while they wait take the cores from everything else.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import datasets
 import torch
@@ -75,8 +80,8 @@ from tinycap.training.loop import (
     ignore_interrupts,
     run_script,
     run_steps,
+    set_cpu_threads,
     set_up_logging,
-    use_all_cores,
 )
 from tinycap.training.model_card import summarize, write_model_card
 from tinycap.training.optimization import (
@@ -126,11 +131,12 @@ SCENE_CONFIG = {
 SCENE_DEFAULTS = {
     "max_train_samples": 12000,
     "max_eval_samples": 500,
-    "per_device_train_batch_size": 64,
-    "captions_per_image": 2,
-    "num_train_epochs": 8.0,
+    "per_device_train_batch_size": 32,
+    "captions_per_image": 1,
+    "num_train_epochs": 10.0,
     "learning_rate": 1e-3,
-    "num_warmup_steps": 50,
+    "patch_learning_rate_scale": 0.1,
+    "num_warmup_steps": 100,
     "vocab_size": 512,
     "dropout": 0.0,
     "crop_scale": 1.0,
@@ -138,6 +144,8 @@ SCENE_DEFAULTS = {
     "color_jitter": 0.0,
     "max_caption_length": 40,
 }
+# Of the whole run's time, teacher and student, by processor time.
+SCENE_TEACHER_SHARE = 0.25
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
@@ -473,7 +481,8 @@ def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, fold
         }
         argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
         # What was there before the first checkpoint is of no use.
-        train_teacher.main(argv if flags["resume_from_checkpoint"] else [*argv, "--overwrite_output_dir"], accelerator)
+        argv = argv if flags["resume_from_checkpoint"] else [*argv, "--overwrite_output_dir"]
+        train_teacher.main(argv, accelerator, share=SCENE_TEACHER_SHARE)
         # accelerate saves and loads everything that it has prepared: the student's checkpoints would hold the teacher.
         accelerator.free_memory()
     return folder
@@ -589,7 +598,7 @@ def evaluate(
     """
     model.eval()
     captions, student_embeds, teacher_embeds, losses = [], [], [], []
-    progress = tqdm(loader, desc="Validating", leave=False, disable=not accelerator.is_local_main_process)
+    progress = tqdm(loader, desc="Validating", leave=False, disable=None if accelerator.is_local_main_process else True)
     for batch in progress:
         target = batch.get("teacher_embeds")
         if target is None and teacher is not None:
@@ -764,7 +773,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=args.distill_weight == 0)],
     )
     set_up_logging(accelerator)
-    use_all_cores(accelerator)
+    set_cpu_threads(accelerator)
     output_dir = Path(args.output_dir)
     resume_from = None if stopped_in_teacher(args) else resolve_resume(output_dir, args.resume_from_checkpoint)
     with accelerator.main_process_first():
@@ -836,7 +845,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         move_skipped_rows(skipped, output_dir, keep=args.streaming and resume_from is not None)
     warn_of_few_steps(args)
     checkpointing_steps = args.checkpointing_steps or steps_per_epoch or args.max_train_steps
-    optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, args.optimizer)
+    optimizer = create_optimizer(
+        model, args.learning_rate, args.weight_decay, args.optimizer, args.patch_learning_rate_scale
+    )
     scheduler = create_scheduler(optimizer, args, accelerator.num_processes)
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
     if args.report_to != "none":
@@ -851,7 +862,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     num_train_images = "a stream" if args.streaming else f"{len(data.train):,} pictures"
     logger.info(
-        "Training %s parameters on %s, %s steps of %d pictures with %d captions each, on %s x %d, %s.",
+        "Training %s parameters on %s, %s steps of %d images, %d caption(s) each, on %s x %d, %s.",
         f"{num_parameters:,}",
         num_train_images,
         f"{args.max_train_steps:,}",

@@ -11,9 +11,14 @@ Reading order: arguments, model, objective, one evaluation, the loop.
 
 import argparse
 import math
+import os
 import tempfile
 from contextlib import nullcontext
 from pathlib import Path
+
+
+# Read when torch loads OpenMP: threads that spin while they wait take the cores from everything else.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
 import torch.distributed.nn
@@ -57,8 +62,8 @@ from tinycap.training.loop import (
     ignore_interrupts,
     run_script,
     run_steps,
+    set_cpu_threads,
     set_up_logging,
-    use_all_cores,
 )
 from tinycap.training.optimization import create_optimizer, create_scheduler, plan_steps
 from tinycap.training.repository import create_image_processor, save_processors
@@ -98,7 +103,8 @@ SCENE_DEFAULTS = {
     "max_caption_length": 40,
     "per_device_train_batch_size": 128,
     "learning_rate": 1e-3,
-    "num_train_epochs": 7.0,
+    "patch_learning_rate_scale": 0.1,
+    "num_train_epochs": 4.0,
     "num_warmup_steps": 50,
     "crop_scale": 1.0,
     "horizontal_flip": False,
@@ -329,7 +335,9 @@ def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> 
     model = accelerator.unwrap_model(model)
     model.eval()
     image_embeds, text_embeds = [], []
-    for batch in tqdm(loader, desc="Validating", leave=False, disable=not accelerator.is_local_main_process):
+    for batch in tqdm(
+        loader, desc="Validating", leave=False, disable=None if accelerator.is_local_main_process else True
+    ):
         with accelerator.autocast():
             output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
         # One row an image, so that what the last batch holds twice is dropped from both alike.
@@ -377,11 +385,12 @@ def train_step(
     return {"contrastive_loss": torch.stack(losses).mean(), "logit_scale": logit_scale.detach().exp()}
 
 
-def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) -> dict[str, float]:
+def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, share: float = 1.0) -> dict[str, float]:
     """Runs the whole training; returns the last evaluation's figures.
 
     Args:
         accelerator: the caller's, when this is part of a larger run.
+        share: of that run's time which this training takes; for the estimate of the time left.
 
     Raises:
         ValueError: an argument, a dataset or a checkpoint doesn't fit; nothing has been trained then.
@@ -397,7 +406,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
             project_dir=args.output_dir,
         )
         set_up_logging(accelerator)
-        use_all_cores(accelerator)
+        set_cpu_threads(accelerator)
     output_dir = Path(args.output_dir)
     resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
     with accelerator.main_process_first():
@@ -476,7 +485,9 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
     if accelerator.is_main_process:
         open_output_dir(args)
         move_skipped_rows(skipped, output_dir)
-    optimizer = create_optimizer(model, args.learning_rate, args.weight_decay)
+    optimizer = create_optimizer(
+        model, args.learning_rate, args.weight_decay, kernel_scale=args.patch_learning_rate_scale
+    )
     scheduler = create_scheduler(optimizer, args, accelerator.num_processes)
     num_parameters = model.num_parameters()
     model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
@@ -492,7 +503,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
         f"{len(train_set):,}",
         f"{args.max_train_steps:,}",
     )
-    log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"])
+    log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"], share=share)
 
     def take_step(step: Step, number: int) -> dict[str, torch.Tensor]:
         return train_step(args, accelerator, model, optimizer, scheduler, tokenizer, step, number)
@@ -516,7 +527,8 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None) 
         save_processors(output_dir, tokenizer, image_processor, processor_class="CLIPProcessor")
         write_json(output_dir / "eval_results.json", metrics)
     accelerator.wait_for_everyone()
-    logger.info("Saved to %s: %s", output_dir, {name: round(value, 2) for name, value in metrics.items()})
+    recall = [metrics[f"{name}_recall_at_1"] for name in ("image_to_text", "text_to_image")]
+    logger.info("Saved to %s. Recall at 1: image to text %.1f %%, text to image %.1f %%.", output_dir, *recall)
     if own:
         accelerator.end_training()
     return metrics

@@ -1,4 +1,5 @@
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -127,6 +128,28 @@ def test_rows_after_the_checkpoint_are_dropped_when_resuming(tmp_path):
     assert found[2]["loss"] == 0.5 and found[3]["eval_cider"] == 7.0
 
 
+@pytest.mark.parametrize("share, expected", [(1.0, "50 minutes"), (0.25, "3.5 hours")])
+def test_the_time_left_is_said_after_the_first_steps(tmp_path, monkeypatch, caplog, share, expected):
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr("tinycap.training.logs.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    monkeypatch.setattr("tinycap.training.logs.ESTIMATE_EVERY", 10**6)
+    log = RunLog(tmp_path, Accelerator(cpu=True), total_steps=320, share=share)
+    with caplog.at_level("INFO"):
+        for step in range(1, 60):
+            log.advance(step)
+    assert [record.getMessage() for record in caplog.records] == [f"Step 20 of 320: about {expected} left."]
+
+
+def test_without_a_terminal_the_time_left_is_said_each_minute(tmp_path, monkeypatch, caplog):
+    clock = iter(range(0, 10**6, 10))
+    monkeypatch.setattr("tinycap.training.logs.time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    log = RunLog(tmp_path, Accelerator(cpu=True), total_steps=400)
+    with caplog.at_level("INFO"):
+        for step in range(1, 15):
+            log.advance(step)
+    assert [record.getMessage().split(":")[0] for record in caplog.records] == ["Step 7 of 400", "Step 14 of 400"]
+
+
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(ValueError):
@@ -173,6 +196,15 @@ def test_muon_has_the_matrices_and_adamw_the_rest():
     taken = muon.param_groups[0]["params"][0]
     old = before[[id(p) for p in model.parameters()].index(id(taken))]
     assert 0.1e-3 < (taken - old * (1 - 1e-4)).square().mean().sqrt() < 0.4e-3
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_the_patch_embedding_may_learn_slower_than_the_rest(name):
+    model = tiny_model()
+    optimizer = create_optimizer(model, 1e-3, 0.1, name, kernel_scale=0.1)
+    rates = {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+    assert rates.pop(id(model.vision_model.embeddings.patch_embedding.weight)) == pytest.approx((1e-4, 0.1))
+    assert len(rates) == len(list(model.parameters())) - 1 and {rate for rate, _ in rates.values()} == {1e-3}
 
 
 def test_an_optimizer_that_is_not_there_is_an_error(monkeypatch):

@@ -1,3 +1,5 @@
+import ast
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -22,10 +24,30 @@ def test_a_launcher_that_knows_of_no_cpu_leaves_no_core_idle(launched, asked, de
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
     monkeypatch.setenv("OMP_NUM_THREADS", asked)
     monkeypatch.setattr(loop.os, "sched_getaffinity", lambda pid: range(5), raising=False)
+    monkeypatch.setattr(loop, "CGROUP_QUOTA", Path("no such file"))
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
-        loop.use_all_cores(SimpleNamespace(device=torch.device(device), num_processes=processes))
+        loop.set_cpu_threads(SimpleNamespace(device=torch.device(device), num_processes=processes))
         assert torch.get_num_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "quota, expected", [("250000 100000\n", 2), ("max 100000\n", 5), ("50000 100000\n", 1), ("900000 100000\n", 5)]
+)
+def test_a_container_gets_no_more_threads_than_its_quota(quota, expected, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.os, "sched_getaffinity", lambda pid: range(5), raising=False)
+    monkeypatch.setattr(loop, "CGROUP_QUOTA", tmp_path / "cpu.max")
+    (tmp_path / "cpu.max").write_text(quota)
+    assert loop.available_cores() == expected
+
+
+@pytest.mark.parametrize("script", ["train_distill.py", "train_teacher.py"])
+def test_threads_are_told_to_wait_passively_before_torch_is_imported(script):
+    body = ast.parse((Path(loop.__file__).parents[1] / script).read_text()).body
+    policy = next(i for i, node in enumerate(body) if "OMP_WAIT_POLICY" in ast.unparse(node))
+    third_party = ("torch", "datasets", "accelerate", "transformers", "tinycap")
+    imports = [i for i, node in enumerate(body) if ast.unparse(node).split()[1].startswith(third_party)]
+    assert policy < min(imports)

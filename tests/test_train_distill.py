@@ -438,7 +438,8 @@ def test_a_killed_scenes_run_resumes_to_the_weights_of_a_whole_one(scene_flags, 
     assert [path.name for path in (tmp_path / "out" / "checkpoint-2").glob("*.safetensors")] == ["model.safetensors"]
 
 
-def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(tmp_path):
+def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(tmp_path, caplog, capfd):
+    caplog.set_level("INFO")
     metrics = train_distill.main(
         [
             *("--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "9"),
@@ -447,6 +448,10 @@ def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(
         ]
     )
     assert {"object_accuracy", "color_accuracy", "count_accuracy", "cider", "recall_at_1"} <= set(metrics)
+    screen = caplog.text + "".join(capfd.readouterr())
+    assert "left." in screen and "counts right: " in screen and f"tinycap caption IMAGE --model {tmp_path}" in screen
+    for noise in ("UNEXPECTED", "Removed shared tensor", "Loading weights", "\r"):
+        assert noise not in screen
     assert (tmp_path / "out" / "teacher" / "eval_results.json").exists()
     vision = json.loads((tmp_path / "out" / "config.json").read_text())["vision_config"]
     assert vision["image_size"] == train_distill.SCENE_CONFIG["vision_config"]["image_size"]

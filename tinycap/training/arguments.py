@@ -75,6 +75,12 @@ def add_optimisation_arguments(
     run.add_argument("--captions_per_image", type=int, default=captions_per_image, help="captions of a photo in a step")
     run.add_argument("--per_device_eval_batch_size", type=int, default=64, help="photos in a validation batch")
     run.add_argument("--learning_rate", type=float, default=learning_rate, help="peak learning rate")
+    run.add_argument(
+        "--patch_learning_rate_scale",
+        type=float,
+        default=1.0,
+        help="learning rate of the patch embedding over that of the rest; below 1 where patches are large",
+    )
     run.add_argument("--weight_decay", type=float, default=weight_decay, help="decay of the weight matrices")
     run.add_argument("--num_train_epochs", type=float, default=20.0, help="passes over the photos")
     run.add_argument("--max_train_steps", type=int, help="optimizer steps; in place of --num_train_epochs")
@@ -206,7 +212,8 @@ def check_common_arguments(args: argparse.Namespace, refuse: Callable[[bool, str
     positive = (
         *("max_train_samples", "max_eval_samples", "captions_per_image", "max_train_steps", "num_train_epochs"),
         *("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps", "logging_steps"),
-        *("learning_rate", "checkpointing_steps", "evaluation_steps", "checkpoints_total_limit"),
+        *("learning_rate", "patch_learning_rate_scale", "checkpointing_steps", "evaluation_steps"),
+        "checkpoints_total_limit",
     )
     for name in positive:
         value = getattr(args, name)

@@ -1,6 +1,8 @@
 """What a run writes while it goes on: `metrics.jsonl`, trackers and the progress bar."""
 
 import json
+import logging
+import math
 import os
 import time
 from pathlib import Path
@@ -8,6 +10,12 @@ from typing import Any
 
 from accelerate import Accelerator
 from tqdm.auto import tqdm
+
+
+logger = logging.getLogger(__name__)
+
+# Steps before the first estimate of the time left, and seconds between estimates where no bar can be drawn.
+ESTIMATE_AFTER, ESTIMATE_EVERY = 20, 60.0
 
 
 def write_text(path: str | Path, text: str) -> None:
@@ -49,17 +57,27 @@ class RunLog:
         accelerator: knows the main process and the trackers.
         total_steps: optimizer steps of the whole run.
         start_step: the step a resumed run goes on from; rows after it, from the run that broke off, are dropped.
+        share: of the whole run's time that this training takes, for the estimate of the time left.
 
-    Every row carries `elapsed_seconds`, the time spent in the run's loop up to it.
+    Every row carries `elapsed_seconds`, the time spent in the run's loop up to it. The bar needs a terminal; in a file
+    the time left is logged each minute instead.
     """
 
-    def __init__(self, output_dir: str | Path, accelerator: Accelerator, total_steps: int, start_step: int = 0):
+    def __init__(
+        self,
+        output_dir: str | Path,
+        accelerator: Accelerator,
+        total_steps: int,
+        start_step: int = 0,
+        share: float = 1.0,
+    ):
         self.path = Path(output_dir) / "metrics.jsonl"
         self.accelerator = accelerator
-        self.progress = tqdm(
-            total=total_steps, initial=start_step, desc="Training", disable=not accelerator.is_main_process
-        )
-        self.started = time.perf_counter()
+        self.total_steps, self.start_step, self.share = total_steps, start_step, share
+        # None: only on a terminal.
+        shown = None if accelerator.is_main_process else True
+        self.progress = tqdm(total=total_steps, initial=start_step, desc="Training", disable=shown)
+        self.started = self.opened = self.estimated = time.perf_counter()
         if accelerator.is_main_process and self.path.exists():
             lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             lines = [line for line in lines if _step_of(line) <= start_step]
@@ -70,7 +88,7 @@ class RunLog:
 
     def train_row(self, step: int, epoch: int, figures: dict[str, float]) -> None:
         """Writes one row of losses; they also stand beside the progress bar."""
-        shown = {name: f"{value:.3g}" for name, value in figures.items() if "loss" in name or "per_second" in name}
+        shown = {name.removesuffix("_loss"): f"{value:.3g}" for name, value in figures.items() if "loss" in name}
         self.progress.set_postfix(shown, refresh=False)
         self._write({"step": step, "epoch": epoch, **figures})
 
@@ -79,8 +97,16 @@ class RunLog:
         self._write({"step": step, "epoch": epoch, **{f"eval_{name}": value for name, value in figures.items()}})
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar to `step`."""
+        """Moves the progress bar to `step`, and says how long the rest will take once that is known."""
         self.progress.update(step - self.progress.n)
+        now = time.perf_counter()
+        is_first = step == min(self.start_step + ESTIMATE_AFTER, self.total_steps - 1)
+        is_due = self.progress.disable and now - self.estimated > ESTIMATE_EVERY
+        if self.accelerator.is_main_process and (is_first or is_due):
+            self.estimated = now
+            seconds = (now - self.opened) / (step - self.start_step) * (self.total_steps - step)
+            seconds += (now - self.opened + seconds) * (1 / self.share - 1)
+            logger.info("Step %d of %d: about %s left.", step, self.total_steps, _duration(seconds))
 
     def close(self) -> None:
         self.progress.close()
@@ -92,6 +118,13 @@ class RunLog:
         with open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+
+def _duration(seconds: float) -> str:
+    """As a person would say it: "40 seconds", "7 minutes", "5.2 hours"."""
+    if seconds < 90:
+        return f"{math.ceil(seconds)} seconds"
+    return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _step_of(line: str) -> float:

@@ -20,6 +20,7 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import send_to_device
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from tinycap.training.checkpoints import CheckpointWriteError, save_checkpoint
 from tinycap.training.data import StreamingCaptionDataset
@@ -27,6 +28,8 @@ from tinycap.training.logs import RunLog
 
 
 logger = get_logger(__name__)
+
+CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -291,26 +294,58 @@ def run_steps(
             batches.begin_epoch()
 
 
-def use_all_cores(accelerator: Accelerator) -> None:
-    """Lets one process on a CPU use all its cores.
+def available_cores() -> int:
+    """CPU cores that this process may use: those of its affinity, within a container's quota."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    try:
+        quota, period = map(int, CGROUP_QUOTA.read_text().split())
+    except (OSError, ValueError):
+        # No cgroup v2, or a quota of "max".
+        return cores
+    return max(1, min(cores, quota // period))
 
-    `accelerate launch` sets OMP_NUM_THREADS to 1 where it wasn't told to expect a CPU, and training takes twice as long
-    on two cores. Where nobody launched, or several processes share the cores, the environment says what is wanted.
+
+def set_cpu_threads(accelerator: Accelerator) -> None:
+    """Gives a single process on a CPU one thread for each core.
+
+    `accelerate launch` sets OMP_NUM_THREADS to 1 unless it was told to expect a CPU, and training takes twice as long
+    on two cores. Without a launcher, or with several processes, the environment decides.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and launched:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(cores)
+        torch.set_num_threads(available_cores())
+
+
+class ProgressBarHandler(logging.Handler):
+    """Writes messages to stderr without breaking the progress bar that stands there."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm.write(self.format(record), file=sys.stderr)
+
+
+def is_news(record: logging.LogRecord) -> bool:
+    """False for the libraries' warnings of what is meant to be so.
+
+    Checkpoints hold tied weights once, and `load_checkpoint` ties them again. A resumed shuffle buffer is empty; a
+    stream's holds nothing, see `StreamingCaptionDataset`.
+    """
+    return not any(text in str(record.msg) for text in ("Removed shared tensor", "shuffle buffer"))
 
 
 def set_up_logging(accelerator: Accelerator) -> None:
     """One line a message; the libraries speak up on each machine's first process only."""
     logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s", datefmt="%H:%M:%S", level=logging.INFO
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        level=logging.INFO,
+        handlers=[ProgressBarHandler()],
     )
     for library in (datasets.utils.logging, transformers.utils.logging):
         library.set_verbosity_warning() if accelerator.is_local_main_process else library.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     for chatty in ("httpx", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    # It warns of what a resumed shuffle buffer has forgotten; a stream's holds nothing, see `StreamingCaptionDataset`.
-    logging.getLogger("datasets.iterable_dataset").addFilter(lambda record: "shuffle buffer" not in str(record.msg))
+    for name in ("accelerate.utils.other", "datasets.iterable_dataset"):
+        logging.getLogger(name).addFilter(is_news)

@@ -72,7 +72,7 @@ class OptimizerPair(torch.optim.Optimizer):
 
 
 def create_optimizer(
-    model: nn.Module, learning_rate: float, weight_decay: float, name: str = "adamw"
+    model: nn.Module, learning_rate: float, weight_decay: float, name: str = "adamw", kernel_scale: float = 1.0
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101), betas (0.9, 0.98) as CLIP was trained.
 
@@ -84,6 +84,8 @@ def create_optimizer(
         learning_rate: the peak; a scheduler varies it.
         weight_decay: of the matrices, see `parameter_groups`.
         name: one of `OPTIMIZERS`.
+        kernel_scale: learning rate of convolutions over that of the rest. A ViT has one, whose output each step of
+            Adam moves in proportion to a patch's pixels: 3,072 for 32 x 32, where other layers have 128 inputs.
 
     Raises:
         ValueError: there is no such optimizer, or this PyTorch doesn't have it.
@@ -94,12 +96,15 @@ def create_optimizer(
         raise ValueError(f"optimizer muon: expected torch 2.9 or newer, which brings it, got {torch.__version__}")
     adamw = {"lr": learning_rate, "betas": (0.9, 0.98), "eps": 1e-8, "fused": True}
     decayed, others = parameter_groups(model, weight_decay)
-    if name == "adamw":
+    if name == "adamw" and kernel_scale == 1.0:
         return torch.optim.AdamW([decayed, others], **adamw)
-    # A convolution's weight is a matrix to AdamW only.
+    # A convolution's weight is no matrix to Muon, and its learning rate may differ.
     matrices = [parameter for parameter in decayed["params"] if parameter.dim() == 2]
-    kernels = {**decayed, "params": [parameter for parameter in decayed["params"] if parameter.dim() != 2]}
-    groups = [group for group in (kernels, others) if group["params"]]
+    kernels = [parameter for parameter in decayed["params"] if parameter.dim() != 2]
+    scaled = {"params": kernels, "weight_decay": weight_decay, "lr": kernel_scale * learning_rate}
+    groups = [group for group in (scaled, others) if group["params"]]
+    if name == "adamw":
+        return torch.optim.AdamW([{**decayed, "params": matrices}, *groups], **adamw)
     muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
     return OptimizerPair(muon, torch.optim.AdamW(groups, **adamw))
 

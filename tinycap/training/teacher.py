@@ -18,6 +18,12 @@ logger = logging.getLogger(__name__)
 FEATURES = ("pooled", "projected")
 
 
+class VisionTower(CLIPVisionModelWithProjection):
+    """CLIP's vision tower, from its own checkpoint or a whole `CLIPModel`'s, whose text tower is ignored."""
+
+    _keys_to_ignore_on_load_unexpected = [r"^text_model\.", r"^text_projection\.", r"^logit_scale$"]
+
+
 class Teacher(nn.Module):
     """A CLIP vision model that never learns and never leaves eval mode.
 
@@ -101,9 +107,7 @@ class Teacher(nn.Module):
                     f"got model_type {config.model_type!r}"
                 ) from error
             return cls(PretrainedImageTower.from_pretrained(name_or_path), feature, *normalisation)
-        vision_model, report = CLIPVisionModelWithProjection.from_pretrained(
-            name_or_path, dtype=torch.float32, output_loading_info=True
-        )
+        vision_model, report = VisionTower.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if feature == "pooled":
             # The projection isn't asked: a vision model that was saved without one serves.
