@@ -9,7 +9,8 @@ import pytest
 import torch
 from datasets import Dataset, Image
 from tiny import draw_picture, png_bytes
-from transformers import AutoImageProcessor, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoTokenizer, GenerationConfig, pipeline
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 import tinycap
 from tinycap.confidence_tinycap import ConfidenceCalibration

@@ -45,7 +45,7 @@ def test_remote_code_imports_only_torch_transformers_and_pillow(name):
 
 def test_no_file_imports_auto_image_processor_from_the_top_of_transformers():
     """There, 5.4 to 5.16 demand torchvision for it; its own module doesn't."""
-    for path in [*ROOT.glob("*.py"), *ROOT.glob("*/*.py")]:
+    for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
             assert "AutoImageProcessor" not in names or node.module != "transformers", path

@@ -10,7 +10,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
-from transformers import AutoImageProcessor, GitProcessor, PreTrainedTokenizerFast
+from transformers import GitProcessor, PreTrainedTokenizerFast
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
