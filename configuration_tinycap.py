@@ -298,6 +298,7 @@ class TinyCapConfig(PretrainedConfig):
                 "AutoConfig": "configuration_tinycap.TinyCapConfig",
                 "AutoModel": "modeling_tinycap.TinyCapForConditionalGeneration",
                 "AutoModelForImageTextToText": "modeling_tinycap.TinyCapForConditionalGeneration",
+                "AutoModelForMultimodalLM": "modeling_tinycap.TinyCapForConditionalGeneration",
             },
         )
         kwargs.setdefault(
@@ -307,7 +308,12 @@ class TinyCapConfig(PretrainedConfig):
                     "impl": "pipeline_tinycap.ImageToTextPipeline",
                     "pt": ["AutoModelForImageTextToText"],
                     "type": "multimodal",
-                }
+                },
+                "image-feature-extraction": {
+                    "impl": "pipeline_tinycap.ImageEmbeddingPipeline",
+                    "pt": ["AutoModel"],
+                    "type": "image",
+                },
             },
         )
         kwargs["is_encoder_decoder"] = True

@@ -19,23 +19,21 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import __version__ as TRANSFORMERS_VERSION
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.generation import (
-    EosTokenCriteria,
-    GenerationConfig,
-    GenerationMixin,
-    LogitsProcessorList,
-    MaxLengthCriteria,
-    StoppingCriteriaList,
-)
+from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions, Seq2SeqLMOutput
+from transformers.modeling_outputs import (
+    BaseModelOutputWithCrossAttentions,
+    BaseModelOutputWithPooling,
+    Seq2SeqLMOutput,
+)
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from transformers.utils import ModelOutput, logging
 
 from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisionConfig
-from .greedy_tinycap import GreedySteps, greedy_search
 from .weights_tinycap import HUB_ARGUMENTS, check_finite_weights, check_shapes, find_weights, stored_shapes
 
 
@@ -53,21 +51,19 @@ logger = logging.get_logger(__name__)
 LOSS_CHUNK = 256
 
 
-@dataclass
-class TinyCapVisionOutput(ModelOutput):
+class TinyCapVisionOutput(BaseModelOutputWithPooling):
     """Output of the student.
 
     Args:
         last_hidden_state: (B, 1 + patches, hidden_size), after the final layer norm; row 0 is `[CLS]`.
-        image_embeds: (B, projection_dim), unit norm.
+        pooler_output: (B, projection_dim), the image embedding, of unit norm; also called `image_embeds`.
         hidden_states: num_hidden_layers + 1 tensors like `last_hidden_state`, before the final layer norm.
         attentions: num_hidden_layers tensors (B, heads, tokens, tokens).
     """
 
-    last_hidden_state: torch.FloatTensor | None = None
-    image_embeds: torch.FloatTensor | None = None
-    hidden_states: tuple[torch.FloatTensor, ...] | None = None
-    attentions: tuple[torch.FloatTensor, ...] | None = None
+    @property
+    def image_embeds(self) -> torch.FloatTensor | None:
+        return self.pooler_output
 
 
 @dataclass
@@ -297,7 +293,7 @@ class TinyCapVisionEmbeddings(nn.Module):
             )
         if height < patch or width < patch:
             raise ValueError(f"pixel_values: expected at least {patch}x{patch} pixels, got {height}x{width}")
-        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype))
+        patches = self.patch_embedding(pixel_values.to(self.cls_token.dtype))
         positions = self.positions(*patches.shape[2:])
         patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]
         if self.training and self.config.patch_dropout > 0:
@@ -368,10 +364,16 @@ class TinyCapPreTrainedModel(PreTrainedModel):
                 shapes = stored_shapes(path)
                 if not hasattr(config, "to_dict"):
                     config = cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs)
-                if not tolerant:
+                # A quantised checkpoint stores packed tensors of other shapes.
+                if not tolerant and getattr(config, "quantization_config", None) is None:
                     check_shapes(path, shapes, config)
         model, report = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         check_finite_weights(model, source)
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and model.config.tie_word_embeddings and "lm_head.weight" not in shapes:
+            # transformers 5.3 leaves the head of remote code untied, and random.
+            if type(head.weight) is nn.Parameter and head.weight is not table.weight and not head.weight.is_meta:
+                model.tie_weights()
         missing = sorted(report["missing_keys"])
         # A student alone begins a captioner: its decoder is new.
         is_student = bool(shapes) and not any(name.startswith(("decoder.", "vision_model.")) for name in shapes)
@@ -468,7 +470,7 @@ class TinyCapVisionModel(TinyCapPreTrainedModel):
         image_embeds = F.normalize(image_embeds.float(), dim=-1).to(image_embeds.dtype)
         output = TinyCapVisionOutput(
             last_hidden_state=last_hidden_state,
-            image_embeds=image_embeds,
+            pooler_output=image_embeds,
             hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
             attentions=tuple(all_attentions) if output_attentions else None,
         )
@@ -510,19 +512,6 @@ class TinyCapDecoderLayer(GradientCheckpointingLayer):
         hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm3(hidden_states)))
         return hidden_states, self_weights, cross_weights
 
-    def next_token(self, hidden_states: torch.Tensor, cache: EncoderDecoderCache) -> torch.Tensor:
-        """`forward` for (B, 1, hidden_size) and a single memory vector, see `TinyCapDecoder.next_token`."""
-        attention, shape = self.self_attn, hidden_states.shape
-        normed = self.layer_norm1(hidden_states)
-        query = attention.split_heads(attention.q_proj(normed))
-        key, value = attention.split_heads(attention.k_proj(normed)), attention.split_heads(attention.v_proj(normed))
-        key, value = cache.self_attention_cache.update(key, value, attention.layer_idx)
-        attended = F.scaled_dot_product_attention(query, key, value, scale=attention.scaling)
-        hidden_states = hidden_states + attention.out_proj(attended.view(shape))
-        constant = cache.cross_attention_cache.layers[attention.layer_idx].keys
-        hidden_states = hidden_states + constant.reshape(shape)
-        return hidden_states + self.mlp(self.layer_norm3(hidden_states))
-
 
 class TinyCapDecoder(TinyCapPreTrainedModel):
     """Memory and tokens -> hidden states. Pre-norm, learned positions, causal self-attention, cross-attention."""
@@ -549,7 +538,9 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
 
     def project_memory(self, encoder_hidden_states: torch.Tensor) -> torch.Tensor:
         """(B, M, projection_dim or the student's hidden_size) -> (B, M, hidden_size of the text)."""
-        return self.memory_projection(encoder_hidden_states.to(self.memory_projection.weight.dtype) * self.memory_scale)
+        # The layer norm's dtype is that of the computation. A quantised linear layer has that of its storage.
+        memory = encoder_hidden_states.to(self.final_layer_norm.weight.dtype) * self.memory_scale
+        return self.memory_projection(memory)
 
     def position_ids(self, attention_mask: torch.Tensor | None, past_length, length: int, device) -> torch.Tensor:
         """(1 or B, length): counted from each row's first real token, so that left padding changes nothing."""
@@ -575,8 +566,6 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         length, device, dtype = hidden_states.shape[1], hidden_states.device, hidden_states.dtype
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None
         if not eager and "flash" in self.config._attn_implementation:
             return attention_mask
         if attention_mask is None and not static_length and (length == 1 or (past_length == 0 and not eager)):
@@ -623,14 +612,19 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         # Only the layers of a static cache have this; those of a dynamic one may not exist yet.
         layers = [] if cache is None else cache.self_attention_cache.layers
         static_length = getattr(layers[0], "max_cache_len", 0) if layers else 0
-        position_ids = self.position_ids(attention_mask, past_length, length, hidden_states.device)
-        # A padded batch may be longer than the table: what counts is the last position it reads.
-        last = past_length + length if position_ids.shape[0] == 1 else int(position_ids.max()) + 1
+        # By shapes alone: reading positions would break graphs and wait for the device in every step.
+        last = static_length or past_length + length
+        if attention_mask is not None and attention_mask.dim() == 2:
+            last = max(last, attention_mask.shape[1])
         if last > self.config.max_position_embeddings:
             raise ValueError(
-                f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), "
-                f"got {int(last)}"
+                f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), got {last}"
+                f"{' slots of a static cache' if static_length else ', padding included'}"
             )
+        if static_length and tuple(map(int, TRANSFORMERS_VERSION.split(".")[:2])) < (5, 4):
+            # Before, its layers had to be told where to write, and `generate` didn't: wrong captions.
+            raise ValueError(f"cache: a static one needs transformers 5.4 or newer, got {TRANSFORMERS_VERSION}")
+        position_ids = self.position_ids(attention_mask, past_length, length, hidden_states.device)
         hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
 
         eager = output_attentions or self.config._attn_implementation == "eager"
@@ -660,64 +654,6 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
             cross_attentions=tuple(all_cross_attentions) if output_attentions else None,
         )
 
-    def next_token(self, input_ids: torch.LongTensor, cache: EncoderDecoderCache) -> torch.Tensor:
-        """What `forward` computes for one more token of each row, and nothing else.
-
-        At this size the flags, masks and output objects around a step cost as much as its arithmetic. Single layers and
-        projections are still called as modules, so that adapters and quantised ones stay in force.
-
-        Args:
-            input_ids: (B, 1).
-            cache: dynamic, of the unpadded tokens before; a single memory vector's constants in it.
-
-        Returns:
-            The last hidden states (B, 1, hidden_size).
-        """
-        position = self.embed_positions.weight[cache.get_seq_length()]
-        hidden_states = self.embed_tokens(input_ids) + position
-        for layer in self.layers:
-            hidden_states = layer.next_token(hidden_states, cache)
-        return self.final_layer_norm(hidden_states)
-
-    def is_plain(self, head: nn.Module) -> bool:
-        """Whether this and its `head` consist of the modules they were made of, all in one place and format, and
-        nobody listens to any: then the weights are all there is to know of them."""
-        for name, module in (*self.named_modules(), ("head", head)):
-            if module._forward_hooks or module._forward_pre_hooks or hasattr(module, "_hf_hook"):
-                return False
-            if type(module) not in DECODER_MODULES and not name.endswith("activation"):
-                return False
-        return len({(weight.dtype, weight.device) for weight in (*self.parameters(), *head.parameters())}) == 1
-
-    def serves_next_token(self, input_ids: torch.LongTensor | None, cache: EncoderDecoderCache | None) -> bool:
-        """Whether `next_token` may take `forward`'s place: an inference step, and nobody listens to whole layers."""
-        if cache is None or input_ids is None or input_ids.shape[1] != 1 or self.training or torch.is_grad_enabled():
-            return False
-        if not isinstance(cache, EncoderDecoderCache) or not cache.is_updated.get(len(self.layers) - 1):
-            return False
-        # One key of cross-attention for each token is one memory vector; a static cache is masked.
-        single = cache.cross_attention_cache.layers[0].keys.shape[2] == 1 and not cache.is_compileable
-        config = self.config
-        if (
-            not single
-            or config._attn_implementation != "sdpa"
-            or config.output_attentions
-            or config.output_hidden_states
-        ):
-            return False
-        for layer in self.layers:
-            for module in (self, layer, layer.self_attn, layer.cross_attn):
-                if module._forward_hooks or module._forward_pre_hooks:
-                    return False
-        return cache.get_seq_length() < self.config.max_position_embeddings
-
-
-# What `TinyCapDecoder` and its head consist of, but for activations.
-DECODER_MODULES = {
-    *(TinyCapDecoder, TinyCapDecoderLayer, TinyCapAttention, TinyCapCrossAttention, TinyCapMLP),
-    *(nn.Embedding, nn.Linear, nn.LayerNorm, nn.Dropout, nn.ModuleList),
-}
-
 
 # --- the captioner --------------------------------------------------------------------------------------------------
 
@@ -727,58 +663,6 @@ def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int, pad_to
     shifted = labels.roll(1, dims=1)
     shifted[:, 0] = decoder_start_token_id
     return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy(hidden_states @ weight.t(), labels)` that computes its gradients on the way forward.
-
-    Each chunk's logits become its gradient in place, so that the head runs once and not again in the backward pass.
-    `F.linear_cross_entropy` does the same from torch 2.13 on, but keeps all logits with label smoothing.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_states, weight, labels, smoothing: float):
-        """(R, hidden_size), (vocab_size, hidden_size), (R,) int64 -> the mean over R rows, float32; 0 of no rows."""
-        device = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        num_rows, vocab_size = max(1, len(labels)), weight.shape[0]
-        total = hidden_states.new_zeros((), dtype=torch.float32)
-        needed = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden_states) if needed[0] else None
-        weight_grad = torch.zeros_like(weight) if needed[1] else None
-        with torch.autocast(device, enabled=False):
-            head = weight.to(dtype)
-            for start in range(0, num_rows, LOSS_CHUNK):
-                chunk = slice(start, start + LOSS_CHUNK)
-                hidden, target = hidden_states[chunk].to(dtype), labels[chunk, None]
-                logits = (hidden @ head.t()).float()
-                log_sum = logits.logsumexp(dim=1, keepdim=True)
-                picked = logits.gather(1, target) - log_sum
-                loss = -(1 - smoothing) * picked.sum()
-                if smoothing:
-                    loss -= smoothing * (logits.mean(dim=1, keepdim=True) - log_sum).sum()
-                total += loss
-                if not any(needed):
-                    continue
-                gradient = logits.sub_(log_sum).exp_()
-                if smoothing:
-                    gradient -= smoothing / vocab_size
-                gradient.scatter_add_(1, target, gradient.new_full(target.shape, smoothing - 1.0))
-                gradient = gradient.div_(num_rows).to(dtype)
-                if needed[0]:
-                    hidden_grad[chunk] = gradient @ head
-                if needed[1] and dtype == weight_grad.dtype:
-                    weight_grad.addmm_(gradient.t(), hidden)
-                elif needed[1]:
-                    weight_grad += gradient.t() @ hidden
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        return total / num_rows
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, output_grad):
-        grads = (None if grad is None else grad * output_grad.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None
 
 
 class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
@@ -819,38 +703,27 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module):
         self.lm_head = value
 
-    @torch.no_grad()
-    def store_head_transposed(self) -> "TinyCapForConditionalGeneration":
-        """Lays the head's weight out column by column, which a CPU reads over twice as fast for a single row.
+    def get_image_features(self, pixel_values: torch.FloatTensor, **kwargs) -> TinyCapVisionOutput | tuple:
+        """Embeds images, with the interface of CLIP's in transformers 5.
 
-        Shape, values and tying stay as they are, and it takes no memory. Looking tokens up takes longer, some
-        microseconds each: right for inference, not for training. Saving lays the weight out as usual again.
+        Args:
+            pixel_values: (B, num_channels, image_size, image_size), normalised by the image processor.
+            kwargs: `interpolate_pos_encoding`, `output_attentions`, `output_hidden_states`, `return_dict`, as in
+                `TinyCapVisionModel.forward`.
 
         Returns:
-            The model itself.
+            `TinyCapVisionOutput`, a `BaseModelOutputWithPooling`. Its `pooler_output` (B, projection_dim) is the
+            embedding. Unlike CLIP's it has unit norm.
         """
-        weight = self.lm_head.weight
-        weight.data = weight.t().contiguous().t()
-        return self
-
-    def save_pretrained(self, *args, **kwargs):
-        # safetensors stores row by row only. Copied only where the head was transposed.
-        weight = self.lm_head.weight
-        weight.data = weight.data.contiguous()
-        return super().save_pretrained(*args, **kwargs)
-
-    def get_image_features(
-        self, pixel_values: torch.FloatTensor, interpolate_pos_encoding: bool = False
-    ) -> torch.FloatTensor:
-        """The student's embedding of `pixel_values` (B, C, H, W): (B, projection_dim), unit norm."""
-        return self.vision_model(pixel_values, interpolate_pos_encoding, return_dict=True).image_embeds
+        return self.vision_model(pixel_values, **kwargs)
 
     def get_memory(self, encoder_outputs: ModelOutput | tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the decoder attends to, from the student's output or from bare embeddings.
 
         Args:
-            encoder_outputs: a `TinyCapVisionOutput`; with `memory="embedding"` also
-                `BaseModelOutput(last_hidden_state=embeddings)`, embeddings (B, 1, projection_dim) of any norm.
+            encoder_outputs: a `TinyCapVisionOutput`, or its values as a tuple; with `memory="embedding"` also a
+                `BaseModelOutput` whose `pooler_output` (B, projection_dim) or `last_hidden_state`
+                (B, 1, projection_dim) is an embedding of any norm, as a teacher's.
 
         Returns:
             The memory (B, M, width) and `image_embeds` (B, projection_dim) or `None`.
@@ -858,10 +731,9 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: neither of the two; says what was expected and what came.
         """
-        image_embeds = getattr(encoder_outputs, "image_embeds", None)
-        hidden_states = encoder_outputs[0] if image_embeds is None else encoder_outputs.last_hidden_state
-        if isinstance(encoder_outputs, (tuple, list)) and len(encoder_outputs) > 1:
-            image_embeds = encoder_outputs[1]
+        if isinstance(encoder_outputs, (tuple, list)):
+            encoder_outputs = TinyCapVisionOutput(*encoder_outputs[:2])
+        hidden_states, image_embeds = encoder_outputs[0], getattr(encoder_outputs, "pooler_output", None)
         if self.config.memory == "patches":
             width = self.config.vision_config.hidden_size
             if hidden_states.dim() != 3 or hidden_states.shape[-1] != width:
@@ -871,34 +743,47 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
                 )
             return hidden_states, image_embeds
         width = self.config.vision_config.projection_dim
-        if image_embeds is None:
-            if hidden_states.dim() != 3 or hidden_states.shape[1:] != (1, width):
-                raise ValueError(
-                    f"encoder_outputs: expected image_embeds (B, {width}) or last_hidden_state (B, 1, {width}), "
-                    f"got last_hidden_state {tuple(hidden_states.shape)}"
-                )
-            image_embeds = F.normalize(hidden_states[:, 0].float(), dim=-1).to(hidden_states.dtype)
-        return image_embeds.unsqueeze(1), image_embeds
+        embeds = hidden_states if image_embeds is None else image_embeds.unsqueeze(1)
+        if embeds.dim() != 3 or embeds.shape[1:] != (1, width):
+            raise ValueError(
+                f"encoder_outputs: expected pooler_output (B, {width}) or last_hidden_state (B, 1, {width}), "
+                f"got {tuple(embeds.shape if image_embeds is None else image_embeds.shape)}"
+            )
+        if image_embeds is None or not isinstance(encoder_outputs, TinyCapVisionOutput):
+            embeds = F.normalize(embeds.float(), dim=-1).to(embeds.dtype)
+        return embeds, embeds[:, 0]
 
     def add_noise(self, memory: torch.Tensor) -> torch.Tensor:
         """Embeddings (N, 1, projection_dim) of unit norm, each moved by `memory_noise` in a random direction."""
         noise = torch.randn_like(memory, dtype=torch.float32) * memory.shape[-1] ** -0.5
         return F.normalize(memory.float() + self.config.memory_noise * noise, dim=-1).to(memory.dtype)
 
-    def caption_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of `labels` (N, T) given the decoder's `hidden_states` (N, T, hidden_size); 0 where all
-        are -100, as of pictures that only a teacher knows.
+    def caption_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean cross-entropy, in nats, over the labels that aren't -100; 0 where all are.
 
-        Padding never reaches the head, and no more than `LOSS_CHUNK` rows of logits exist at a time.
+        Args:
+            hidden_states: (N, T, hidden_size), the decoder's.
+            labels: (N, T).
+            logits: (N, T, vocab_size). Without them, padding never reaches the head and no more than `LOSS_CHUNK` rows
+                of logits exist at a time: the backward pass computes each chunk again.
         """
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        rows = labels != -100
-        hidden_states, labels = hidden_states[rows], labels[rows]
-        if type(self.lm_head) is nn.Linear and not (self.lm_head._forward_hooks or self.lm_head._forward_pre_hooks):
-            return ChunkedCrossEntropy.apply(hidden_states, self.lm_head.weight, labels, smoothing)
-        # Adapters, and whatever else may have taken the head's place, are called as modules.
-        logits = self.lm_head(hidden_states).float()
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / max(1, len(labels))
+        smoothing, wanted = self.config.label_smoothing if self.training else 0.0, labels != -100
+
+        def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
+
+        def chunk_loss(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(self.lm_head(states), labels)
+
+        if logits is not None:
+            total = cross_entropy(logits.flatten(0, 1), labels.flatten())
+        else:
+            chunks = zip(hidden_states[wanted].split(LOSS_CHUNK), labels[wanted].split(LOSS_CHUNK))
+            total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+        # Divided at the end, so that a gradient scaler's factor reaches float16 gradients before this one.
+        return total / wanted.sum().clamp(min=1)
 
     def distill_loss(self, image_embeds: torch.Tensor | None, teacher_embeds: torch.Tensor) -> torch.Tensor:
         """Mean of 1 - cos over the batch; both (B, projection_dim).
@@ -951,6 +836,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             logits_to_keep: compute only that many last positions' logits; 0 means all.
             skip_logits: with labels, compute the loss without keeping logits: padding never reaches the head.
             past_key_values: what `generate` calls `cache` before transformers 5.24.
+            input_ids, attention_mask, inputs_embeds: the decoder's, under the names that a processor gives them.
 
         Returns:
             `TinyCapOutput`, or its values as a tuple with `return_dict=False`.
@@ -963,21 +849,19 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             if "cache" in TinyCapOutput.__dataclass_fields__:
                 # Only where `generate` doesn't use this name itself.
                 warnings.warn("`past_key_values` is deprecated, expected `cache`", FutureWarning, stacklevel=2)
-        config = self.config
-        shown = output_attentions or output_hidden_states or config.output_attentions or config.output_hidden_states
-        is_plain = (
-            labels is None and teacher_embeds is None and decoder_attention_mask is None and not (shown or kwargs)
-        )
-        if is_plain and encoder_outputs is not None and use_cache and return_dict:
-            if self.decoder.serves_next_token(decoder_input_ids, cache):
-                logits = self.lm_head(self.decoder.next_token(decoder_input_ids, cache))
-                return Seq2SeqLMOutput(None, logits, cache, encoder_last_hidden_state=encoder_outputs[0])
         output_attentions, output_hidden_states, return_dict = self._flags(
             output_attentions, output_hidden_states, return_dict
         )
-        for name in ("input_ids", "attention_mask"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"{name}: the text goes into the decoder; expected it as decoder_{name}")
+        # Not in the signature: there, GenerationMixin of transformers 4 would make an `attention_mask` for the images.
+        input_ids, attention_mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
+        inputs_embeds = kwargs.pop("inputs_embeds", None)
+        if input_ids is not None and labels is not None and input_ids.shape == labels.shape:
+            # As models without an encoder are trained: here it would teach the decoder to copy its input.
+            if bool(((input_ids == labels) | (labels == -100)).all()):
+                raise ValueError("labels: expected the tokens that follow input_ids, got input_ids; leave those out")
+        decoder_input_ids = input_ids if decoder_input_ids is None else decoder_input_ids
+        decoder_attention_mask = attention_mask if decoder_attention_mask is None else decoder_attention_mask
+        decoder_inputs_embeds = inputs_embeds if decoder_inputs_embeds is None else decoder_inputs_embeds
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and labels is None
         if self.decoder.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -1011,7 +895,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             raise ValueError(f"expected K captions for each of {memory.shape[0]} images, got {num_captions} captions")
         if num_captions != memory.shape[0]:
             memory = memory.repeat_interleave(num_captions // memory.shape[0], dim=0)
-        if self.training and config.memory_noise > 0:
+        if self.training and self.config.memory_noise > 0:
             memory = self.add_noise(memory)
 
         decoder_outputs = self.decoder(
@@ -1030,13 +914,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         if not skip_logits or labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
-        if labels is not None and skip_logits:
-            losses["caption_loss"] = self.caption_loss(hidden_states, labels)
-        elif labels is not None:
-            smoothing = self.config.label_smoothing if self.training else 0.0
-            losses["caption_loss"] = F.cross_entropy(
-                logits.float().flatten(0, 1), labels.flatten(), label_smoothing=smoothing
-            )
+        if labels is not None:
+            losses["caption_loss"] = self.caption_loss(hidden_states, labels, logits)
         if teacher_embeds is not None:
             losses["distill_loss"] = self.distill_loss(image_embeds, teacher_embeds)
         weights = {"caption_loss": 1.0, "distill_loss": self.config.distill_weight}
@@ -1066,17 +945,20 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     # --- generation: everything is GenerationMixin's; these fit prompts, steps and lengths to the decoder ---
 
     @torch.no_grad()
-    def generate(self, inputs: torch.Tensor | None = None, *args, **kwargs):
+    def generate(
+        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
+    ):
         """`GenerationMixin.generate`, with the prompt as a processor gives it.
 
         Args:
             inputs: `pixel_values` (B, C, H, W); or give `pixel_values=` or `encoder_outputs=`.
             input_ids (or decoder_input_ids): (B, L), the beginning of each caption, with or without its start token,
                 padded on the left; `attention_mask` (or `decoder_attention_mask`) says where.
-            kwargs: as `GenerationMixin.generate`. Captions end at `max_position_embeddings` at the latest.
+            kwargs: as `GenerationMixin.generate`. Captions end at `max_position_embeddings` tokens at the latest, start
+                token and prompt included.
 
         Raises:
-            ValueError: a prompt leaves no room in the position table.
+            ValueError: a prompt leaves no room in the position table, or under `max_length`.
         """
         if isinstance(kwargs.get("encoder_outputs"), ModelOutput):
             # GenerationMixin repeats its tensors for every beam, in place: the caller's object stays as it is.
@@ -1088,12 +970,37 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         if prompt is not None:
             # The mask always goes along: with a cache, its length is how GenerationMixin tells new tokens from old.
             kwargs["decoder_input_ids"], kwargs["decoder_attention_mask"] = self._start_prompts(prompt, mask)
-            if kwargs["decoder_input_ids"].shape[1] >= self.config.text_config.max_position_embeddings:
-                raise ValueError(
-                    f"prompt: expected fewer than {self.config.text_config.max_position_embeddings} tokens, "
-                    f"got {kwargs['decoder_input_ids'].shape[1]}"
-                )
-        return super().generate(inputs, *args, **kwargs)
+        length = 1 if prompt is None else kwargs["decoder_input_ids"].shape[1]
+        limit = self.config.text_config.max_position_embeddings
+        if length >= limit:
+            raise ValueError(f"prompt: expected fewer than {limit} tokens, got {length}")
+        limit = min(limit, self._max_length(length, generation_config, kwargs))
+        if limit <= length:
+            raise ValueError(
+                f"max_length: expected more than {length} (start token and prompt), got {limit}; "
+                "max_new_tokens: expected at least 1"
+            )
+        # One of the two lengths reaches GenerationMixin: it prefers its own config's `max_new_tokens` to `max_length`.
+        if generation_config is None:
+            kwargs.update(max_length=limit, max_new_tokens=None)
+        else:
+            generation_config = copy.deepcopy(generation_config)
+            generation_config.max_new_tokens = limit - length
+            generation_config.max_length = GenerationConfig().max_length
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("max_length", "max_new_tokens")}
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def _max_length(self, prompt_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
+        """Tokens asked for, prompt included, by the call's arguments, else its config, else the model's config."""
+        configs = [config for config in (generation_config, self.generation_config) if config is not None]
+        # Without defaults: transformers 4 fills in a `max_length` of 20.
+        for settings in (kwargs, *(config.to_diff_dict() for config in configs)):
+            if settings.get("max_new_tokens") is not None:
+                return prompt_length + settings["max_new_tokens"]
+            if settings.get("max_length") is not None:
+                return settings["max_length"]
+        # As GenerationMixin.
+        return prompt_length + 20
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
         """GenerationMixin's, without what it looks up anew for every token (a fifth of such a short step): after the
@@ -1105,48 +1012,6 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         for name in ("next_sequence_length", "is_first_iteration", "labels"):
             kwargs.pop(name, None)
         return {"decoder_input_ids": input_ids[:, -1:], **kwargs}
-
-    def _sample(
-        self,
-        input_ids: torch.LongTensor,
-        logits_processor: LogitsProcessorList,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        **kwargs,
-    ):
-        """GenerationMixin's, but that a plain greedy search runs as its arithmetic alone (`greedy_tinycap.py`)."""
-        if not self._is_plain_greedy(input_ids, stopping_criteria, generation_config, kwargs):
-            processing = {"logits_processor": logits_processor, "stopping_criteria": stopping_criteria}
-            return super()._sample(input_ids, **processing, generation_config=generation_config, **kwargs)
-        memory = self.decoder.project_memory(self.get_memory(kwargs["encoder_outputs"])[0])
-        cache = kwargs.get("cache", kwargs.get("past_key_values"))
-        steps = GreedySteps(self.decoder, self.lm_head, memory, cache, stopping_criteria.max_length)
-        padding = generation_config._pad_token_tensor
-        return greedy_search(steps, input_ids, logits_processor, stopping_criteria, padding)
-
-    def _is_plain_greedy(
-        self,
-        input_ids: torch.LongTensor,
-        stopping_criteria: StoppingCriteriaList,
-        generation_config: GenerationConfig,
-        kwargs: dict,
-    ) -> bool:
-        """Whether tokens from the first on are all that is asked for, by the usual ends, of a decoder that serves."""
-        asked, cache = generation_config, kwargs.get("cache", kwargs.get("past_key_values"))
-        if asked.do_sample or asked.return_dict_in_generate or getattr(asked, "is_assistant", False):
-            return False
-        understood = {"encoder_outputs", "cache", "past_key_values", "use_cache", "logits_to_keep", "synced_gpus"}
-        others = [value for name, value in kwargs.items() if name not in understood and value is not None]
-        if others or kwargs.get("synced_gpus") or not kwargs["use_cache"] or input_ids.shape[1] != 1:
-            return False
-        if not isinstance(cache, EncoderDecoderCache) or cache.is_compileable or cache.get_seq_length() > 0:
-            return False
-        if not all(type(criterion) in (MaxLengthCriteria, EosTokenCriteria) for criterion in stopping_criteria):
-            return False
-        if self.config.memory != "embedding" or self.training or torch.is_autocast_enabled(input_ids.device.type):
-            return False
-        listened_to = self._forward_hooks or self._forward_pre_hooks or hasattr(self, "_hf_hook")
-        return not listened_to and self.decoder.is_plain(self.lm_head)
 
     def _start_prompts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
@@ -1164,14 +1029,6 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         if not bool(mask[:, 0].any()):
             input_ids, mask = input_ids[:, 1:], mask[:, 1:]
         return input_ids, mask
-
-    def _prepare_generated_length(self, generation_config, **kwargs):
-        generation_config = super()._prepare_generated_length(generation_config, **kwargs)
-        limit = self.config.text_config.max_position_embeddings
-        if generation_config.max_length > limit:
-            logger.info("Captions end after the %d positions the decoder has.", limit)
-            generation_config.max_length = limit
-        return generation_config
 
 
 TinyCapVisionModel.register_for_auto_class("AutoModel")

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from transformers.pipelines.base import GenericTensor, Pipeline
+from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 from transformers.utils import cached_file
 
 from .confidence_tinycap import CONFIDENCE_NAME, HOW_TO_CALIBRATE, ConfidenceCalibration
@@ -249,4 +250,12 @@ class ImageToTextPipeline(Pipeline):
         return entries
 
 
-__all__ = ["ImageToTextPipeline"]
+class ImageEmbeddingPipeline(ImageFeatureExtractionPipeline):
+    """`pipeline("image-feature-extraction")`: the student's tokens, or with `pool=True` the image embedding."""
+
+    def _forward(self, model_inputs):
+        # The whole model's first output would be the decoder's logits.
+        return self.model.get_image_features(**model_inputs)
+
+
+__all__ = ["ImageEmbeddingPipeline", "ImageToTextPipeline"]

@@ -53,7 +53,7 @@ def mean_distance(
     distances = []
     for batch in DataLoader(dataset, batch_size, collate_fn=collator):
         pixel_values = batch["pixel_values"]
-        embeds = model.get_image_features(pixel_values)
+        embeds = model.get_image_features(pixel_values).pooler_output
         distances.append(1 - torch.cosine_similarity(embeds, teacher(pixel_values), dim=-1))
     return torch.cat(distances).mean().item()
 

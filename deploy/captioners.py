@@ -146,7 +146,7 @@ class TorchCaptioner:
             inputs = [(image, self.pipeline.preprocess(image, keep_going=True)) for image in batch]
             with torch.inference_mode():
                 pixels = torch.cat([item["pixel_values"] for _, item in inputs]).to(self.pipeline.device)
-                embeds = self.pipeline.model.get_image_features(pixels).float().cpu().numpy()
+                embeds = self.pipeline.model.get_image_features(pixels).pooler_output.float().cpu().numpy()
             for (image, item), row in zip(inputs, embeds):
                 yield image, item["error"] or row
 

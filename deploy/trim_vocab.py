@@ -246,7 +246,7 @@ def encode_photos(model, image_processor, images: Iterable[Any], batch_size: int
         pixel_values = preprocess_images(image_processor, batch).to(model.device)
         output = model.get_encoder()(pixel_values, return_dict=True)
         tokens = output.last_hidden_state if model.config.memory == "patches" else output.last_hidden_state[:, :1]
-        encoded.append(TinyCapVisionOutput(last_hidden_state=tokens.clone(), image_embeds=output.image_embeds))
+        encoded.append(TinyCapVisionOutput(last_hidden_state=tokens.clone(), pooler_output=output.pooler_output))
         batch.clear()
 
     for image in images:
@@ -405,7 +405,7 @@ def load_corpus(
 def speeds(models: dict[str, Any], encoded: list[ModelOutput], rounds: int = 15, new_tokens: int = 16) -> dict:
     """Median milliseconds of greedy captions, of one photo and of a batch, from its embedding on; models take turns."""
     one = TinyCapVisionOutput(
-        last_hidden_state=encoded[0].last_hidden_state[:1], image_embeds=encoded[0].image_embeds[:1]
+        last_hidden_state=encoded[0].last_hidden_state[:1], pooler_output=encoded[0].pooler_output[:1]
     )
     options = {"num_beams": 1, "do_sample": False, "max_new_tokens": new_tokens, "min_new_tokens": new_tokens}
     found = {name: {} for name in models}

@@ -2,9 +2,10 @@ import os
 
 import pytest
 import torch
-from tiny import tiny_config
+from tiny import tiny_config, tiny_model
 
 from benchmarks import compare_runs, saliency_faithfulness
+from benchmarks.floor import Floor
 from benchmarks.peers import PEERS
 from benchmarks.reference import ReferenceCaptioner, as_pairs, reference_losses
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -34,6 +35,13 @@ def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
     theirs["loss"].backward()
     torch.testing.assert_close(model.decoder.embed_tokens.weight.grad, reference.tokens.weight.grad)
     torch.testing.assert_close(model.vision_model.projection.weight.grad, reference.projection.weight.grad)
+
+
+def test_the_floor_says_what_generate_says(pixel_values):
+    model = tiny_model()
+    expected = model.generate(pixel_values, max_new_tokens=8, min_new_tokens=8, eos_token_id=36)
+    for transpose_head in (True, False):
+        assert torch.equal(Floor(model, transpose_head)(pixel_values, 8), expected)
 
 
 def test_the_deletion_test_paints_over_what_a_map_calls_most_or_least(model, pixel_values):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import tiny_model, tiny_repository_model
@@ -17,6 +18,7 @@ from transformers import (
     AutoModelForImageTextToText,
     AutoProcessor,
     AutoTokenizer,
+    generation,
     pipeline,
 )
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -43,7 +45,12 @@ def run_elsewhere(code: str, folder) -> str:
     return process.stdout
 
 
-@pytest.mark.parametrize("auto_class", [AutoModel, AutoModelForImageTextToText])
+# transformers 4 has no `AutoModelForMultimodalLM`.
+AUTO_CLASSES = [AutoModel, AutoModelForImageTextToText]
+AUTO_CLASSES += [getattr(transformers, name) for name in ["AutoModelForMultimodalLM"] if hasattr(transformers, name)]
+
+
+@pytest.mark.parametrize("auto_class", AUTO_CLASSES)
 def test_save_and_reload_is_bit_exact(repository, auto_class, pixel_values, tokenizer):
     original = tiny_repository_model(tokenizer)
     loaded, report = auto_class.from_pretrained(repository, output_loading_info=True, **TRUST)
@@ -138,6 +145,28 @@ def test_the_builtin_image_text_to_text_pipeline_captions_and_continues(reposito
     assert found[0]["generated_text"].strip() == expected(pictures[0])[0]["generated_text"]
     found = captioner(images=pictures[:2], text=["A brown", "Two"])
     assert [one["generated_text"][: len(start)] for one, start in zip(found, ("A brown", "Two"))] == ["A brown", "Two"]
+
+
+def test_the_pipelines_lengths_come_before_the_models(repository, pictures, monkeypatch):
+    warned = []
+    monkeypatch.setattr(generation.utils.logger, "warning", warned.append)
+    captioner = pipeline("image-to-text", model=str(repository), **TRUST)
+    assert captioner.model.generation_config.max_new_tokens == 9
+    captioner.model.generation_config.eos_token_id = None
+    sizes = []
+    monkeypatch.setattr(captioner, "postprocess", lambda outputs, **_: sizes.append(outputs["sequences"].shape[-1]))
+    for options in ({}, {"max_length": 5}, {"max_new_tokens": 3}, {"generate_kwargs": {"max_length": 6}}):
+        captioner(pictures[0], **options)
+    assert sizes == [1 + 9, 5, 1 + 3, 6] and not warned
+
+
+def test_the_feature_extraction_pipeline_gives_features_not_logits(repository, pictures):
+    extractor = pipeline("image-feature-extraction", model=str(repository), **TRUST)
+    pixels = extractor.image_processor(pictures, return_tensors="pt").pixel_values
+    expected = extractor.model.get_image_features(pixels)
+    pooled, tokens = extractor(pictures, pool=True), extractor(pictures)
+    torch.testing.assert_close(torch.tensor(pooled)[:, 0], expected.pooler_output)
+    torch.testing.assert_close(torch.tensor(tokens)[:, 0], expected.last_hidden_state)
 
 
 def test_the_tokenizer_names_a_class_that_transformers_4_knows(repository):

@@ -177,7 +177,9 @@ def test_pictures_that_cannot_be_read_are_listed_and_the_others_captioned(tinyca
 
 def test_a_teacher_sees_the_same_pixels(tinycap, tmp_path):
     model, processor = tinycap
-    found = caption_dataset(model, processor, rows_of(tmp_path), teacher=model.get_image_features)
+    found = caption_dataset(
+        model, processor, rows_of(tmp_path), teacher=lambda pixels: model.get_image_features(pixels).pooler_output
+    )
     torch.testing.assert_close(found.image_embeds, found.teacher_embeds)
 
 

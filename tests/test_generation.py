@@ -1,7 +1,11 @@
+import copy
+
+import accelerate
 import pytest
 import torch
 from tiny import CACHE, static_cache, tiny_model
-from transformers import GenerationConfig, TextStreamer
+from torch import nn
+from transformers import GenerationConfig, TextStreamer, generation
 from transformers.modeling_outputs import BaseModelOutput
 
 
@@ -52,7 +56,7 @@ def test_sampling_follows_the_seed(model, pixel_values):
 
 
 def test_captions_come_straight_from_an_embedding_of_any_norm(model, pixel_values):
-    embeddings = model.get_image_features(pixel_values)
+    embeddings = model.get_image_features(pixel_values).pooler_output
     bare = BaseModelOutput(last_hidden_state=3.7 * embeddings[:, None])
     assert torch.equal(model.generate(encoder_outputs=bare, **LONG), model.generate(pixel_values, **LONG))
 
@@ -73,6 +77,80 @@ def test_a_static_cache_gives_the_same_captions(model, pixel_values, implementat
     expected = model.generate(pixel_values[:2], **prompt, **LONG)
     static = model.generate(pixel_values[:2], cache_implementation="static", **prompt, **LONG)
     assert torch.equal(static, expected)
+
+
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
+def test_a_replaced_forward_is_used_for_every_token(model, pixel_values, options):
+    """As `model.forward = torch.compile(model.forward)` replaces it."""
+    expected = model.generate(pixel_values, **LONG)
+    steps, forward = [], model.forward
+
+    def counted(*args, **kwargs):
+        steps.append(1)
+        return forward(*args, **kwargs)
+
+    model.forward = counted
+    captions = model.generate(pixel_values, **LONG, **options)
+    assert len(steps) == 8 and (options or torch.equal(captions, expected))
+
+
+def test_a_compiled_forward_is_used_by_greedy_search(model, pixel_values):
+    expected, graphs = model.generate(pixel_values, **LONG), []
+
+    def backend(graph, inputs):
+        def counted(*args):
+            graphs.append(1)
+            return graph(*args)
+
+        return counted
+
+    model.forward = torch.compile(model.forward, backend=backend, dynamic=True)
+    assert torch.equal(model.generate(pixel_values, **LONG), expected)
+    assert len(graphs) >= 8
+
+
+def test_hooks_on_model_and_layers_hear_every_step(model, pixel_values):
+    heard = []
+    for module in (model, model.decoder, model.decoder.layers[1].self_attn, model.decoder.layers[1].mlp.fc2):
+        module.register_forward_hook(lambda *args: heard.append(1))
+    model.generate(pixel_values, **LONG)
+    assert len(heard) == 4 * 8
+
+
+def test_adapters_in_place_of_projections_stay_in_force(model, pixel_values):
+    plain = model.generate(pixel_values, **LONG)
+
+    class Adapter(nn.Module):
+        def __init__(self, base, scale):
+            super().__init__()
+            self.base, self.scale = base, scale
+
+        def forward(self, states):
+            return self.scale * self.base(states)
+
+    for scale, same in ((1.0, True), (-3.0, False)):
+        adapted = tiny_model()
+        for layer in adapted.decoder.layers:
+            layer.self_attn.v_proj = Adapter(layer.self_attn.v_proj, scale)
+            layer.mlp.fc2 = Adapter(layer.mlp.fc2, scale)
+        assert torch.equal(adapted.generate(pixel_values, **LONG), plain) == same
+
+
+@pytest.mark.parametrize("offload", ["cpu", "disk"])
+def test_offloaded_weights_give_the_same_captions(model, pixel_values, offload, tmp_path):
+    expected = model.generate(pixel_values, **LONG)
+    if offload == "cpu":
+        accelerate.cpu_offload(model, "cpu")
+    else:
+        accelerate.disk_offload(model, tmp_path, "cpu")
+    assert model.decoder.layers[0].mlp.fc1.weight.is_meta
+    assert torch.equal(model.generate(pixel_values, **LONG), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_half_precision_generates(model, pixel_values, dtype, num_beams):
+    assert model.to(dtype).generate(pixel_values, num_beams=num_beams, **LONG).shape == (5, 9)
 
 
 def test_a_streamer_hears_every_token(model, pixel_values):
@@ -101,6 +179,44 @@ def test_attentions_of_generation_are_those_of_each_step(model, pixel_values):
 def test_captions_end_where_the_position_table_does(model, pixel_values):
     sequences = model.generate(pixel_values, max_new_tokens=500, eos_token_id=None)
     assert sequences.shape[1] == model.config.text_config.max_position_embeddings
+
+
+@pytest.mark.parametrize("options", [{"max_length": 500}, {"generation_config": GenerationConfig(max_length=500)}])
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_longer_lengths_than_the_table_are_cut(model, pixel_values, options, num_beams):
+    config = copy.deepcopy(options)
+    sequences = model.generate(pixel_values, **config, num_beams=num_beams, eos_token_id=None)
+    assert sequences.shape[1] == model.config.text_config.max_position_embeddings
+    assert config == options, "the caller's config stays as it is"
+
+
+@pytest.mark.parametrize(
+    "options, length",
+    [
+        ({}, 1 + 9),
+        ({"max_length": 5}, 5),
+        ({"max_new_tokens": 3}, 1 + 3),
+        ({"max_length": 5, "max_new_tokens": 7}, 1 + 7),
+        ({"generation_config": GenerationConfig(max_length=5)}, 5),
+        ({"generation_config": GenerationConfig(max_new_tokens=3)}, 1 + 3),
+        ({"generation_config": GenerationConfig(max_new_tokens=3), "max_length": 6}, 6),
+        ({"generation_config": GenerationConfig(num_beams=2)}, 1 + 9),
+        ({"input_ids": torch.full((5, 3), 4), "max_length": 6}, 6),
+        ({"input_ids": torch.full((5, 3), 4), "max_new_tokens": 2}, 4 + 2),
+    ],
+)
+def test_the_callers_length_comes_before_the_models(model, pixel_values, options, length, monkeypatch):
+    model.generation_config.max_new_tokens, model.generation_config.eos_token_id = 9, None
+    warned = []
+    monkeypatch.setattr(generation.utils.logger, "warning", warned.append)
+    assert model.generate(pixel_values, **options).shape == (5, length)
+    assert not warned
+
+
+@pytest.mark.parametrize("options", [{"max_length": 1}, {"max_new_tokens": 0}], ids=str)
+def test_a_length_without_room_for_a_token_is_an_error(model, pixel_values, options):
+    with pytest.raises(ValueError, match="max_length: expected more than 1 "):
+        model.generate(pixel_values, **options)
 
 
 def test_generation_goes_on_from_a_cache_it_returned(model, pixel_values):

@@ -18,7 +18,6 @@ ROOT = Path(tinycap.__file__).resolve().parent
 MODEL_FILES = (
     *("configuration_tinycap.py", "modeling_tinycap.py", "processing_tinycap.py", "pipeline_tinycap.py"),
     "confidence_tinycap.py",
-    "greedy_tinycap.py",
     "weights_tinycap.py",
 )
 

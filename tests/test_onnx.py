@@ -79,7 +79,7 @@ def test_the_graphs_say_what_the_model_says(memory, pixel_values):
         rest, *present = DecoderGraph(model)(tokens[:, 4:], states, present)
     torch.testing.assert_close(first[:, 0], expected[:, 3])
     torch.testing.assert_close(rest[:, 0], expected[:, 5])
-    torch.testing.assert_close(image_embeds, model.get_image_features(pixel_values))
+    torch.testing.assert_close(image_embeds, model.get_image_features(pixel_values).pooler_output)
     assert present[0].shape == (5, 2, 6, 8)
 
 
@@ -243,7 +243,7 @@ def test_the_graphs_name_no_source_files(exported):
 def test_embeddings_are_the_models(captioner, model, pictures):
     pixel_values = torch.from_numpy(captioner.preprocessor(pictures))
     with torch.no_grad():
-        expected = model.get_image_features(pixel_values)
+        expected = model.get_image_features(pixel_values).pooler_output
     torch.testing.assert_close(torch.from_numpy(captioner.get_image_features(pictures)), expected, atol=1e-5, rtol=1e-5)
 
 
