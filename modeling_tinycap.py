@@ -371,8 +371,10 @@ class TinyCapPreTrainedModel(PreTrainedModel):
         check_finite_weights(model, source)
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         if head is not None and model.config.tie_word_embeddings and "lm_head.weight" not in shapes:
-            # transformers 5.3 leaves the head of remote code untied, and random.
-            if type(head.weight) is nn.Parameter and head.weight is not table.weight and not head.weight.is_meta:
+            # transformers 5.3 leaves the head of remote code untied: random, or on the meta device. What accelerate
+            # offloads is there, too, and has a hook.
+            is_own = type(head.weight) is nn.Parameter and head.weight is not table.weight
+            if is_own and not table.weight.is_meta and not hasattr(head, "_hf_hook"):
                 model.tie_weights()
         missing = sorted(report["missing_keys"])
         # A student alone begins a captioner: its decoder is new.
