@@ -19,6 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import __version__ as TRANSFORMERS_VERSION
 from transformers.activations import ACT2FN
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationConfig, GenerationMixin
@@ -362,10 +364,18 @@ class TinyCapPreTrainedModel(PreTrainedModel):
                 shapes = stored_shapes(path)
                 if not hasattr(config, "to_dict"):
                     config = cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs)
-                if not tolerant:
+                # A quantised checkpoint stores packed tensors of other shapes.
+                if not tolerant and getattr(config, "quantization_config", None) is None:
                     check_shapes(path, shapes, config)
         model, report = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         check_finite_weights(model, source)
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and model.config.tie_word_embeddings and "lm_head.weight" not in shapes:
+            # transformers 5.3 leaves the head of remote code untied: random, or on the meta device. What accelerate
+            # offloads is there, too, and has a hook.
+            is_own = type(head.weight) is nn.Parameter and head.weight is not table.weight
+            if is_own and not table.weight.is_meta and not hasattr(head, "_hf_hook"):
+                model.tie_weights()
         if source is not None:
             # Looked up here, because only this call knows the model's revision, token and cache.
             quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -562,8 +572,6 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         if attention_mask is not None and attention_mask.dim() == 4:
             return attention_mask
         length, device, dtype = hidden_states.shape[1], hidden_states.device, hidden_states.dtype
-        if attention_mask is not None and bool(attention_mask.all()):
-            attention_mask = None
         if not eager and "flash" in self.config._attn_implementation:
             return attention_mask
         if attention_mask is None and not static_length and (length == 1 or (past_length == 0 and not eager)):
@@ -610,14 +618,19 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         # Only the layers of a static cache have this; those of a dynamic one may not exist yet.
         layers = [] if cache is None else cache.self_attention_cache.layers
         static_length = getattr(layers[0], "max_cache_len", 0) if layers else 0
-        position_ids = self.position_ids(attention_mask, past_length, length, hidden_states.device)
-        # A padded batch may be longer than the table: what counts is the last position it reads.
-        last = past_length + length if position_ids.shape[0] == 1 else int(position_ids.max()) + 1
+        # By shapes alone: reading positions would break graphs and wait for the device in every step.
+        last = static_length or past_length + length
+        if attention_mask is not None and attention_mask.dim() == 2:
+            last = max(last, attention_mask.shape[1])
         if last > self.config.max_position_embeddings:
             raise ValueError(
-                f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), "
-                f"got {int(last)}"
+                f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), got {last}"
+                f"{' slots of a static cache' if static_length else ', padding included'}"
             )
+        if static_length and tuple(map(int, TRANSFORMERS_VERSION.split(".")[:2])) < (5, 4):
+            # Before, its layers had to be told where to write, and `generate` didn't: wrong captions.
+            raise ValueError(f"cache: a static one needs transformers 5.4 or newer, got {TRANSFORMERS_VERSION}")
+        position_ids = self.position_ids(attention_mask, past_length, length, hidden_states.device)
         hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
 
         eager = output_attentions or self.config._attn_implementation == "eager"
@@ -656,58 +669,6 @@ def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int, pad_to
     shifted = labels.roll(1, dims=1)
     shifted[:, 0] = decoder_start_token_id
     return shifted.masked_fill(shifted == -100, pad_token_id)
-
-
-class ChunkedCrossEntropy(torch.autograd.Function):
-    """`F.cross_entropy(hidden_states @ weight.t(), labels)` that computes its gradients on the way forward.
-
-    Each chunk's logits become its gradient in place, so that the head runs once and not again in the backward pass.
-    `F.linear_cross_entropy` does the same from torch 2.13 on, but keeps all logits with label smoothing.
-    """
-
-    @staticmethod
-    def forward(ctx, hidden_states, weight, labels, smoothing: float):
-        """(R, hidden_size), (vocab_size, hidden_size), (R,) int64 -> the mean over R rows, float32; 0 of no rows."""
-        device = hidden_states.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else weight.dtype
-        num_rows, vocab_size = max(1, len(labels)), weight.shape[0]
-        total = hidden_states.new_zeros((), dtype=torch.float32)
-        needed = ctx.needs_input_grad[:2]
-        hidden_grad = torch.empty_like(hidden_states) if needed[0] else None
-        weight_grad = torch.zeros_like(weight) if needed[1] else None
-        with torch.autocast(device, enabled=False):
-            head = weight.to(dtype)
-            for start in range(0, num_rows, LOSS_CHUNK):
-                chunk = slice(start, start + LOSS_CHUNK)
-                hidden, target = hidden_states[chunk].to(dtype), labels[chunk, None]
-                logits = (hidden @ head.t()).float()
-                log_sum = logits.logsumexp(dim=1, keepdim=True)
-                picked = logits.gather(1, target) - log_sum
-                loss = -(1 - smoothing) * picked.sum()
-                if smoothing:
-                    loss -= smoothing * (logits.mean(dim=1, keepdim=True) - log_sum).sum()
-                total += loss
-                if not any(needed):
-                    continue
-                gradient = logits.sub_(log_sum).exp_()
-                if smoothing:
-                    gradient -= smoothing / vocab_size
-                gradient.scatter_add_(1, target, gradient.new_full(target.shape, smoothing - 1.0))
-                gradient = gradient.div_(num_rows).to(dtype)
-                if needed[0]:
-                    hidden_grad[chunk] = gradient @ head
-                if needed[1] and dtype == weight_grad.dtype:
-                    weight_grad.addmm_(gradient.t(), hidden)
-                elif needed[1]:
-                    weight_grad += gradient.t() @ hidden
-        ctx.save_for_backward(hidden_grad, weight_grad)
-        return total / num_rows
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, output_grad):
-        grads = (None if grad is None else grad * output_grad.to(grad.dtype) for grad in ctx.saved_tensors)
-        return *grads, None, None
 
 
 class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
@@ -803,20 +764,32 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         noise = torch.randn_like(memory, dtype=torch.float32) * memory.shape[-1] ** -0.5
         return F.normalize(memory.float() + self.config.memory_noise * noise, dim=-1).to(memory.dtype)
 
-    def caption_loss(self, hidden_states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Mean cross-entropy of `labels` (N, T) given the decoder's `hidden_states` (N, T, hidden_size); 0 where all
-        are -100, as of pictures that only a teacher knows.
+    def caption_loss(
+        self, hidden_states: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Mean cross-entropy, in nats, over the labels that aren't -100; 0 where all are.
 
-        Padding never reaches the head, and no more than `LOSS_CHUNK` rows of logits exist at a time.
+        Args:
+            hidden_states: (N, T, hidden_size), the decoder's.
+            labels: (N, T).
+            logits: (N, T, vocab_size). Without them, padding never reaches the head and no more than `LOSS_CHUNK` rows
+                of logits exist at a time: the backward pass computes each chunk again.
         """
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        rows = labels != -100
-        hidden_states, labels = hidden_states[rows], labels[rows]
-        if type(self.lm_head) is nn.Linear and not (self.lm_head._forward_hooks or self.lm_head._forward_pre_hooks):
-            return ChunkedCrossEntropy.apply(hidden_states, self.lm_head.weight, labels, smoothing)
-        # Adapters, and whatever else may have taken the head's place, are called as modules.
-        logits = self.lm_head(hidden_states).float()
-        return F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="sum") / max(1, len(labels))
+        smoothing, wanted = self.config.label_smoothing if self.training else 0.0, labels != -100
+
+        def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
+
+        def chunk_loss(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(self.lm_head(states), labels)
+
+        if logits is not None:
+            total = cross_entropy(logits.flatten(0, 1), labels.flatten())
+        else:
+            chunks = zip(hidden_states[wanted].split(LOSS_CHUNK), labels[wanted].split(LOSS_CHUNK))
+            total = sum(checkpoint(chunk_loss, *chunk, use_reentrant=False) for chunk in chunks)
+        # Divided at the end, so that a gradient scaler's factor reaches float16 gradients before this one.
+        return total / wanted.sum().clamp(min=1)
 
     def distill_loss(self, image_embeds: torch.Tensor | None, teacher_embeds: torch.Tensor) -> torch.Tensor:
         """Mean of 1 - cos over the batch; both (B, projection_dim).
@@ -869,6 +842,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             logits_to_keep: compute only that many last positions' logits; 0 means all.
             skip_logits: with labels, compute the loss without keeping logits: padding never reaches the head.
             past_key_values: what `generate` calls `cache` before transformers 5.24.
+            input_ids, attention_mask, inputs_embeds: the decoder's, under the names that a processor gives them.
 
         Returns:
             `TinyCapOutput`, or its values as a tuple with `return_dict=False`.
@@ -884,9 +858,16 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         output_attentions, output_hidden_states, return_dict = self._flags(
             output_attentions, output_hidden_states, return_dict
         )
-        for name in ("input_ids", "attention_mask"):
-            if kwargs.pop(name, None) is not None:
-                raise ValueError(f"{name}: the text goes into the decoder; expected it as decoder_{name}")
+        # Not in the signature: there, GenerationMixin of transformers 4 would make an `attention_mask` for the images.
+        input_ids, attention_mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
+        inputs_embeds = kwargs.pop("inputs_embeds", None)
+        if input_ids is not None and labels is not None and input_ids.shape == labels.shape:
+            # As models without an encoder are trained: here it would teach the decoder to copy its input.
+            if bool(((input_ids == labels) | (labels == -100)).all()):
+                raise ValueError("labels: expected the tokens that follow input_ids, got input_ids; leave those out")
+        decoder_input_ids = input_ids if decoder_input_ids is None else decoder_input_ids
+        decoder_attention_mask = attention_mask if decoder_attention_mask is None else decoder_attention_mask
+        decoder_inputs_embeds = inputs_embeds if decoder_inputs_embeds is None else decoder_inputs_embeds
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and labels is None
         if self.decoder.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -939,13 +920,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         if not skip_logits or labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(hidden_states[:, kept])
-        if labels is not None and skip_logits:
-            losses["caption_loss"] = self.caption_loss(hidden_states, labels)
-        elif labels is not None:
-            smoothing = self.config.label_smoothing if self.training else 0.0
-            losses["caption_loss"] = F.cross_entropy(
-                logits.float().flatten(0, 1), labels.flatten(), label_smoothing=smoothing
-            )
+        if labels is not None:
+            losses["caption_loss"] = self.caption_loss(hidden_states, labels, logits)
         if teacher_embeds is not None:
             losses["distill_loss"] = self.distill_loss(image_embeds, teacher_embeds)
         weights = {"caption_loss": 1.0, "distill_loss": self.config.distill_weight}

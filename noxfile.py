@@ -38,9 +38,10 @@ def matrix(session: nox.Session, transformers: str, torchvision: bool) -> None:
 
 
 @nox.session
-def newest_torch(session: nox.Session) -> None:
-    """The newest torch that is served, with its torchvision and the newest transformers."""
-    check(session, TRANSFORMERS[-1], list(TORCHVISION)[-1], True)
+@nox.parametrize("torch, torchvision", [("2.6.0", False), ("2.14.1", True)])
+def torch_bounds(session: nox.Session, torch: str, torchvision: bool) -> None:
+    """The oldest and the newest torch with the newest transformers."""
+    check(session, TRANSFORMERS[-1], torch, torchvision)
 
 
 def check(session: nox.Session, transformers: str, torch: str, torchvision: bool) -> None:

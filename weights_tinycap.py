@@ -103,7 +103,9 @@ def check_shapes(path: Path, shapes: dict[str, list[int]], config) -> None:
 def check_finite_weights(model: nn.Module, name_or_path: str) -> None:
     """Raises `ValueError`, naming the first such tensor, where a weight is infinite or no number."""
     for name, value in model.named_parameters():
-        if value.is_meta or not value.is_floating_point() or value.element_size() < 2:
+        # A tensor subclass holds quantised or distributed values, of which only its library can read the extremes.
+        plain = type(value) is nn.Parameter and not value.is_meta
+        if not plain or not value.is_floating_point() or value.element_size() < 2:
             continue
         # Both extremes in one pass, and no copy; a NaN is both.
         low, high = torch.aminmax(value.detach()) if value.numel() else (value.new_zeros(()),) * 2

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tinycap import REPOSITORY
 from tinycap.training import loop
 
 
@@ -46,7 +47,7 @@ def test_a_container_gets_no_more_threads_than_its_quota(quota, expected, tmp_pa
 
 @pytest.mark.parametrize("script", ["train_distill.py", "train_teacher.py"])
 def test_threads_are_told_to_wait_passively_before_torch_is_imported(script):
-    body = ast.parse((Path(loop.__file__).parents[1] / script).read_text()).body
+    body = ast.parse((REPOSITORY / script).read_text()).body
     policy = next(i for i, node in enumerate(body) if "OMP_WAIT_POLICY" in ast.unparse(node))
     third_party = ("torch", "datasets", "accelerate", "transformers", "tinycap")
     imports = [i for i, node in enumerate(body) if ast.unparse(node).split()[1].startswith(third_party)]

@@ -4,11 +4,13 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file, save_file
 from tiny import CACHE, VISION, static_cache, tiny_config, tiny_model
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, Seq2SeqLMOutput
+from transformers.modeling_utils import PreTrainedModel
 
 from benchmarks.reference import copy_attention
 from tinycap import modeling_tinycap
@@ -533,10 +535,170 @@ def test_more_tokens_than_positions_are_an_error_before_any_lookup(model, pixel_
         logits_of(model, pixel_values, torch.ones(5, 20, dtype=torch.long))
 
 
-@pytest.mark.parametrize("name", ["input_ids", "attention_mask"])
-def test_text_under_the_encoders_name_is_an_error_that_gives_the_right_one(model, pixel_values, tokens, name):
-    with pytest.raises(ValueError, match=f"decoder_{name}"):
-        model(pixel_values, **{name: tokens})
+def test_text_under_a_processors_names_is_the_decoders(model, pixel_values, tokens):
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    expected = logits_of(model, pixel_values, tokens, decoder_attention_mask=mask)
+    with torch.no_grad():
+        given = model(pixel_values=pixel_values, input_ids=tokens, attention_mask=mask)
+        embedded = model(pixel_values, attention_mask=mask, inputs_embeds=model.get_input_embeddings()(tokens))
+    assert torch.equal(given.logits, expected) and torch.equal(embedded.logits, expected)
+    # As peft calls it.
+    nothing = {"input_ids": None, "attention_mask": None, "inputs_embeds": None, "decoder_inputs_embeds": None}
+    loss = model(pixel_values=pixel_values, labels=tokens, **nothing).loss
+    torch.testing.assert_close(loss, model(pixel_values, labels=tokens).loss)
+
+
+def test_input_ids_as_their_own_labels_are_an_error(model, pixel_values, tokens, labels):
+    with pytest.raises(ValueError, match="expected the tokens that follow input_ids, got input_ids"):
+        model(pixel_values, input_ids=tokens, labels=tokens)
+    following = shift_tokens_right(tokens, 1, 0)
+    torch.testing.assert_close(
+        model(pixel_values, input_ids=following, labels=tokens).loss, model(pixel_values, labels=tokens).loss
+    )
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_a_forward_with_a_mask_is_one_graph(model, pixel_values, tokens, use_cache):
+    mask = torch.ones_like(tokens)
+    mask[1, :3] = 0
+    options = {"decoder_attention_mask": mask, "use_cache": use_cache}
+    expected = logits_of(model, pixel_values, tokens, **options)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    torch.testing.assert_close(logits_of(compiled, pixel_values, tokens, **options), expected)
+
+
+def test_a_mask_or_a_static_cache_beyond_the_positions_is_an_error(model, pixel_values, tokens):
+    with pytest.raises(ValueError, match="at most 19 tokens .*got 20, padding included"):
+        logits_of(model, pixel_values, tokens, decoder_attention_mask=torch.ones(5, 20))
+    cache = EncoderDecoderCache(StaticCache(config=model.config.text_config, max_cache_len=20), DynamicCache())
+    with pytest.raises(ValueError, match="got 20 slots of a static cache"):
+        logits_of(model, pixel_values, tokens, cache=cache)
+
+
+@pytest.mark.parametrize("version", ["4.57.6", "5.0.0", "5.3.1"])
+def test_a_static_cache_of_an_older_transformers_is_an_error(model, pixel_values, version, monkeypatch):
+    monkeypatch.setattr(modeling_tinycap, "TRANSFORMERS_VERSION", version)
+    with pytest.raises(ValueError, match=f"needs transformers 5.4 or newer, got {version}"):
+        model.generate(pixel_values, cache_implementation="static")
+
+
+# --- quantised weights ------------------------------------------------------------------------------------------------
+
+
+class StoredAsInt8(nn.Module):
+    """A linear layer whose weight has another dtype than its inputs, as bitsandbytes' and others have."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        scale = linear.weight.detach().abs().amax(dim=1, keepdim=True) / 127
+        self.weight = nn.Parameter((linear.weight / scale).round().to(torch.int8), requires_grad=False)
+        self.scale, self.bias = scale, linear.bias
+
+    def forward(self, states: torch.Tensor) -> torch.Tensor:
+        return F.linear(states, self.weight * self.scale.to(states.dtype), self.bias)
+
+
+def quantise_linear_layers(module: nn.Module) -> None:
+    for name, child in module.named_children():
+        if type(child) is nn.Linear and name != "lm_head":
+            setattr(module, name, StoredAsInt8(child))
+        else:
+            quantise_linear_layers(child)
+
+
+def check_quantised(model, plain, pixel_values):
+    embeds = model.get_image_features(pixel_values).pooler_output
+    assert F.cosine_similarity(embeds, plain.get_image_features(pixel_values).pooler_output).min() > 0.98
+    captions = model.generate(pixel_values, max_new_tokens=8, min_new_tokens=8)
+    assert len({tuple(row) for row in captions.tolist()}) > 1, "not one caption for all images"
+    logits = logits_of(model, pixel_values, captions)
+    assert F.cosine_similarity(logits.flatten(), logits_of(plain, pixel_values, captions).flatten(), dim=0) > 0.95
+
+
+def test_weights_stored_in_another_dtype_keep_their_captions(model, pixel_values):
+    quantised = copy.deepcopy(model)
+    quantise_linear_layers(quantised)
+    assert quantised.decoder.memory_projection.weight.dtype == torch.int8
+    check_quantised(quantised, model, pixel_values)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_dynamic_quantisation_of_torch_works(model, pixel_values):
+    quantised = torch.ao.quantization.quantize_dynamic(copy.deepcopy(model), {nn.Linear}, dtype=torch.qint8)
+    check_quantised(quantised, model, pixel_values)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_torchao_quantises_while_loading_and_after(model, pixel_values, tmp_path):
+    quantization = pytest.importorskip("torchao.quantization")
+    settings = quantization.Int8WeightOnlyConfig()
+    model.save_pretrained(tmp_path)
+    loaded = TinyCapForConditionalGeneration.from_pretrained(
+        tmp_path, quantization_config=transformers.TorchAoConfig(settings)
+    )
+    later = copy.deepcopy(model)
+    quantization.quantize_(later, settings)
+    for quantised in (loaded, later):
+        assert type(quantised.decoder.memory_projection.weight) is not nn.Parameter
+        check_quantised(quantised, model, pixel_values)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("bits", [4, 8])
+def test_bitsandbytes_quantises_saves_and_reloads(pixel_values, bits, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    # Blocks of 64 values are its smallest.
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
+    model = tiny_model(vision_config={**sizes, "projection_dim": 64}, text_config=sizes)
+    model.save_pretrained(tmp_path / "float")
+    settings = transformers.BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    quantised = TinyCapForConditionalGeneration.from_pretrained(tmp_path / "float", quantization_config=settings)
+    quantised.save_pretrained(tmp_path / "quantised")
+    for each in (quantised, TinyCapForConditionalGeneration.from_pretrained(tmp_path / "quantised")):
+        assert not each.decoder.memory_projection.weight.is_floating_point()
+        captions = each.generate(pixel_values, max_new_tokens=8, min_new_tokens=8)
+        assert len({tuple(row) for row in captions.tolist()}) > 1
+
+
+def test_a_lora_trains_saves_and_reloads(model, pixel_values, labels, tmp_path):
+    peft = pytest.importorskip("peft")
+    settings = peft.LoraConfig(task_type="SEQ_2_SEQ_LM", target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    plain = copy.deepcopy(model)
+    adapted = peft.get_peft_model(model, settings).train()
+    adapted(pixel_values=pixel_values, labels=labels).loss.backward()
+    silent = [name for name, p in adapted.named_parameters() if p.requires_grad and p.grad is None]
+    assert not silent
+    torch.optim.SGD(adapted.parameters(), lr=0.1).step()
+    adapted.eval().save_pretrained(tmp_path)
+    captions = adapted.generate(pixel_values=pixel_values, max_new_tokens=8, eos_token_id=None)
+    assert not torch.equal(captions, plain.generate(pixel_values, max_new_tokens=8, eos_token_id=None))
+    again = peft.PeftModel.from_pretrained(plain, tmp_path)
+    assert torch.equal(again.generate(pixel_values=pixel_values, max_new_tokens=8, eos_token_id=None), captions)
+
+
+def test_a_head_that_the_library_left_untied_is_tied_after_loading(model, pixel_values, tmp_path, monkeypatch):
+    """As transformers 5.3 leaves it."""
+    model.save_pretrained(tmp_path)
+    load = PreTrainedModel.from_pretrained.__func__
+
+    def untied(cls, *args, **kwargs):
+        loaded, report = load(cls, *args, **kwargs)
+        loaded.lm_head.weight = nn.Parameter(torch.randn_like(loaded.lm_head.weight))
+        return loaded, report
+
+    monkeypatch.setattr(PreTrainedModel, "from_pretrained", classmethod(untied))
+    loaded = TinyCapForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is loaded.decoder.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+def test_an_untied_head_is_loaded_as_it_was_saved(tmp_path):
+    model = tiny_model(tie_word_embeddings=False)
+    model.save_pretrained(tmp_path)
+    loaded = TinyCapForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.weight is not loaded.decoder.embed_tokens.weight
+    assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
 
 
 def test_a_cache_of_another_kind_is_an_error(model, pixel_values, tokens):
@@ -623,36 +785,45 @@ def test_initial_weights_are_small_and_layer_norms_neutral():
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.15])
 @pytest.mark.parametrize("rows", [1, 8, 11])
-def test_the_loss_in_chunks_has_the_value_and_gradients_of_the_plain_one(rows, smoothing, monkeypatch):
+def test_the_loss_in_chunks_has_the_plain_value_and_gradients(rows, smoothing, monkeypatch):
     monkeypatch.setattr(modeling_tinycap, "LOSS_CHUNK", 4)
-    torch.manual_seed(0)
-    hidden, weight, labels = torch.randn(rows, 6), torch.randn(13, 6), torch.randint(0, 13, (rows,))
+    model = tiny_model(label_smoothing=smoothing).train()
+    labels = torch.randint(0, 37, (1, rows), generator=torch.Generator().manual_seed(0))
+    states = torch.randn(1, rows, 16, generator=torch.Generator().manual_seed(1))
     found = []
-    for loss in (
-        lambda a, b: modeling_tinycap.ChunkedCrossEntropy.apply(a, b, labels, smoothing),
-        lambda a, b: torch.nn.functional.cross_entropy(a @ b.t(), labels, label_smoothing=smoothing),
-    ):
-        inputs = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
-        value = loss(*inputs)
-        (3 * value).backward()
-        found.append((value.detach(), *(given.grad for given in inputs)))
-    for ours, plain in zip(*found):
-        torch.testing.assert_close(ours, plain, atol=1e-6, rtol=1e-5)
+    for in_chunks in (True, False):
+        given = states.clone().requires_grad_()
+        loss = model.caption_loss(given, labels, None if in_chunks else model.lm_head(given))
+        found.append((loss, *torch.autograd.grad(3 * loss, (given, model.lm_head.weight))))
+    torch.testing.assert_close(found[0], found[1], atol=1e-6, rtol=1e-5)
+    plain = F.cross_entropy(model.lm_head(states).flatten(0, 1), labels.flatten(), label_smoothing=smoothing)
+    torch.testing.assert_close(found[0][0], plain)
 
 
-def test_the_loss_in_chunks_follows_autocast_and_keeps_float32_gradients():
-    torch.manual_seed(0)
-    hidden, weight = torch.randn(9, 6, requires_grad=True), torch.randn(13, 6, requires_grad=True)
-    labels = torch.randint(0, 13, (9,))
-    plain = torch.nn.functional.cross_entropy(hidden @ weight.t(), labels)
-    expected = torch.autograd.grad(plain, (hidden, weight))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = modeling_tinycap.ChunkedCrossEntropy.apply(hidden.bfloat16(), weight, labels, 0.0)
-    loss.backward()
-    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(plain.item(), rel=0.02)
-    assert weight.grad.dtype == torch.float32
-    torch.testing.assert_close(hidden.grad, expected[0], atol=0.02, rtol=0.1)
-    torch.testing.assert_close(weight.grad, expected[1], atol=0.02, rtol=0.1)
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_half_precision_keeps_the_heads_negative_gradients(model, skip_logits):
+    """A wrong token of probability 1e-7 has a gradient that float16 holds only after the loss is scaled."""
+    states, labels = torch.zeros(1, 20, 16), torch.full((1, 20), 5)
+    states[..., 0] = 4.0
+    with torch.no_grad():
+        model.lm_head.weight.zero_()[5, 0] = 4.0
+    (65536 * model.caption_loss(states, labels)).backward()
+    expected = model.lm_head.weight.grad
+    assert (expected[torch.arange(37) != 5, 0] > 0).all()
+    model.zero_grad()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = model.caption_loss(states, labels, None if skip_logits else model.lm_head(states))
+    (65536 * loss).backward()
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(model.lm_head.weight.grad, expected, atol=0, rtol=0.01)
+
+
+@pytest.mark.parametrize("skip_logits", [False, True])
+def test_labels_that_are_all_ignored_give_a_loss_of_0(model, pixel_values, labels, skip_logits):
+    output = model.train()(pixel_values, labels=torch.full_like(labels, -100), skip_logits=skip_logits)
+    assert output.loss.item() == 0
+    output.loss.backward()
+    assert all(parameter.grad is None or not parameter.grad.any() for parameter in model.parameters())
 
 
 def test_an_adapter_in_the_heads_place_takes_part_in_the_loss(model, pixel_values, labels):
