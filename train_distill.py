@@ -145,7 +145,9 @@ SCENE_DEFAULTS = {
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__.split("\n\n")[0])
-    model = parser.add_argument_group("model")
+    model = parser.add_argument_group(
+        "model", "A flag that isn't given leaves the value of --model_name_or_path or --config_name as it is."
+    )
     model.add_argument("--model_name_or_path", help="continue from this TinyCap checkpoint")
     model.add_argument(
         "--config_name", help="folder or JSON file of a TinyCapConfig; the seed architecture if not given"
