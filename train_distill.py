@@ -103,7 +103,7 @@ from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
 from tinycap.training.teacher import FEATURES, Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
-from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
+from tinycap.training.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, train_tokenizer
 
 
 logger = get_logger(__name__)
@@ -493,6 +493,9 @@ def load_processors(args: argparse.Namespace, image_size: int) -> tuple:
     """The tokenizer, `None` where one is to be trained, and the image processor."""
     if args.model_name_or_path is None:
         tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)
+        if tokenizer is None and args.vocab_size < MIN_VOCAB_SIZE:
+            # Before a teacher is trained for the scenes.
+            raise ValueError(f"--vocab_size: expected at least {MIN_VOCAB_SIZE}, got {args.vocab_size}")
         return tokenizer, create_image_processor(image_size)
     tokenizer = load_tokenizer(args.model_name_or_path)
     try:
