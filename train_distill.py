@@ -108,7 +108,7 @@ from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
 from tinycap.training.teacher import FEATURES, Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
-from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
+from tinycap.training.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, train_tokenizer
 
 
 logger = get_logger(__name__)
@@ -153,7 +153,9 @@ SCENE_TEACHER_SHARE = 0.25
 
 def build_parser() -> argparse.ArgumentParser:
     parser = ArgumentParser(__doc__.split("\n\n")[0])
-    model = parser.add_argument_group("model")
+    model = parser.add_argument_group(
+        "model", "A flag that isn't given leaves the value of --model_name_or_path or --config_name as it is."
+    )
     model.add_argument("--model_name_or_path", help="continue from this TinyCap checkpoint")
     model.add_argument(
         "--config_name", help="folder or JSON file of a TinyCapConfig; the seed architecture if not given"
@@ -500,6 +502,9 @@ def load_processors(args: argparse.Namespace, image_size: int) -> tuple:
     """The tokenizer, `None` where one is to be trained, and the image processor."""
     if args.model_name_or_path is None:
         tokenizer = None if args.tokenizer_name is None else load_tokenizer(args.tokenizer_name)
+        if tokenizer is None and args.vocab_size < MIN_VOCAB_SIZE:
+            # Before a teacher is trained for the scenes.
+            raise ValueError(f"--vocab_size: expected at least {MIN_VOCAB_SIZE}, got {args.vocab_size}")
         return tokenizer, create_image_processor(image_size)
     tokenizer = load_tokenizer(args.model_name_or_path)
     try:
