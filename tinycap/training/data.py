@@ -258,7 +258,7 @@ def merge_rows(rows: datasets.Dataset, columns: Columns, num_proc: int | None = 
         remove_columns=columns.image,
         num_proc=num_proc,
         desc="Looking for rows of the same image",
-    )["key"]
+    )["key"][:]
     groups: dict[str, list[int]] = {}
     for number, key in enumerate(keys):
         groups.setdefault(key, []).append(number)
@@ -303,7 +303,7 @@ def hold_out(rows: datasets.Dataset, columns: Columns, seed: int) -> tuple[datas
     """
     ids = list(range(len(rows)))
     if columns.image_id:
-        named = rows[columns.image_id]
+        named = rows[columns.image_id][:]
         ids = [f"id {name}" if name is not None else number for number, name in enumerate(named)]
         if len(set(ids)) < 2:
             ids = list(range(len(rows)))
@@ -623,7 +623,7 @@ def decode_dataset(
     """
     wanted = [columns.image, *columns.captions, columns.image_id, ROW_COLUMN]
     rows = dataset.select_columns([name for name in wanted if name in dataset.column_names])
-    numbers = rows[ROW_COLUMN] if ROW_COLUMN in rows.column_names else range(len(rows))
+    numbers = rows[ROW_COLUMN][:] if ROW_COLUMN in rows.column_names else range(len(rows))
     decoded = undecoded(rows, columns.image).map(
         _decode_and_hash,
         with_indices=True,
@@ -635,7 +635,7 @@ def decode_dataset(
         writer_batch_size=200,
         desc=f"Decoding {split}",
     )
-    reasons = decoded["reason"]
+    reasons = decoded["reason"][:]
     good = [row for row, reason in enumerate(reasons) if not reason]
     if len(good) < len(decoded):
         for row, reason in enumerate(reasons):
@@ -665,7 +665,7 @@ def content_fingerprint(rows: datasets.Dataset) -> str:
     `datasets`' own fingerprint follows from paths and times of files, which neither a shared cache nor a resumed run
     should depend on. `decode_dataset` has left each row's hash beside it, so that no pixels are read here.
     """
-    digests = rows["digest"] if "digest" in rows.column_names else map(row_digest, rows)
+    digests = rows["digest"][:] if "digest" in rows.column_names else map(row_digest, rows)
     return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
 

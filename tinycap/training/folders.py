@@ -11,6 +11,7 @@ such as `Flickr_8k.devImages.txt`; everything else is "train".
 """
 
 import csv
+import hashlib
 import io
 import json
 import logging
@@ -345,8 +346,8 @@ def _uncaptioned(rows: list[Row], images: _Images) -> list[Row]:
     Many of them mean that the captions cover a part of the folder on purpose: those are left out with a warning.
     """
     captioned = {row["image"] for _, row in rows}
-    others = {value for _, row in rows for value in row.values() if isinstance(value, _Path)}
-    left = [image for image in images.names if image not in captioned | others]
+    used = captioned | {value for _, row in rows for value in row.values() if isinstance(value, _Path)}
+    left = [image for image in images.names if image not in used]
     folders = {posixpath.dirname(image) for image in captioned}
     beside = [image for image in left if posixpath.dirname(image) in folders]
     if left:
@@ -385,14 +386,26 @@ def _to_dataset(folder: str, rows: list[Row], split: str) -> datasets.Dataset:
     return datasets.Dataset.from_generator(
         _generate,
         features=datasets.Features(features),
-        # Another file of the same name is another image, for the caches of `datasets` too.
-        gen_kwargs={"table": tuple(table), "stamps": tuple(_stamp(row["image"]) for row in table)},
+        gen_kwargs={"table": _Table(table)},
         split=datasets.NamedSplit(re.split(r"[\[+]", split)[0]),
     )
 
 
-def _generate(table: tuple[dict, ...], stamps: tuple) -> Iterator[dict]:
-    yield from table
+class _Table:
+    """Rows, and what `datasets` knows their cache by: a hash that takes seconds where pickling them takes minutes."""
+
+    def __init__(self, rows: list[dict]):
+        self.rows = rows
+        # Another file of the same name is another image.
+        stamps = [_stamp(path) for path in dict.fromkeys(row["image"] for row in rows)]
+        self.digest = hashlib.blake2b(json.dumps([rows, stamps]).encode(), digest_size=16).hexdigest()
+
+    def __reduce__(self):
+        return _Table, (self.digest,)
+
+
+def _generate(table: _Table) -> Iterator[dict]:
+    yield from table.rows
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
