@@ -515,6 +515,23 @@ def test_num_threads_are_pytorchs_too(run, photos):
         torch.set_num_threads(before)
 
 
+def test_threads_wait_passively_unless_told_otherwise(photos):
+    code = (
+        "import os, sys; from tinycap.deploy import cli\n"
+        "class Witness:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch': sys.exit(os.environ.get('OMP_WAIT_POLICY', 'nothing'))\n"
+        "sys.meta_path.insert(0, Witness())\n"
+        "cli.main(['caption', 'photos', '--quiet'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("OMP", "KMP"))}
+    for given, expected in (({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")):
+        process = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**environment, **given}, check=False
+        )
+        assert process.stderr == f"{expected}\n"
+
+
 def test_inputs_are_looked_at_before_pytorch_is_imported(photos):
     code = (
         "import sys; from tinycap.deploy import cli\n"

@@ -188,6 +188,10 @@ def create_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status. Arguments that make no sense end the process with status 2."""
     args = create_parser().parse_args(argv)
+    # Threads that spin while they wait take the CPU from those that compute where the cores are busy. Read when PyTorch
+    # loads its OpenMP library: GNU's and, on macOS and Windows, LLVM's or Intel's.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("KMP_BLOCKTIME", "0")
     try:
         return args.run(args)
     except KeyboardInterrupt:
