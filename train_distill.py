@@ -250,6 +250,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(message)
 
     check_common_arguments(args, refuse)
+    refuse(args.streaming and args.mixup > 0, "--mixup: not with --streaming, which holds no other photo at hand")
+    refuse(args.streaming and args.teacher_cache_dir is not None, "--teacher_cache_dir: not with --streaming")
     refuse(args.dataset_name is None and args.streaming, "--streaming: needs --dataset_name")
     if "distill_weight" in args.given or (args.model_name_or_path is None and args.config_name is None):
         for problem in distillation_problems(args):
@@ -258,8 +260,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.objective == "scst" and args.mixup > 0,
         "--mixup: not with --objective scst, whose reward needs the captions of every picture",
     )
-    refuse(args.streaming and args.mixup > 0, "--mixup: not with --streaming, which holds no other photo at hand")
-    refuse(args.streaming and args.teacher_cache_dir is not None, "--teacher_cache_dir: not with --streaming")
     refuse(
         args.teacher_cache_dir is None and args.teacher_views != parser.get_default("teacher_views"),
         "--teacher_views: needs --teacher_cache_dir",
