@@ -297,6 +297,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.objective == "scst" and args.label_smoothing > 0,
         "--label_smoothing: contradicts --objective scst, whose loss has no labels to smooth",
     )
+    refuse(not args.memory_noise >= 0, f"--memory_noise: expected at least 0, got {args.memory_noise}")
     refuse(args.scst_samples < 2, f"--scst_samples: expected at least 2, got {args.scst_samples}")
     refuse(args.streaming and args.max_train_steps is None, "--streaming: needs --max_train_steps, the end of the run")
     refuse(args.hub_model_id is not None and not args.push_to_hub, "--hub_model_id: needs --push_to_hub")
