@@ -258,6 +258,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             parser.error(message)
 
     check_common_arguments(args, refuse)
+    refuse(args.streaming and args.mixup > 0, "--mixup: not with --streaming, which holds no other photo at hand")
+    refuse(args.streaming and args.teacher_cache_dir is not None, "--teacher_cache_dir: not with --streaming")
     refuse(args.dataset_name is None and args.streaming, "--streaming: needs --dataset_name")
     if "distill_weight" in args.given or (args.model_name_or_path is None and args.config_name is None):
         for problem in distillation_problems(args):
@@ -266,8 +268,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.objective == "scst" and args.mixup > 0,
         "--mixup: not with --objective scst, whose reward needs the captions of every picture",
     )
-    refuse(args.streaming and args.mixup > 0, "--mixup: not with --streaming, which holds no other photo at hand")
-    refuse(args.streaming and args.teacher_cache_dir is not None, "--teacher_cache_dir: not with --streaming")
     refuse(
         args.teacher_cache_dir is None and args.teacher_views != parser.get_default("teacher_views"),
         "--teacher_views: needs --teacher_cache_dir",
@@ -305,6 +305,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         args.objective == "scst" and args.label_smoothing > 0,
         "--label_smoothing: contradicts --objective scst, whose loss has no labels to smooth",
     )
+    refuse(not args.memory_noise >= 0, f"--memory_noise: expected at least 0, got {args.memory_noise}")
     refuse(args.scst_samples < 2, f"--scst_samples: expected at least 2, got {args.scst_samples}")
     refuse(args.streaming and args.max_train_steps is None, "--streaming: needs --max_train_steps, the end of the run")
     refuse(args.hub_model_id is not None and not args.push_to_hub, "--hub_model_id: needs --push_to_hub")
