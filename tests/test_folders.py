@@ -74,6 +74,7 @@ LAYOUTS = {
     "JSON lines": ("images", {"c.jsonl": "\n".join(json.dumps({"img": n, "captions": TEXTS[n]}) for n in NAMES)}),
     "imagefolder": ("", {"metadata.jsonl": "\n".join(json.dumps({"file_name": n, "text": TEXTS[n]}) for n in NAMES)}),
     "JSON list": ("images", {"c.json": [{"file": n, "sentences": [{"raw": t} for t in TEXTS[n]]} for n in NAMES]}),
+    "JSON list by key": ("i", {"c.json": {"info": "x", "data": [{"image": n, "captions": TEXTS[n]} for n in NAMES]}}),
     "JSON by name": ("images", {"captions.json": TEXTS}),
     "COCO": ("train2017", {"annotations/captions_train2017.json": COCO,
                            "annotations/instances_train2017.json": {**COCO, "annotations": [{"image_id": 10}]}}),

@@ -295,6 +295,9 @@ def _json_rows(content: Any) -> list[dict]:
             for row in images
             if "sentences" in row
         ]
+    lists = (value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict))
+    if (rows := next(lists, None)) is not None:
+        return _json_rows(rows)
     return [
         {"file_name": name, "captions": [value] if isinstance(value, str) else value}
         for name, value in content.items()
