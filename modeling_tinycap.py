@@ -375,7 +375,7 @@ class TinyCapPreTrainedModel(PreTrainedModel):
             # offloads is there, too, and has a hook.
             is_own = type(head.weight) is nn.Parameter and head.weight is not table.weight
             if is_own and not table.weight.is_meta and not hasattr(head, "_hf_hook"):
-                model.tie_weights()
+                head.weight = table.weight
         if source is not None:
             # Looked up here, because only this call knows the model's revision, token and cache.
             quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
@@ -519,6 +519,12 @@ class TinyCapDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, self_weights, cross_weights
 
 
+def check_static_cache() -> None:
+    """Raises `ValueError` before transformers 5.4, whose static layers write every token to the first slot."""
+    if tuple(map(int, TRANSFORMERS_VERSION.split(".")[:2])) < (5, 4):
+        raise ValueError(f"cache: a static one needs transformers 5.4 or newer, got {TRANSFORMERS_VERSION}")
+
+
 class TinyCapDecoder(TinyCapPreTrainedModel):
     """Memory and tokens -> hidden states. Pre-norm, learned positions, causal self-attention, cross-attention."""
 
@@ -627,9 +633,8 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
                 f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), got {last}"
                 f"{' slots of a static cache' if static_length else ', padding included'}"
             )
-        if static_length and tuple(map(int, TRANSFORMERS_VERSION.split(".")[:2])) < (5, 4):
-            # Before, its layers had to be told where to write, and `generate` didn't: wrong captions.
-            raise ValueError(f"cache: a static one needs transformers 5.4 or newer, got {TRANSFORMERS_VERSION}")
+        if static_length:
+            check_static_cache()
         position_ids = self.position_ids(attention_mask, past_length, length, hidden_states.device)
         hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
 
@@ -986,6 +991,11 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
                 f"max_length: expected more than {length} (start token and prompt), got {limit}; "
                 "max_new_tokens: expected at least 1"
             )
+        implementations = (
+            settings.get("cache_implementation") for settings in self._settings(generation_config, kwargs)
+        )
+        if "static" in (next(filter(None, implementations), None) or ""):
+            check_static_cache()
         # One of the two lengths reaches GenerationMixin: it prefers its own config's `max_new_tokens` to `max_length`.
         if generation_config is None:
             kwargs.update(max_length=limit, max_new_tokens=None)
@@ -996,11 +1006,15 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             kwargs = {name: value for name, value in kwargs.items() if name not in ("max_length", "max_new_tokens")}
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def _max_length(self, prompt_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
-        """Tokens asked for, prompt included, by the call's arguments, else its config, else the model's config."""
+    def _settings(self, generation_config: GenerationConfig | None, kwargs: dict) -> list[dict]:
+        """The call's arguments, its config's settings and the model's: the first that says something counts."""
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         # Without defaults: transformers 4 fills in a `max_length` of 20.
-        for settings in (kwargs, *(config.to_diff_dict() for config in configs)):
+        return [kwargs, *(config.to_diff_dict() for config in configs)]
+
+    def _max_length(self, prompt_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
+        """Tokens asked for, prompt included, by the call's arguments, else its config, else the model's config."""
+        for settings in self._settings(generation_config, kwargs):
             if settings.get("max_new_tokens") is not None:
                 return prompt_length + settings["max_new_tokens"]
             if settings.get("max_length") is not None:

@@ -209,7 +209,7 @@ def move_skipped_rows(skipped, folder: Path, keep: bool = False) -> None:
         skipped: the `SkippedRows`, whose path is that of a temporary file.
         keep: an earlier list there is complete up to here: a stream's, whose earlier rows aren't read again.
     """
-    aside, skipped.path = skipped.path, folder / SKIPPED_FILE
+    aside, skipped.path, skipped.written = skipped.path, folder / SKIPPED_FILE, None
     if aside.exists() and not (keep and skipped.path.exists()):
         shutil.move(aside, skipped.path)
     shutil.rmtree(aside.parent, ignore_errors=True)
