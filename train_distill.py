@@ -374,6 +374,7 @@ def build_data(args: argparse.Namespace, image_size: int, seen_size: int, skippe
             args.seed,
             args.image_column,
             args.caption_column,
+            args.preprocessing_num_workers,
         )
     columns = resolve_columns(train, args.image_column, args.caption_column)
     workers = args.preprocessing_num_workers

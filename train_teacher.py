@@ -434,6 +434,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
                 seed=args.seed,
                 image_column=args.image_column,
                 caption_column=args.caption_column,
+                num_proc=args.preprocessing_num_workers,
             )
         workers = args.preprocessing_num_workers
         columns = resolve_columns(train_rows, args.image_column, args.caption_column)
