@@ -371,11 +371,9 @@ class TinyCapPreTrainedModel(PreTrainedModel):
         check_finite_weights(model, source)
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
         if head is not None and model.config.tie_word_embeddings and "lm_head.weight" not in shapes:
-            # transformers 5.3 leaves the head of remote code untied: random, or on the meta device. What accelerate
-            # offloads is there, too, and has a hook.
-            is_own = type(head.weight) is nn.Parameter and head.weight is not table.weight
-            if is_own and not table.weight.is_meta and not hasattr(head, "_hf_hook"):
-                model.tie_weights()
+            # transformers 5.3 leaves the head of remote code untied: random, or on the meta device.
+            if type(head.weight) is nn.Parameter and head.weight is not table.weight and not table.weight.is_meta:
+                head.weight = table.weight
         missing = sorted(report["missing_keys"])
         # A student alone begins a captioner: its decoder is new.
         is_student = bool(shapes) and not any(name.startswith(("decoder.", "vision_model.")) for name in shapes)
@@ -515,6 +513,12 @@ class TinyCapDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, self_weights, cross_weights
 
 
+def check_static_cache() -> None:
+    """Raises `ValueError` before transformers 5.4, whose static layers write every token to the first slot."""
+    if tuple(map(int, TRANSFORMERS_VERSION.split(".")[:2])) < (5, 4):
+        raise ValueError(f"cache: a static one needs transformers 5.4 or newer, got {TRANSFORMERS_VERSION}")
+
+
 class TinyCapDecoder(TinyCapPreTrainedModel):
     """Memory and tokens -> hidden states. Pre-norm, learned positions, causal self-attention, cross-attention."""
 
@@ -623,9 +627,8 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
                 f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), got {last}"
                 f"{' slots of a static cache' if static_length else ', padding included'}"
             )
-        if static_length and tuple(map(int, TRANSFORMERS_VERSION.split(".")[:2])) < (5, 4):
-            # Before, its layers had to be told where to write, and `generate` didn't: wrong captions.
-            raise ValueError(f"cache: a static one needs transformers 5.4 or newer, got {TRANSFORMERS_VERSION}")
+        if static_length:
+            check_static_cache()
         position_ids = self.position_ids(attention_mask, past_length, length, hidden_states.device)
         hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
 
@@ -982,6 +985,11 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
                 f"max_length: expected more than {length} (start token and prompt), got {limit}; "
                 "max_new_tokens: expected at least 1"
             )
+        implementations = (
+            settings.get("cache_implementation") for settings in self._settings(generation_config, kwargs)
+        )
+        if "static" in (next(filter(None, implementations), None) or ""):
+            check_static_cache()
         # One of the two lengths reaches GenerationMixin: it prefers its own config's `max_new_tokens` to `max_length`.
         if generation_config is None:
             kwargs.update(max_length=limit, max_new_tokens=None)
@@ -992,11 +1000,15 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             kwargs = {name: value for name, value in kwargs.items() if name not in ("max_length", "max_new_tokens")}
         return super().generate(inputs, generation_config, *args, **kwargs)
 
-    def _max_length(self, prompt_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
-        """Tokens asked for, prompt included, by the call's arguments, else its config, else the model's config."""
+    def _settings(self, generation_config: GenerationConfig | None, kwargs: dict) -> list[dict]:
+        """The call's arguments, its config's settings and the model's: the first that says something counts."""
         configs = [config for config in (generation_config, self.generation_config) if config is not None]
         # Without defaults: transformers 4 fills in a `max_length` of 20.
-        for settings in (kwargs, *(config.to_diff_dict() for config in configs)):
+        return [kwargs, *(config.to_diff_dict() for config in configs)]
+
+    def _max_length(self, prompt_length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
+        """Tokens asked for, prompt included, by the call's arguments, else its config, else the model's config."""
+        for settings in self._settings(generation_config, kwargs):
             if settings.get("max_new_tokens") is not None:
                 return prompt_length + settings["max_new_tokens"]
             if settings.get("max_length") is not None:

@@ -581,6 +581,11 @@ def test_a_static_cache_of_an_older_transformers_is_an_error(model, pixel_values
     monkeypatch.setattr(modeling_tinycap, "TRANSFORMERS_VERSION", version)
     with pytest.raises(ValueError, match=f"needs transformers 5.4 or newer, got {version}"):
         model.generate(pixel_values, cache_implementation="static")
+    with pytest.raises(ValueError, match="needs transformers 5.4 or newer"):
+        model.generate(pixel_values[:1], input_ids=torch.tensor([[5, 6]]), cache_implementation="static")
+    cache = EncoderDecoderCache(StaticCache(config=model.config.text_config, max_cache_len=12), DynamicCache())
+    with pytest.raises(ValueError, match="needs transformers 5.4 or newer"):
+        logits_of(model, pixel_values, torch.full((5, 2), 4), cache=cache)
 
 
 # --- quantised weights ------------------------------------------------------------------------------------------------
