@@ -77,8 +77,9 @@ def parse_flags(script: str, argv: list[str] | None, description: str) -> argpar
     defaults = {name: parser.get_default(name) for name in names}
     parser.set_defaults(**values)
     args = parser.parse_args([])
-    for problem in (*range_problems(args, flags_of(script)), *pair_problems(args, flags_of(script), defaults)):
-        parser.error(problem)
+    problems = [*range_problems(args, flags_of(script)), *pair_problems(args, flags_of(script), defaults)]
+    if problems:
+        parser.error("; ".join(problems))
     check_tracker(parser, args.report_to)
     args.given = set(values)
     return args
@@ -158,7 +159,6 @@ def pair_problems(args: argparse.Namespace, flags: Iterable[Flag], defaults: dic
         for condition, why in flag.excludes.items():
             if holds(condition):
                 yield f"{shown[flag.name]}: contradicts --{condition}{why and ', '}{why}"
-    for flag in flags:
         for condition, why in flag.needs.items():
             name, _, value = condition.partition(" ")
             if not hasattr(args, name) or holds(condition):
