@@ -1,10 +1,10 @@
-"""Trains a CLIP teacher from scratch, by the contrastive loss, on the same captioned pictures as the student.
+"""Trains a CLIP teacher from scratch, by the contrastive loss, on the same captioned images as the student.
 
-    accelerate launch train_teacher.py --dataset_name my_photos --output_dir my_teacher
-    accelerate launch train_distill.py --dataset_name my_photos --teacher_name_or_path my_teacher
+    accelerate launch train_teacher.py --dataset_name my_images --output_dir my_teacher
+    accelerate launch train_distill.py --dataset_name my_images --teacher_name_or_path my_teacher
 
-For people whose pictures are not web photos, and for machines without a hub. With web photos and a network,
-openai/clip-vit-base-patch32 has seen 400 million pairs and is the better teacher by far.
+For images unlike those of the web, and for machines without a network. For web images,
+openai/clip-vit-base-patch32, trained on 400 million pairs, is the better teacher by far.
 
 Reading order: arguments, model, objective, one evaluation, the loop.
 """
@@ -12,12 +12,11 @@ Reading order: arguments, model, objective, one evaluation, the loop.
 import argparse
 import math
 import os
-import tempfile
 from contextlib import nullcontext
-from pathlib import Path
+from functools import partial
 
 
-# Read when torch loads OpenMP: threads that spin while they wait take the cores from everything else.
+# Read when torch loads OpenMP: threads that wait actively take the cores from the data loader.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import torch
@@ -30,45 +29,19 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
-# Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
+# In a clone, `tinycap` adds the repository's root to its path: its modules import one another by the package's name.
 from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import build_parser, check_sources, parse_flags
-from tinycap.training.checkpoints import load_checkpoint, resolve_resume, seed_step
-from tinycap.training.data import (
-    Augmentation,
-    CaptionCollator,
-    CaptionDataset,
-    EpochBatchSampler,
-    SkippedRows,
-    decode_dataset,
-    load_splits,
-    resolve_columns,
-)
+from tinycap.training.checkpoints import seed_step
+from tinycap.training.data import CaptionCollator
 from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
+from tinycap.training.loading import create_loaders, load_data
 from tinycap.training.locked_text import LockedTextModel
-from tinycap.training.logs import RunLog, write_json
-from tinycap.training.loop import (
-    Step,
-    TrainBatches,
-    check_finite,
-    ignore_interrupts,
-    run_script,
-    run_steps,
-    set_cpu_threads,
-    set_up_logging,
-)
-from tinycap.training.optimization import create_optimizer, create_scheduler, plan_steps
+from tinycap.training.logs import write_json
+from tinycap.training.loop import Evaluation, Step, check_finite, create_accelerator, run_script, run_steps
+from tinycap.training.optimization import create_training
 from tinycap.training.repository import create_image_processor, save_processors
-from tinycap.training.run_folder import (
-    SKIPPED_FILE,
-    check_output_dir,
-    compare_args,
-    move_skipped_rows,
-    open_output_dir,
-    read_checkpoint_args,
-    run_args,
-)
-from tinycap.training.scenes import scene_splits
+from tinycap.training.run_folder import RunFolder
 from tinycap.training.tokenizer import encode_captions, load_tokenizer, train_tokenizer
 
 
@@ -76,15 +49,15 @@ logger = get_logger(__name__)
 
 # CLIP's own bound on the temperature (Radford et al., 2021, section 2.5).
 MAX_LOGIT_SCALE = math.log(100.0)
-# Captions that a locked sentence encoder reads once: at 384 values 0.3 GB in each process, with the captions' ids.
-MAX_REMEMBERED_CAPTIONS = 200_000
+# Most text embeddings to cache: at 384 values they take 0.3 GB in each process, with the captions' ids.
+MAX_CACHED_CAPTIONS = 200_000
 
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """Reads and checks the flags; every contradiction is an error that names them."""
+    """Reads and checks the flags; contradictions are errors that name them."""
     args = parse_flags("teacher", argv, __doc__.split("\n\n")[0])
     parser = build_parser("teacher")
     if args.image_model_name_or_path is None and args.image_size % args.patch_size != 0:
@@ -100,55 +73,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextModel:
-    """A `CLIPModel` with fresh weights, or an image tower, fresh or pretrained, beside a sentence encoder that isn't
-    trained."""
+    """A `CLIPModel` with fresh weights, or an image tower, fresh or pretrained, with a frozen sentence encoder."""
     if args.image_model_name_or_path is not None:
         tower = PretrainedImageTower.from_pretrained(
             args.image_model_name_or_path, args.projection_dim, args.freeze_image_model
         )
         tower.set_image_size(args.image_size)
         return LockedTextModel.from_text_model(tower, args.text_model_name_or_path)
-    vision = {
-        "image_size": args.image_size,
-        "patch_size": args.patch_size,
-        "hidden_size": args.hidden_size,
-        "intermediate_size": 4 * args.hidden_size,
-        "num_hidden_layers": args.num_hidden_layers,
-        "num_attention_heads": args.num_attention_heads,
-        "attention_dropout": args.attention_dropout,
-        "projection_dim": args.projection_dim,
-    }
+
+    def tower_sizes(prefix: str) -> dict:
+        names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+        sizes = {name: getattr(args, f"{prefix}{name}") for name in names}
+        shared = {"attention_dropout": args.attention_dropout, "projection_dim": args.projection_dim}
+        return {**sizes, "intermediate_size": 4 * sizes["hidden_size"], **shared}
+
+    vision = {"image_size": args.image_size, "patch_size": args.patch_size, **tower_sizes("")}
     if args.text_model_name_or_path is not None:
         vision_model = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
-        start_positions(vision_model)
+        init_positions(vision_model)
         return LockedTextModel.from_text_model(vision_model, args.text_model_name_or_path)
     if tokenizer.eos_token_id == 2:
         raise ValueError(
-            "tokenizer: expected an end token of another id than 2, which CLIPTextModel takes for the mark of its "
-            "earliest checkpoints and then pools the wrong token"
+            "tokenizer: expected an end token of another id than 2, by which CLIPTextModel recognises its earliest "
+            "checkpoints, for which it pools another token"
         )
+    # A caption's length doesn't count the start token.
     text = {
+        **tower_sizes("text_"),
         "vocab_size": len(tokenizer),
-        "hidden_size": args.text_hidden_size,
-        "intermediate_size": 4 * args.text_hidden_size,
-        "num_hidden_layers": args.text_num_hidden_layers,
-        "num_attention_heads": args.text_num_attention_heads,
-        "attention_dropout": args.attention_dropout,
-        # The start token comes on top of a caption's length.
         "max_position_embeddings": args.max_caption_length + 1,
-        "projection_dim": args.projection_dim,
-        "pad_token_id": tokenizer.pad_token_id,
-        "bos_token_id": tokenizer.bos_token_id,
-        "eos_token_id": tokenizer.eos_token_id,
     }
+    text.update({name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")})
     model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=args.projection_dim))
-    start_positions(model)
+    init_positions(model)
     return model
 
 
 @torch.no_grad()
-def start_positions(model: CLIPModel | CLIPVisionModelWithProjection) -> None:
-    """Lets the image tower's learned positions begin as the student's do; see `position_table`."""
+def init_positions(model: CLIPModel | CLIPVisionModelWithProjection) -> None:
+    """Initialises the image tower's learned positions as the student's; see `position_table`."""
     config = getattr(model.config, "vision_config", model.config)
     table = position_table(config.image_size // config.patch_size, config.hidden_size)
     model.vision_model.embeddings.position_embedding.weight.copy_(table)
@@ -164,15 +127,15 @@ def text_inputs(labels: torch.Tensor, tokenizer) -> dict[str, torch.Tensor]:
     }
 
 
-def remember_captions(args: argparse.Namespace, accelerator: Accelerator, model, rows, tokenizer) -> None:
-    """Lets a sentence encoder that doesn't learn see each training caption once, where the run would show it more
-    often and memory holds what it says."""
+def cache_captions(args: argparse.Namespace, accelerator: Accelerator, model, rows, tokenizer) -> None:
+    """Computes the frozen sentence encoder's embedding of each training caption once, where the run would compute more
+    embeddings than there are captions, and memory suffices."""
     num_captions = sum(map(len, rows["captions"]))
     batches = args.max_train_steps * args.gradient_accumulation_steps
     num_drawn = batches * args.per_device_train_batch_size * args.captions_per_image
-    if not num_captions < num_drawn or num_captions > MAX_REMEMBERED_CAPTIONS:
+    if not num_captions < num_drawn or num_captions > MAX_CACHED_CAPTIONS:
         return
-    logger.info("The sentence encoder reads %s captions once.", f"{num_captions:,}")
+    logger.info("Caching the sentence embeddings of %s captions.", f"{num_captions:,}")
     captions = [caption for captions in rows["captions"] for caption in captions]
     start = [tokenizer.bos_token_id]
     with accelerator.autocast():
@@ -193,7 +156,7 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
         logit_scale: scalar, what cosines are multiplied by.
 
     Returns:
-        The mean of both directions; with K > 1 an image is asked for all its captions alike.
+        The mean of both directions; with K > 1 all captions of an image are its positives, with equal weights.
     """
     logits = logit_scale * image_embeds @ text_embeds.t()
     owner = torch.arange(len(image_embeds), device=logits.device).repeat_interleave(
@@ -215,7 +178,7 @@ def gather_with_gradient(embeds: torch.Tensor, accelerator: Accelerator) -> torc
 
 
 def retrieval_recall(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict:
-    """How often the right one is among the k nearest, in percent, in both directions.
+    """Recall at k in percent, in both directions.
 
     Args:
         image_embeds: (N, D); text_embeds: (N * K, D), the K captions of an image next to each other; unit norm.
@@ -224,19 +187,21 @@ def retrieval_recall(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ks: 
     similarity = image_embeds @ text_embeds.t()
     owner = torch.arange(len(text_embeds)) // per_image
     images = torch.arange(len(image_embeds))
-    found = {}
-    for k in ks:
-        nearest = similarity.topk(min(k, len(text_embeds)), dim=1).indices
-        found[f"image_to_text_recall_at_{k}"] = 100 * (owner[nearest] == images[:, None]).any(1).double().mean().item()
-    for k in ks:
-        nearest = similarity.t().topk(min(k, len(image_embeds)), dim=1).indices
-        found[f"text_to_image_recall_at_{k}"] = 100 * (nearest == owner[:, None]).any(1).double().mean().item()
-    return found
+    metrics = {}
+    directions = {
+        "image_to_text": (similarity, lambda nearest: owner[nearest] == images[:, None]),
+        "text_to_image": (similarity.t(), lambda nearest: nearest == owner[:, None]),
+    }
+    for name, (scores, is_right) in directions.items():
+        for k in ks:
+            nearest = scores.topk(min(k, scores.shape[1]), dim=1).indices
+            metrics[f"{name}_recall_at_{k}"] = 100 * is_right(nearest).any(1).double().mean().item()
+    return metrics
 
 
 @torch.inference_mode()
-def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> dict[str, float]:
-    """Retrieval among all validation pictures and their captions."""
+def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> Evaluation:
+    """Retrieval among all validation images and their captions."""
     model = accelerator.unwrap_model(model)
     model.eval()
     image_embeds, text_embeds = [], []
@@ -245,13 +210,13 @@ def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> 
     ):
         with accelerator.autocast():
             output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
-        # One row an image, so that what the last batch holds twice is dropped from both alike.
+        # One row an image, so that images repeated in the last batch are dropped from both alike.
         texts = output.text_embeds.view(len(output.image_embeds), -1)
         image_embeds.append(accelerator.gather_for_metrics(output.image_embeds.float()).cpu())
         text_embeds.append(accelerator.gather_for_metrics(texts.float()).cpu())
     model.train()
     images, texts = torch.cat(image_embeds), torch.cat(text_embeds)
-    return {"num_images": len(images), **retrieval_recall(images, texts.view(-1, images.shape[1]))}
+    return Evaluation({"num_images": len(images), **retrieval_recall(images, texts.view(-1, images.shape[1]))})
 
 
 # --- the loop ---------------------------------------------------------------------------------------------------------
@@ -263,7 +228,7 @@ def train_step(
     """One optimizer step, the `number`-th; returns the mean `contrastive_loss` of its batches and the `logit_scale`.
 
     Raises:
-        NonFiniteLossError: the loss is infinite or no number; nothing has been changed then.
+        NonFiniteLossError: the loss is infinite or NaN; the weights are unchanged.
     """
     logit_scale = accelerator.unwrap_model(model).logit_scale
     losses = []
@@ -290,8 +255,20 @@ def train_step(
     return {"contrastive_loss": torch.stack(losses).mean(), "logit_scale": logit_scale.detach().exp()}
 
 
+def save_results(accelerator: Accelerator, model, tokenizer, image_processor, run: RunFolder, metrics: dict) -> None:
+    """Writes the model with its processors and its metrics to the run's folder."""
+    state_dict = accelerator.get_state_dict(model)
+    if accelerator.is_main_process:
+        accelerator.unwrap_model(model).save_pretrained(run.path, state_dict=state_dict)
+        save_processors(run.path, tokenizer, image_processor, processor_class="CLIPProcessor")
+        write_json(run.path / "eval_results.json", metrics)
+    accelerator.wait_for_everyone()
+    recall = [metrics[f"{name}_recall_at_1"] for name in ("image_to_text", "text_to_image")]
+    logger.info("Saved to %s. Recall at 1: image to text %.1f %%, text to image %.1f %%.", run.path, *recall)
+
+
 def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, share: float = 1.0) -> dict[str, float]:
-    """Runs the whole training; returns the last evaluation's figures.
+    """Runs the whole training; returns the last evaluation's metrics.
 
     Args:
         accelerator: the caller's, when this is part of a larger run.
@@ -299,142 +276,49 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
 
     Raises:
         ValueError: an argument, a dataset or a checkpoint doesn't fit; nothing has been trained then.
-        NonFiniteLossError: the loss became infinite or no number.
-        StoppedError: SIGTERM or SIGINT came; a `SystemExit` of status 143 or 130, behind a checkpoint.
+        NonFiniteLossError: the loss became infinite or NaN.
+        StoppedBySignal: SIGTERM or SIGINT was received; a checkpoint is saved.
     """
     args = parse_args(argv)
+    check_sources(args)
     own = accelerator is None
     if own:
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_dir=args.output_dir,
-        )
-        set_up_logging(accelerator)
-        set_cpu_threads(accelerator)
-    output_dir = Path(args.output_dir)
-    resume_from = resolve_resume(output_dir, args.resume_from_checkpoint)
-    with accelerator.main_process_first():
-        if accelerator.is_main_process:
-            check_output_dir(args)
-    check_sources(args)
-    args.mixed_precision = accelerator.mixed_precision
-
-    # Nothing is written to the output folder before everything has been found to fit.
-    aside = Path(tempfile.mkdtemp(), SKIPPED_FILE) if accelerator.is_main_process else None
-    skipped = SkippedRows(aside, args.on_bad_row)
-    # One process decodes into the cache, the others read it.
-    with accelerator.main_process_first():
-        if args.dataset_name is None:
-            drawn = scene_splits(args.max_train_samples, args.max_eval_samples, args.seed, args.image_size)
-            train_rows, validation_rows = drawn["train"], drawn["validation"]
-        else:
-            train_rows, validation_rows = load_splits(
-                args.dataset_name,
-                args.dataset_config_name,
-                args.train_split,
-                args.validation_split,
-                args.max_train_samples,
-                args.max_eval_samples,
-                seed=args.seed,
-                image_column=args.image_column,
-                caption_column=args.caption_column,
-                num_proc=args.preprocessing_num_workers,
-            )
-        workers = args.preprocessing_num_workers
-        columns = resolve_columns(train_rows, args.image_column, args.caption_column)
-        validation_rows = decode_dataset(validation_rows, columns, args.image_size, skipped, "validation", workers)
-        train_rows = decode_dataset(train_rows, columns, args.image_size, skipped, args.train_split, workers)
+        accelerator = create_accelerator(args)
+    run = RunFolder(args, accelerator, "tinycap-teacher", share)
+    data = load_data(args, accelerator, args.image_size, args.image_size, run.skipped)
 
     pretrained = args.text_model_name_or_path or args.tokenizer_name
     if pretrained is not None:
         tokenizer = load_tokenizer(pretrained)
     else:
-        captions = (caption for captions in train_rows["captions"] for caption in captions)
-        tokenizer = train_tokenizer(captions, args.vocab_size, args.max_caption_length + 1)
-    # A pretrained tower knows pixels by its own mean and deviation; where it doesn't say, and else: CLIP's.
+        tokenizer = train_tokenizer(data.captions(), args.vocab_size, args.max_caption_length + 1)
+    # Those of a pretrained tower, where it has any; else CLIP's.
     statistics = pixel_statistics(args.image_model_name_or_path) if args.image_model_name_or_path else None
     image_processor = create_image_processor(args.image_size, *(statistics or ()))
     set_seed(args.seed)
     model = build_model(args, tokenizer)
-
-    augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter)
-    train_set = CaptionDataset(train_rows, args.image_size, augmentation, args.captions_per_image, args.seed)
-    # Retrieval is judged with five captions a picture, as is usual, or with as many as there are.
-    per_image = min(5, max(map(len, validation_rows["captions"])))
-    validation_set = CaptionDataset(validation_rows, args.image_size, None, per_image, args.seed)
-    common = {
-        "collate_fn": CaptionCollator(
-            tokenizer, args.max_caption_length, image_processor.image_mean, image_processor.image_std
-        ),
-        "num_workers": args.dataloader_num_workers,
-        "worker_init_fn": ignore_interrupts,
-        "persistent_workers": args.dataloader_num_workers > 0,
-    }
-    sampler = EpochBatchSampler(
-        len(train_set),
-        min(args.per_device_train_batch_size, len(train_set) // accelerator.num_processes),
-        args.seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        # Every photo is compared with those of all processes.
-        equal=True,
-    )
-    train_loader = DataLoader(train_set, batch_sampler=sampler, **common)
-    validation_loader = accelerator.prepare(DataLoader(validation_set, args.per_device_eval_batch_size, **common))
-
-    steps_per_epoch = math.ceil(len(train_loader) / args.gradient_accumulation_steps)
-    saved_args = read_checkpoint_args(resume_from)
-    plan_steps(args, steps_per_epoch, saved_args)
-    if saved_args is not None:
-        compare_args(f"checkpoint {resume_from}", saved_args, run_args(args))
-    if accelerator.is_main_process:
-        open_output_dir(args)
-        move_skipped_rows(skipped, output_dir)
-    optimizer = create_optimizer(
-        model, args.learning_rate, args.weight_decay, kernel_scale=args.patch_learning_rate_scale
-    )
-    scheduler = create_scheduler(optimizer, args, accelerator.num_processes)
     num_parameters = model.num_parameters()
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
-    if own and args.report_to != "none":
-        accelerator.init_trackers("tinycap-teacher", config={k: str(v) for k, v in run_args(args).items()})
-    state = {"step": 0, "epoch": 0, "batch": 0}
-    if resume_from is not None:
-        state, _ = load_checkpoint(accelerator, resume_from)
-    state["args"] = run_args(args)
-    logger.info(
-        "Training a teacher of %s parameters on %s pictures, %s steps.",
-        f"{num_parameters:,}",
-        f"{len(train_set):,}",
-        f"{args.max_train_steps:,}",
+
+    statistics = (image_processor.image_mean, image_processor.image_std)
+    collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics)
+    batches, validation_loader = create_loaders(
+        args, accelerator, data, collator, args.image_size, run.skipped, contrastive=True
     )
-    log = RunLog(output_dir, accelerator, total_steps=args.max_train_steps, start_step=state["step"], share=share)
-
-    def take_step(step: Step, number: int) -> dict[str, torch.Tensor]:
-        return train_step(args, accelerator, model, optimizer, scheduler, tokenizer, step, number)
-
-    def validate() -> dict[str, float]:
-        return evaluate(accelerator, model, validation_loader, tokenizer)
-
+    run.start(batches)
+    optimizer, scheduler = create_training(model, args, accelerator.num_processes)
+    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    run.resume(batches)
+    logger.info(
+        f"Training a teacher of {num_parameters:,} parameters on {len(data.train):,} images, "
+        f"{args.max_train_steps:,} steps."
+    )
+    take_step = partial(train_step, args, accelerator, model, optimizer, scheduler, tokenizer)
+    validate = partial(evaluate, accelerator, model, validation_loader, tokenizer)
     if args.text_model_name_or_path is not None:
-        remember_captions(args, accelerator, model, train_rows, tokenizer)
-    batches = TrainBatches(train_loader, accelerator.device)
-    checkpointing_steps = args.checkpointing_steps or steps_per_epoch
+        cache_captions(args, accelerator, model, data.train, tokenizer)
     model.train()
-    run_steps(args, accelerator, batches, scheduler, state, log, take_step, validate, checkpointing_steps)
-    metrics = validate()
-    log.eval_row(state["step"], state["epoch"], metrics)
-    log.close()
-
-    state_dict = accelerator.get_state_dict(model)
-    if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(output_dir, state_dict=state_dict)
-        save_processors(output_dir, tokenizer, image_processor, processor_class="CLIPProcessor")
-        write_json(output_dir / "eval_results.json", metrics)
-    accelerator.wait_for_everyone()
-    recall = [metrics[f"{name}_recall_at_1"] for name in ("image_to_text", "text_to_image")]
-    logger.info("Saved to %s. Recall at 1: image to text %.1f %%, text to image %.1f %%.", output_dir, *recall)
+    metrics = run_steps(args, accelerator, batches, scheduler, run, take_step, validate).metrics
+    save_results(accelerator, model, tokenizer, image_processor, run, metrics)
     if own:
         accelerator.end_training()
     return metrics

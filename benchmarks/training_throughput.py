@@ -30,7 +30,7 @@ from benchmarks.results import run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.train_distill import enable_gradient_checkpointing, joint_losses, train_step
+from tinycap.train_distill import joint_losses, train_step
 from tinycap.training.data import (
     Augmentation,
     CaptionCollator,
@@ -45,6 +45,7 @@ from tinycap.training.data import (
 from tinycap.training.loop import StopSignals, TrainBatches, steps_of
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor
+from tinycap.training.student import enable_gradient_checkpointing
 from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 from tinycap.training.tokenizer import train_tokenizer

@@ -4,6 +4,7 @@ import pytest
 
 from tinycap import train_distill, train_teacher
 from tinycap.training.arguments import flags_of
+from tinycap.training.flags import EXCLUDES, NEEDS
 
 
 ROOT = Path(train_distill.__file__).resolve().parent
@@ -111,9 +112,8 @@ def test_the_reference_recipe_is_what_was_published():
 
 def test_every_condition_in_the_table_names_a_flag():
     names = {flag.name for script in ("distill", "teacher") for flag in flags_of(script)}
-    conditions = {name for script in ("distill", "teacher") for flag in flags_of(script) for name in flag.needs}
-    conditions |= {name for script in ("distill", "teacher") for flag in flags_of(script) for name in flag.excludes}
-    assert {condition.partition(" ")[0] for condition in conditions} <= names
+    for name, condition, _ in (*NEEDS, *EXCLUDES):
+        assert {name, condition.partition(" ")[0]} <= names, (name, condition)
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])

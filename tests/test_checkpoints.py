@@ -49,7 +49,7 @@ def test_a_checkpoint_brings_weights_and_optimizer_back_to_the_bit(prepared, tmp
 def test_what_differs_between_processes_comes_back_to_each(prepared, tmp_path):
     accelerator = prepared[0]
     own = {"finished": False, "loader": {"block": 3}}
-    path = save_checkpoint(accelerator, tmp_path, {"step": 1}, own_state=own)
+    path = save_checkpoint(accelerator, tmp_path, {"step": 1}, rank_state=own)
     (path / "process_state_1.json").write_text(json.dumps({"finished": True}))
     assert load_checkpoint(accelerator, path)[1] == own
 

@@ -12,12 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from tiny import log_rows
 
 from tinycap import train_distill, train_teacher
-from tinycap.training import arguments
+from tinycap.training import arguments, loading
+from tinycap.training.data import SkippedRows
 from tinycap.training.model_card import base_model_name
 from tinycap.training.optimization import plan_steps, warn_of_few_steps
 
@@ -89,7 +91,7 @@ def test_defaults_do_not_overrule_a_configuration_file(source, tmp_path):
     if source == "a data set":
         flags += ["--dataset_name", "x", "--teacher_name_or_path", "y"]
     args = train_distill.parse_args(flags)
-    config = train_distill.read_config(args)
+    config = train_distill.build_config(args)
     assert config.text_config.hidden_dropout_prob == args.dropout == 0.4
     assert config.vision_config.patch_dropout == args.patch_dropout == 0.25
     assert config.vision_config.hidden_dropout_prob == 0.15
@@ -101,7 +103,7 @@ def test_defaults_do_not_overrule_a_configuration_file(source, tmp_path):
 def test_flags_that_are_given_overrule_a_configuration_file(tmp_path):
     given = ["--dropout", "0.1", "--patch_dropout", "0", "--distill_weight", "1", "--label_smoothing", "0"]
     args = train_distill.parse_args(["--config_name", configured(tmp_path), *given, "--memory_noise", "0.5"])
-    config = train_distill.read_config(args)
+    config = train_distill.build_config(args)
     assert config.text_config.hidden_dropout_prob == 0.1 and config.vision_config.patch_dropout == 0
     assert (config.distill_weight, config.label_smoothing, config.memory_noise) == (1, 0, 0.5)
 
@@ -109,12 +111,12 @@ def test_flags_that_are_given_overrule_a_configuration_file(tmp_path):
 def test_a_configuration_file_without_a_teacher_needs_none(tmp_path):
     (tmp_path / "c.json").write_text('{"distill_weight": 0}')
     flags = ["--config_name", str(tmp_path / "c.json"), "--dataset_name", "x"]
-    assert train_distill.read_config(train_distill.parse_args(flags)).distill_weight == 0
+    assert train_distill.build_config(train_distill.parse_args(flags)).distill_weight == 0
     with pytest.raises(ValueError, match="--teacher_name_or_path: contradicts --distill_weight 0"):
-        train_distill.read_config(train_distill.parse_args([*flags, "--teacher_name_or_path", "t"]))
+        train_distill.build_config(train_distill.parse_args([*flags, "--teacher_name_or_path", "t"]))
     (tmp_path / "c.json").write_text("{}")
     with pytest.raises(ValueError, match="--teacher_name_or_path: needed with --dataset_name"):
-        train_distill.read_config(train_distill.parse_args(flags))
+        train_distill.build_config(train_distill.parse_args(flags))
 
 
 def test_a_checkpoint_keeps_its_dropout_and_its_way_of_decoding(repository, tmp_path):
@@ -130,11 +132,11 @@ def test_a_checkpoint_keeps_its_dropout_and_its_way_of_decoding(repository, tmp_
     (changed / "generation_config.json").write_text(json.dumps(decoding))
     flags = ["--model_name_or_path", str(changed), "--dataset_name", "x", "--distill_weight", "0"]
     args = train_distill.parse_args(flags)
-    config = train_distill.read_config(args)
+    config = train_distill.build_config(args)
     assert config.text_config.hidden_dropout_prob == args.dropout == 0.35
     assert (args.num_beams, args.length_penalty, args.max_caption_length) == (4, 0.7, 9)
     frozen = train_distill.parse_args([*flags, "--freeze_vision_model", "--num_beams", "1"])
-    assert train_distill.read_config(frozen).vision_config.patch_dropout == frozen.patch_dropout == 0
+    assert train_distill.build_config(frozen).vision_config.patch_dropout == frozen.patch_dropout == 0
     assert (frozen.num_beams, frozen.length_penalty) == (1, 1.0)
 
 
@@ -164,7 +166,7 @@ def test_a_failed_start_leaves_nothing_in_the_way_of_the_next(flags, tmp_path, n
 
 
 def test_the_codes_own_folder_is_refused_before_anything_is_loaded(flags, monkeypatch):
-    monkeypatch.setattr(train_distill, "build_data", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr(train_distill, "load_data", lambda *args: pytest.fail("loaded"))
     root = str(Path(train_distill.__file__).parent)
     for more in ([], ["--overwrite_output_dir"]):
         with pytest.raises(ValueError, match="--output_dir: expected a folder other than the code's own"):
@@ -221,15 +223,15 @@ def test_help_shows_the_defaults_of_own_images_and_the_scenes_beside_them(capsys
 
 def test_images_are_decoded_by_as_many_processes_as_asked_for(flags, monkeypatch):
     asked = []
-    decode = train_distill.decode_dataset
+    decode = loading.decode_dataset
 
     def spy(dataset, columns, image_size, skipped, split, num_proc=None):
         asked.append(num_proc)
         return decode(dataset, columns, image_size, skipped, split)
 
-    monkeypatch.setattr(train_distill, "decode_dataset", spy)
+    monkeypatch.setattr(loading, "decode_dataset", spy)
     args = train_distill.parse_args([*flags, "--preprocessing_num_workers", "3"])
-    train_distill.build_data(args, 24, 24, train_distill.SkippedRows())
+    loading.load_data(args, Accelerator(), 24, 24, SkippedRows())
     assert asked == [3, 3]
 
 

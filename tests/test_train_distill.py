@@ -18,6 +18,7 @@ from transformers import pipeline
 
 from tinycap import train_distill
 from tinycap.training.arguments import flags_of
+from tinycap.training.configuration import SCENE_CONFIG
 from tinycap.training.flags import SCENE_DEFAULTS
 from tinycap.training.loop import NonFiniteLossError
 from tinycap.training.repository import create_image_processor, save_repository
@@ -50,7 +51,7 @@ def test_a_run_leaves_a_complete_repository_and_its_reports(flags, tmp_path, mon
     assert "photo-5" in (out / "skipped.jsonl").read_text()
     assert Image.open(out / "curves.png").width > 100 and Image.open(out / "samples.png").width > 100
     card = (out / "README.md").read_text()
-    assert f"| CIDEr | {metrics['cider']:.4g} |" in card and "23 pictures" in card
+    assert f"| CIDEr | {metrics['cider']:.4g} |" in card and "23 images" in card
     assert list(out.glob("**/events.out.tfevents*")), "the tracker heard of it"
 
 
@@ -232,27 +233,11 @@ def test_a_decoder_is_trained_beside_a_student_that_stays(flags, tmp_path, token
     assert config["memory_noise"] == 0.7 and config["distill_weight"] == 1.0, "the weight it was taught with"
 
 
-def test_a_checkpoint_goes_on_with_another_memory_and_all_weights_but_its_projection(flags, tmp_path, tokenizer):
-    repository = tmp_path / "repository"
-    model = tiny_repository_model(tokenizer)
-    # A scale of the memory that it leaves.
-    model.config.memory_scale = 2.5
-    save_repository(repository, model, tokenizer, create_image_processor(24))
-    drop = ("--config_name", "--vocab_size", "--teacher_name_or_path")
-    without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
-    train_distill.main(
-        [
-            *(*without, "--model_name_or_path", str(repository), "--distill_weight", "0"),
-            *("--memory", "patches", "--learning_rate", "1e-12", "--weight_decay", "0"),
-        ]
-    )
-    before, after = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
-    name = "decoder.memory_projection.weight"
-    assert before[name].shape == (16, 14) and after[name].shape == (16, 12), "of the tokens' width now"
-    assert all(torch.allclose(before[key], after[key], atol=1e-5) for key in before if "memory_projection" not in key)
-    captioner = pipeline("image-to-text", model=str(tmp_path / "out"), trust_remote_code=True)
-    assert captioner.model.config.memory == "patches" and captioner.model.config.memory_scale is None
-    assert captioner(draw_picture(3))
+def test_another_memory_than_the_checkpoints_is_an_error(repository):
+    flags = ["--model_name_or_path", str(repository), "--distill_weight", "0", "--memory"]
+    with pytest.raises(ValueError, match="--memory: expected embedding, as --model_name_or_path has, got patches"):
+        train_distill.build_config(train_distill.parse_args([*flags, "patches"]))
+    assert train_distill.build_config(train_distill.parse_args([*flags, "embedding"])).memory == "embedding"
 
 
 def test_a_stream_trains_as_well(flags, tmp_path):
@@ -413,7 +398,7 @@ def test_weights_that_do_not_fit_their_config_are_an_error(flags, tmp_path):
     (tmp_path / "model" / "config.json").write_text(json.dumps(config))
     args = train_distill.parse_args(["--model_name_or_path", str(tmp_path / "model")])
     with pytest.raises(ValueError, match=r"decoder\.layers\.\*: the config expects 4 layers, got 3"):
-        train_distill.build_model(args, train_distill.read_config(args))
+        train_distill.build_model(args, train_distill.build_config(args))
 
 
 def test_a_first_bad_row_stops_the_run_when_asked(flags, tmp_path):
@@ -458,5 +443,5 @@ def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(
         assert noise not in screen
     assert (tmp_path / "out" / "teacher" / "eval_results.json").exists()
     vision = json.loads((tmp_path / "out" / "config.json").read_text())["vision_config"]
-    assert vision["image_size"] == train_distill.SCENE_CONFIG["vision_config"]["image_size"]
+    assert vision["image_size"] == SCENE_CONFIG["vision_config"]["image_size"]
     assert vision["projection_dim"] == SCENE_DEFAULTS["teacher"]["hidden_size"], "the teacher's pooled feature"

@@ -15,7 +15,7 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from tinycap.training.flags import GROUPS, SCENE_DEFAULTS, Flag
+from tinycap.training.flags import EXCLUDES, GROUPS, NEEDS, SCENE_DEFAULTS, Flag
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -43,14 +43,12 @@ def build_parser(script: str, description: str = "") -> ArgumentParser:
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
-            if flag.script not in (None, script):
-                continue
-            default = flag.default[script] if isinstance(flag.default, dict) else flag.default
-            kind = flag.type or type(default)
-            options = {"type": kind, "choices": flag.choices}
-            if kind is bool:
-                options = {"action": argparse.BooleanOptionalAction}
-            group.add_argument(f"--{flag.name}", default=default, help=flag.help, **options)
+            if flag.script in (None, script):
+                default = flag.default[script] if isinstance(flag.default, dict) else flag.default
+                choices = flag.allowed if isinstance(flag.allowed, tuple) else None
+                is_switch = flag.type is bool
+                kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": flag.type}
+                group.add_argument(f"--{flag.name}", default=default, help=flag.help, choices=choices, **kind)
     parser.epilog = "Without --dataset_name, drawn scenes have these defaults instead: " + ", ".join(
         f"--{name} {value}" for name, value in SCENE_DEFAULTS[script].items()
     )
@@ -77,7 +75,7 @@ def parse_flags(script: str, argv: list[str] | None, description: str) -> argpar
     defaults = {name: parser.get_default(name) for name in names}
     parser.set_defaults(**values)
     args = parser.parse_args([])
-    problems = [*range_problems(args, flags_of(script)), *pair_problems(args, flags_of(script), defaults)]
+    problems = [*range_problems(args, flags_of(script)), *pair_problems(args, defaults)]
     if problems:
         parser.error("; ".join(problems))
     check_tracker(parser, args.report_to)
@@ -123,51 +121,47 @@ def read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, An
 
 
 def range_problems(args: argparse.Namespace, flags: Iterable[Flag]) -> Iterator[str]:
-    """A message for each flag outside its `range`."""
+    """A message for each flag outside its interval."""
     for flag in flags:
-        value = getattr(args, flag.name)
-        if flag.range is None or value is None:
+        value, interval = getattr(args, flag.name), flag.allowed
+        if not isinstance(interval, str) or value is None:
             continue
-        low, high = map(float, flag.range[1:-1].split(","))
-        above = low <= value if flag.range[0] == "[" else low < value
-        below = value <= high if flag.range[-1] == "]" else value < high
+        low, high = map(float, interval[1:-1].split(","))
+        above = low <= value if interval[0] == "[" else low < value
+        below = value <= high if interval[-1] == "]" else value < high
         if above and below:
             continue
-        expected = f"a number in {flag.range}"
+        expected = f"a number in {interval}"
         if high == math.inf:
-            expected = "a positive number" if flag.range[0] == "(" else f"at least {low:g}"
+            expected = "a positive number" if interval[0] == "(" else f"at least {low:g}"
         yield f"--{flag.name}: expected {expected}, got {value}"
 
 
-def pair_problems(args: argparse.Namespace, flags: Iterable[Flag], defaults: dict[str, Any]) -> Iterator[str]:
-    """A message for each flag that differs from its default, and whose `excludes` hold or whose `needs` don't."""
+def pair_problems(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
+    """A message for each flag that differs from its default, and whose `NEEDS` or `EXCLUDES` are violated."""
 
     def differs(name: str) -> bool:
-        return hasattr(args, name) and getattr(args, name) != defaults[name]
+        return name in defaults and getattr(args, name) != defaults[name]
 
     def holds(condition: str) -> bool:
         name, _, value = condition.partition(" ")
         if not value:
             return differs(name)
-        actual = getattr(args, name, None)
-        return actual is not None and actual == type(actual)(value)
+        return name in defaults and getattr(args, name) == type(defaults[name])(value)
 
-    flags = [flag for flag in flags if differs(flag.name)]
-    # With its value where that is what contradicts.
-    shown = {flag.name: f"--{flag.name}" + f" {getattr(args, flag.name)}" * bool(flag.choices) for flag in flags}
-    for flag in flags:
-        for condition, why in flag.excludes.items():
-            if holds(condition):
-                yield f"{shown[flag.name]}: contradicts --{condition}{why and ', '}{why}"
-        for condition, why in flag.needs.items():
-            name, _, value = condition.partition(" ")
-            if not hasattr(args, name) or holds(condition):
-                continue
-            if value:
-                why = f"{why and ', '}{why}"
-                yield f"--{name}: expected {value} with {shown[flag.name]}{why}, got {getattr(args, name)}"
-            else:
-                yield f"{shown[flag.name]}: needs --{name}{why and ', '}{why}"
+    for name, condition, why in EXCLUDES:
+        if differs(name) and holds(condition):
+            yield f"--{name}: contradicts --{condition}{why and ', '}{why}"
+    for name, condition, why in NEEDS:
+        needed, _, value = condition.partition(" ")
+        if not differs(name) or needed not in defaults or holds(condition):
+            continue
+        # With its value where that is what needs the other flag.
+        shown = f"{name} {getattr(args, name)}" if isinstance(getattr(args, name), str) else name
+        if value:
+            yield f"--{needed}: expected {value} with --{shown}, {why}, got {getattr(args, needed)}"
+        else:
+            yield f"--{shown}: needs --{needed}{why and ', '}{why}"
 
 
 def check_tracker(parser: argparse.ArgumentParser, name: str) -> None:

@@ -11,12 +11,12 @@ BEST_FILE = "best_model.safetensors"
 
 
 def keep_best(output_dir: str | Path, model: nn.Module, metrics: dict[str, float], state: dict) -> None:
-    """Keeps the weights if they are the best so far, and writes down in `state["best"]` of which step they are.
+    """Saves the weights if they are the best so far, and records their step in `state["best"]`.
 
     Args:
         model: the unwrapped model, on the process that writes.
         metrics: of a validation, with its `cider`.
-        state: of the run, with its `step`; a checkpoint brings it back.
+        state: of the run, with its `step`; part of every checkpoint.
     """
     best = state.get("best")
     if best is not None and metrics["cider"] <= best["value"]:
@@ -28,5 +28,5 @@ def keep_best(output_dir: str | Path, model: nn.Module, metrics: dict[str, float
 
 
 def load_best(output_dir: str | Path, model: nn.Module) -> None:
-    """Puts the best weights so far into `model`, the unwrapped one."""
+    """Loads the best weights so far into `model`, the unwrapped one."""
     load_model(model, str(Path(output_dir) / BEST_FILE), device=str(next(model.parameters()).device))

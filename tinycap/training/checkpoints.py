@@ -1,4 +1,4 @@
-"""Checkpoints one can trust: written aside and renamed, so that the newest one is always complete."""
+"""Checkpoints: written aside and renamed, so that the newest one is always complete."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 
 
 STATE_FILE = "trainer_state.json"
-OWN_STATE_FILE = "process_state_{}.json"
+RANK_STATE_FILE = "process_state_{}.json"
 
 
 class CheckpointWriteError(OSError):
@@ -26,13 +26,13 @@ def save_checkpoint(
     output_dir: str | Path,
     state: dict,
     keep: int | None = None,
-    own_state: dict | None = None,
+    rank_state: dict | None = None,
 ) -> Path:
     """Writes `checkpoint-<step>`: accelerate's state (safetensors weights, optimizer, scheduler, scaler) and `state`.
 
     Args:
-        state: where the run stands; JSON, with the `step`.
-        own_state: where this process stands, for what differs between processes; JSON.
+        state: of the run, the same for all processes; JSON, with the `step`.
+        rank_state: of this process; JSON.
         keep: how many of the newest checkpoints to keep; `None` keeps all.
 
     Returns:
@@ -50,14 +50,14 @@ def save_checkpoint(
     try:
         accelerator.save_state(str(aside))
     except (OSError, RuntimeError, SafetensorError) as error:
-        # torch and safetensors say of a full disk what they were doing, not what was missing.
+        # The errors of torch and safetensors about a full disk do not say that it is full.
         free = shutil.disk_usage(output_dir).free
         raise CheckpointWriteError(
             f"checkpoint {final}: could not be written, {free / 1e6:,.1f} MB are free there; the checkpoints before it "
             f"are intact: {error}"
         ) from error
-    if own_state is not None:
-        (aside / OWN_STATE_FILE.format(accelerator.process_index)).write_text(json.dumps(own_state))
+    if rank_state is not None:
+        (aside / RANK_STATE_FILE.format(accelerator.process_index)).write_text(json.dumps(rank_state))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         (aside / STATE_FILE).write_text(json.dumps({**state, "num_processes": accelerator.num_processes}, indent=2))
@@ -84,7 +84,7 @@ def complete_checkpoints(output_dir: str | Path) -> list[Path]:
 
 
 def resolve_resume(output_dir: str | Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint to go on from: `None`, a folder, or the newest complete one for "latest".
+    """The checkpoint to resume from: `None`, a folder, or the newest complete one for "latest".
 
     Raises:
         ValueError: there is none, or the folder isn't a complete checkpoint.
@@ -103,7 +103,7 @@ def resolve_resume(output_dir: str | Path, resume_from_checkpoint: str | None) -
 
 
 def load_checkpoint(accelerator: Accelerator, path: str | Path) -> tuple[dict, dict | None]:
-    """Puts everything that was prepared back to where it stood; returns the saved `state` and this process's own.
+    """Restores everything that was prepared; returns the saved `state` and this process's `rank_state`.
 
     Raises:
         ValueError: the checkpoint was written by another number of processes, whose shares of an epoch differ.
@@ -115,12 +115,12 @@ def load_checkpoint(accelerator: Accelerator, path: str | Path) -> tuple[dict, d
             f"checkpoint {path}: expected {saved} processes, as it was written by, got {accelerator.num_processes}"
         )
     accelerator.load_state(str(path))
-    own = Path(path) / OWN_STATE_FILE.format(accelerator.process_index)
-    return state, json.loads(own.read_text()) if own.exists() else None
+    rank_state = Path(path) / RANK_STATE_FILE.format(accelerator.process_index)
+    return state, json.loads(rank_state.read_text()) if rank_state.exists() else None
 
 
 def seed_step(seed: int, step: int, process_index: int) -> None:
-    """Makes every random choice of a step a function of (seed, step, process), whatever came before it."""
+    """Makes every random choice of a step a function of (seed, step, process) only."""
     value = random.Random(f"{seed}/{step}/{process_index}").getrandbits(63)
     random.seed(value)
     numpy.random.seed(value % 2**32)

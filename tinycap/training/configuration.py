@@ -1,4 +1,4 @@
-"""The model's configuration: a checkpoint's or a file's, the given flags, the tokenizer's and the teacher's sizes."""
+"""Builds the model's configuration from a checkpoint or a file, the flags, the tokenizer and the teacher."""
 
 import argparse
 import copy
@@ -21,7 +21,7 @@ CONFIG_FLAGS = {
     "label_smoothing": (None, "label_smoothing"),
     "distill_weight": (None, "distill_weight"),
 }
-# Flags that set a field of the checkpoint's generation configuration: its name there, and what `generate` does without.
+# Flags that set a field of the checkpoint's generation configuration: its name there, and the default of `generate`.
 GENERATION_FLAGS = {
     "num_beams": ("num_beams", 1),
     "length_penalty": ("length_penalty", 1.0),
@@ -29,26 +29,39 @@ GENERATION_FLAGS = {
 }
 
 
-def build_config(args: argparse.Namespace, default: dict) -> TinyCapConfig:
-    """The configuration of `--model_name_or_path`, `--config_name` or `default`, with the flags that were given.
+# Without a dataset: a small student whose patches are the cells of a scene.
+SCENE_CONFIG = {
+    "vision_config": {
+        "image_size": 96,
+        "patch_size": 32,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 384,
+        "projection_dim": 256,
+    },
+    "text_config": {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 48},
+}
+
+
+def build_config(args: argparse.Namespace) -> TinyCapConfig:
+    """Builds the config from checkpoint, file and flags; `fit_config` fills in vocabulary and teacher width later.
 
     Flags that were not given get the configuration's values, so that `args` says what the run does. `args.configured`
     keeps the fields that `fit_config` and `build_model` ask for.
 
-    Args:
-        default: the configuration's values where neither flag names one.
-
     Raises:
         ValueError: the configuration can't be read, or it contradicts the flags.
     """
-    # The default leaves its widths to the teacher and the tokenizer, a user's configuration doesn't.
+    # The defaults leave widths to the teacher and the tokenizer, a user's configuration doesn't.
     fixed = args.model_name_or_path is not None or args.config_name is not None
+    default = SCENE_CONFIG if args.dataset_name is None else {}
     values = read_config_values(args) if fixed else copy.deepcopy(default)
     vision, text = values.setdefault("vision_config", {}), values.setdefault("text_config", {})
     saved = TinyCapConfig(**copy.deepcopy(values))
+    if args.model_name_or_path is not None and args.memory not in (None, saved.memory):
+        raise ValueError(f"--memory: expected {saved.memory}, as --model_name_or_path has, got {args.memory}")
     args.configured = {
-        "memory": saved.memory,
-        "memory_scale": saved.memory_scale,
         "image_size": saved.vision_config.image_size,
         "vocab_size": text.get("vocab_size") if fixed else None,
         "projection_dim": vision.get("projection_dim") if fixed else None,
@@ -59,14 +72,9 @@ def build_config(args: argparse.Namespace, default: dict) -> TinyCapConfig:
         if flag in args.given or (getattr(args, flag) is not None and field not in section):
             section[field] = getattr(args, flag)
     if args.freeze_vision_model:
-        # It keeps the weight that it was taught with, and shows the decoder what it will show later.
+        # The frozen student keeps the weight of its training, and its embeddings are those of inference.
         values["distill_weight"] = saved.distill_weight
         vision.update(hidden_dropout_prob=0.0, patch_dropout=0.0)
-    if args.model_name_or_path is not None and values.get("memory", saved.memory) != saved.memory:
-        # Scale and noise are those of the other memory.
-        values["memory_scale"] = None
-        if "memory_noise" not in args.given:
-            values["memory_noise"] = 0.0
     config = TinyCapConfig(**values)
     for flag, (part, field) in CONFIG_FLAGS.items():
         if not (flag == "distill_weight" and args.freeze_vision_model):
@@ -78,7 +86,7 @@ def build_config(args: argparse.Namespace, default: dict) -> TinyCapConfig:
 
 
 def read_config_values(args: argparse.Namespace) -> dict:
-    """The fields of `--model_name_or_path`'s or `--config_name`'s configuration; no code of a checkpoint's is run."""
+    """The fields of `--model_name_or_path`'s or `--config_name`'s configuration; runs no code of a checkpoint."""
     if args.model_name_or_path is not None:
         flag = f"--model_name_or_path {args.model_name_or_path}"
         try:
@@ -137,9 +145,9 @@ def distillation_problems(args: argparse.Namespace) -> Iterator[str]:
         return
     for name in ("teacher_name_or_path", "teacher_cache_dir"):
         if getattr(args, name) is not None:
-            yield f"--{name}: contradicts --distill_weight 0, with which no teacher is asked"
+            yield f"--{name}: contradicts --distill_weight 0, with which there is no teacher"
     if args.mixup > 0:
-        yield "--mixup: contradicts --distill_weight 0, with which no teacher is asked what a mixed image shows"
+        yield "--mixup: contradicts --distill_weight 0, with which there is no teacher for mixed images"
 
 
 def fit_config(args: argparse.Namespace, config: TinyCapConfig, tokenizer, teacher) -> None:

@@ -1,4 +1,4 @@
-"""What a run writes while it goes on: `metrics.jsonl`, trackers and the progress bar."""
+"""The log of a run: `metrics.jsonl`, trackers and the progress bar; and files written atomically."""
 
 import json
 import logging
@@ -14,12 +14,12 @@ from tqdm.auto import tqdm
 
 logger = logging.getLogger(__name__)
 
-# Steps before the first estimate of the time left, and seconds between estimates where no bar can be drawn.
+# Steps before the first estimate of the time left, and seconds between estimates without a progress bar.
 ESTIMATE_AFTER, ESTIMATE_EVERY = 20, 60.0
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a file aside and renames it, so that nobody ever reads half of it."""
+    """Writes a file aside and renames it, so that no reader sees a part of it."""
     path = Path(path)
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.write_text(text, encoding="utf-8")
@@ -27,12 +27,12 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Writes JSON as `write_text` does; what JSON doesn't know becomes its text."""
+    """Writes JSON as `write_text` does; values of other types as their `str`."""
     write_text(path, json.dumps(content, indent=2, ensure_ascii=False, default=str) + "\n")
 
 
 def read_json(path: Path) -> dict:
-    """Reads a JSON file; one that isn't there is a `ValueError`."""
+    """Reads a JSON file; raises `ValueError` if it doesn't exist."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -50,17 +50,17 @@ def hours_of(folder: str | Path) -> float:
 
 
 class RunLog:
-    """Rows of figures to `metrics.jsonl`, to accelerate's trackers and to the progress bar; main process only.
+    """Writes rows of metrics to `metrics.jsonl`, to accelerate's trackers and to the progress bar; main process only.
 
     Args:
         output_dir: where `metrics.jsonl` goes.
-        accelerator: knows the main process and the trackers.
+        accelerator: of this process, with its trackers.
         total_steps: optimizer steps of the whole run.
-        start_step: the step a resumed run goes on from; rows after it, from the run that broke off, are dropped.
+        start_step: the step that a resumed run starts from; later rows, of the interrupted run, are dropped.
         share: of the whole run's time that this training takes, for the estimate of the time left.
 
     Every row carries `elapsed_seconds`, the time spent in the run's loop up to it. The bar needs a terminal; in a file
-    the time left is logged each minute instead.
+    the estimate is logged each minute instead.
     """
 
     def __init__(
@@ -83,21 +83,21 @@ class RunLog:
             lines = [line for line in lines if _step_of(line) <= start_step]
             write_text(self.path, "".join(lines))
             if lines:
-                # The clock goes on where the run broke off.
+                # The clock continues where the run was interrupted.
                 self.started -= json.loads(lines[-1]).get("elapsed_seconds", 0.0)
 
-    def train_row(self, step: int, epoch: int, figures: dict[str, float]) -> None:
-        """Writes one row of losses; they also stand beside the progress bar."""
-        shown = {name.removesuffix("_loss"): f"{value:.3g}" for name, value in figures.items() if "loss" in name}
+    def train_row(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Writes one row of losses, which the progress bar shows too."""
+        shown = {name.removesuffix("_loss"): f"{value:.3g}" for name, value in metrics.items() if "loss" in name}
         self.progress.set_postfix(shown, refresh=False)
-        self._write({"step": step, "epoch": epoch, **figures})
+        self._write({"step": step, "epoch": epoch, **metrics})
 
-    def eval_row(self, step: int, epoch: int, figures: dict[str, float]) -> None:
-        """Writes one row of validation figures, each with `eval_` before its name."""
-        self._write({"step": step, "epoch": epoch, **{f"eval_{name}": value for name, value in figures.items()}})
+    def eval_row(self, step: int, epoch: int, metrics: dict[str, float]) -> None:
+        """Writes one row of validation metrics, each with `eval_` before its name."""
+        self._write({"step": step, "epoch": epoch, **{f"eval_{name}": value for name, value in metrics.items()}})
 
     def advance(self, step: int) -> None:
-        """Moves the progress bar to `step`, and says how long the rest will take once that is known."""
+        """Moves the progress bar to `step`, and logs an estimate of the time left when one is due."""
         self.progress.update(step - self.progress.n)
         now = time.perf_counter()
         is_first = step == min(self.start_step + ESTIMATE_AFTER, self.total_steps - 1)
@@ -121,7 +121,7 @@ class RunLog:
 
 
 def _duration(seconds: float) -> str:
-    """As a person would say it: "40 seconds", "7 minutes", "5.2 hours"."""
+    """In the unit that fits: "40 seconds", "7 minutes", "5.2 hours"."""
     if seconds < 90:
         return f"{math.ceil(seconds)} seconds"
     return f"{round(seconds / 60)} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
@@ -131,5 +131,5 @@ def _step_of(line: str) -> float:
     try:
         return json.loads(line)["step"]
     except (json.JSONDecodeError, KeyError, TypeError):
-        # The last line of a run that was killed while it wrote.
+        # The last line of a run that was killed while writing it.
         return float("inf")

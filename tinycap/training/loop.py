@@ -1,4 +1,4 @@
-"""The pieces of a training loop that both training scripts share."""
+"""The training loop of both training scripts: batches, steps, stopping by signal, logging."""
 
 import argparse
 import logging
@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -18,13 +19,13 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from tinycap.training.checkpoints import CheckpointWriteError, save_checkpoint
+from tinycap.training.checkpoints import CheckpointWriteError
 from tinycap.training.data import StreamingCaptionDataset
-from tinycap.training.logs import RunLog
+from tinycap.training.run_folder import RunFolder
 
 
 logger = get_logger(__name__)
@@ -33,25 +34,25 @@ CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss became infinite or no number at all; the run stops, its last checkpoint is intact."""
+    """A loss is infinite or NaN; the run stops, its last checkpoint is intact."""
 
 
 def check_finite(losses: dict[str, torch.Tensor], step: int, image_ids: list[str]) -> None:
-    """Raises `NonFiniteLossError`, naming the step, the losses and the batch's photos, unless all are finite."""
+    """Raises `NonFiniteLossError`, naming the step, the losses and the batch's images, unless all are finite."""
     if all(torch.isfinite(loss) for loss in losses.values()):
         return
     raise NonFiniteLossError(
         f"step {step}: expected finite losses, got { ({name: loss.item() for name, loss in losses.items()}) } on the "
-        f"photos with the ids {', '.join(image_ids)}; the last checkpoint is intact, and a lower --learning_rate or a "
-        "look at these photos is what usually helps"
+        f"images with the ids {', '.join(image_ids)}; the last checkpoint is intact; try a lower --learning_rate, and "
+        "look at these images"
     )
 
 
 class TrainBatches:
-    """A process's training batches, epoch by epoch and from any place on.
+    """A process's training batches, epoch by epoch and from any position on.
 
-    Not accelerate's to divide: its way of giving every process as many batches as the others is to show some photos
-    twice or to leave some out. The sampler or the stream knows which share is this process's.
+    Not prepared by accelerate, which repeats or drops images to give every process equally many batches. The sampler
+    or the stream selects this process's share.
 
     Args:
         loader: of a data set, with an `EpochBatchSampler`; or a `StatefulDataLoader` of a stream.
@@ -65,7 +66,7 @@ class TrainBatches:
         self.finished = False
 
     def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[dict]:
-        """The batches of an epoch; a stream goes on where `load_state_dict` said, whatever `first_batch` is."""
+        """The batches of an epoch; a stream ignores `first_batch` and continues from `load_state_dict`."""
         if self.is_stream:
             self.loader.dataset.set_epoch(epoch)
         else:
@@ -73,15 +74,15 @@ class TrainBatches:
         if not self.finished:
             for batch in self.loader:
                 yield send_to_device(batch, self.device)
-        # Until the others have finished too: a checkpoint in between must not begin the epoch again.
+        # Until all processes have finished: a checkpoint in between must not restart the epoch.
         self.finished = self.is_stream
 
     def begin_epoch(self) -> None:
-        """All processes have come to the end of the epoch before."""
+        """Called when all processes have finished the epoch before."""
         self.finished = False
 
     def state_dict(self) -> dict | None:
-        """Where a stream stands, as JSON; a data set's place is its epoch and batch, and needs no more."""
+        """The position in a stream, as JSON; `None` for a data set, whose epoch and batch suffice."""
         if not self.is_stream:
             return None
         return {"finished": self.finished, "loader": None if self.finished else self.loader.state_dict()}
@@ -96,22 +97,22 @@ class TrainBatches:
 
 @dataclass
 class Step:
-    """One optimizer step's batches on this process, and what part each is of the whole step's.
+    """One optimizer step's batches on this process, with each batch's share of the whole step.
 
     Args:
         batches: as many as on every other process.
-        photo_shares, token_shares: for each batch, its photos (its caption tokens) over the mean of a process's. With
-            them as weights, the mean of the processes' summed losses is the mean over all photos (all tokens), however
-            unevenly they are spread.
-        num_photos: of all batches and processes.
+        image_shares, token_shares: for each batch, its images (its caption tokens) over the mean per process. With
+            them as weights, the mean of the processes' summed losses is the mean over all images (all tokens), however
+            unevenly they are distributed.
+        num_images: of all batches and processes.
         waited: seconds that this process waited for its batches.
-        stop: the signal by which some process was asked to stop, 0 if none was; this is to be the last step then.
+        stop: the signal that some process received, 0 if none; this is the last step then.
     """
 
     batches: list[dict]
-    photo_shares: list[float]
+    image_shares: list[float]
     token_shares: list[float]
-    num_photos: int
+    num_images: int
     waited: float
     stop: int
 
@@ -121,53 +122,61 @@ def steps_of(
     batches: Iterable[dict],
     accumulation: int,
     signals: "StopSignals",
-    blank: Callable[[], dict] | None = None,
+    dummy_batch: Callable[[], dict] | None = None,
 ) -> Iterator[Step]:
-    """Groups an epoch's batches to optimizer steps that all processes take together, until none has a batch left.
+    """Groups an epoch's batches into optimizer steps that all processes take together, until none has a batch left.
 
     Args:
         batches: of this process.
         accumulation: batches in a step.
-        signals: asked once a step.
-        blank: gives a batch that counts for nothing, with which a process whose batches are used up keeps step.
+        signals: polled once a step.
+        dummy_batch: returns a batch of weight zero, for a process whose batches are used up before the others'.
     """
     batches = iter(batches)
     while True:
         since = time.perf_counter()
         window = list(islice(batches, accumulation))
         waited = time.perf_counter() - since
-        photos = [len(batch["image_ids"]) for batch in window]
+        images = [len(batch["image_ids"]) for batch in window]
         tokens = [int((batch["labels"] != -100).sum()) for batch in window]
-        mine = torch.tensor([[len(window), sum(photos), sum(tokens), signals.received]])
+        mine = torch.tensor([[len(window), sum(images), sum(tokens), signals.received]])
         everyone = accelerator.gather(mine.to(accelerator.device)).cpu() if accelerator.num_processes > 1 else mine
         length = int(everyone[:, 0].max())
         if length == 0:
             return
         if len(window) < length:
             missing = length - len(window)
-            window += [send_to_device(blank(), accelerator.device)] * missing
-            photos, tokens = photos + [0] * missing, tokens + [0] * missing
-        # A step of mixed pictures alone has no captions.
-        num_photos, num_tokens = int(everyone[:, 1].sum()), max(1, int(everyone[:, 2].sum()))
+            window += [send_to_device(dummy_batch(), accelerator.device)] * missing
+            images, tokens = images + [0] * missing, tokens + [0] * missing
+        # A step of mixed images only has no captions.
+        num_images, num_tokens = int(everyone[:, 1].sum()), max(1, int(everyone[:, 2].sum()))
         yield Step(
             batches=window,
-            photo_shares=[count * accelerator.num_processes / num_photos for count in photos],
+            image_shares=[count * accelerator.num_processes / num_images for count in images],
             token_shares=[count * accelerator.num_processes / num_tokens for count in tokens],
-            num_photos=num_photos,
+            num_images=num_images,
             waited=waited,
             stop=int(everyone[:, 3].max()),
         )
 
 
-class StoppedError(SystemExit):
-    """The run was asked to stop and did, behind a checkpoint; exits as a process does that the signal ended."""
+@dataclass
+class Evaluation:
+    """The metrics of a validation, and a caption for each validation image, in order, where there are any."""
+
+    metrics: dict[str, float]
+    captions: list[str] | None = None
+
+
+class StoppedBySignal(SystemExit):  # noqa: N818 - not an error
+    """Raised after SIGTERM or SIGINT once a checkpoint is saved; exit status 143 or 130."""
 
 
 class StopSignals:
-    """Ends the run after the next step when it is asked to stop: all processes must know before they take it.
+    """Records SIGTERM (sent before preemption) and SIGINT (Ctrl-C); a second SIGINT stops at once.
 
-    SIGTERM is what schedulers send before they take a machine back, SIGINT is Ctrl-C; a second SIGINT stops at once. As
-    a context manager, only in the main thread, which is the only one that Python lets handle signals.
+    The run ends after the next step, since all processes must agree before they take it. A context manager; without
+    effect outside the main thread, the only one in which Python handles signals.
     """
 
     def __init__(self):
@@ -189,7 +198,7 @@ class StopSignals:
             raise KeyboardInterrupt
         self.received = number
         if number == signal.SIGINT:
-            # The progress bar may be in the middle of a line, and of a call that can't be entered twice.
+            # Not by print or tqdm, which are not reentrant: the signal may interrupt them.
             os.write(2, b"\nStopping after the next step; Ctrl-C again stops at once, without a checkpoint.\n")
 
 
@@ -214,88 +223,133 @@ def resume_command(num_processes: int = 1) -> str:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Calls a script's `main`; errors that say what to do about them end it in one line, without a traceback."""
+    """Calls a script's `main`; errors that the user can mend end it in one line, without a traceback."""
     try:
         main()
     except (ValueError, NonFiniteLossError, CheckpointWriteError) as error:
         sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
     except KeyboardInterrupt:
-        print(f"\nStopped. This goes on from the newest checkpoint:\n  {resume_command()}", file=sys.stderr)
+        print(f"\nStopped. Resume from the newest checkpoint:\n  {resume_command()}", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+
+
+class StepMeter:
+    """Accumulates the losses and times of the steps between two log rows."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self._reset()
+
+    def _reset(self) -> None:
+        self.sums, self.num_images, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
+
+    def add(self, step: Step, losses: dict[str, torch.Tensor]) -> None:
+        for name, value in losses.items():
+            self.sums.setdefault(name, []).append(value)
+        self.num_images, self.waited = self.num_images + step.num_images, self.waited + step.waited
+
+    def row(self) -> dict[str, float]:
+        """Means over steps and processes, images per second and the share of the time spent waiting for batches."""
+        means = {
+            name: self.accelerator.reduce(torch.stack(values).mean(), "mean").item()
+            for name, values in self.sums.items()
+        }
+        seconds = time.perf_counter() - self.since
+        row = {**means, "images_per_second": self.num_images / seconds, "waiting_share": self.waited / seconds}
+        self._reset()
+        return row
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leaves out the time of validations and checkpoints."""
+        since = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - since
 
 
 def run_steps(
     args: argparse.Namespace,
     accelerator: Accelerator,
     batches: TrainBatches,
-    scheduler,
-    state: dict,
-    log: RunLog,
+    lr_scheduler,
+    run: RunFolder,
     take_step: Callable[[Step, int], dict[str, torch.Tensor]],
-    validate: Callable[[], dict[str, float]],
-    checkpointing_steps: int,
-    blank: Callable[[], dict] | None = None,
-) -> None:
+    validate: Callable[[], Evaluation],
+    dummy_batch: Callable[[], dict] | None = None,
+) -> Evaluation:
     """The loop: optimizer steps until `args.max_train_steps`, with log rows, validations and checkpoints between them.
 
     Args:
-        args: of either script; `max_train_steps` is set by now.
-        batches: this process's.
-        scheduler: for the learning rate that is logged.
-        state: where the run stands: `step`, `epoch`, and `batch`, the batches of the epoch that are done.
+        args: of either script.
+        batches: of this process.
+        lr_scheduler: for the learning rate that is logged.
+        run: resumed; its `state` and `log` follow the steps.
         take_step: takes the optimizer step of this number; returns this process's named scalars, whose mean over
             the processes is the step's.
-        validate: gives the figures of a validation.
-        checkpointing_steps: steps between checkpoints.
-        blank: gives a batch that counts for nothing; see `steps_of`.
+        validate: evaluates the model.
+        dummy_batch: see `steps_of`.
+
+    Returns:
+        The validation after the last step.
 
     Raises:
-        StoppedError: the run was asked to stop (SIGTERM, SIGINT); a checkpoint of this step is saved.
-        ValueError: an epoch held no photo at all.
+        StoppedBySignal: SIGTERM or SIGINT was received; a checkpoint of this step is saved.
+        ValueError: an epoch held no usable image.
     """
-    sums, images, waited, since = {}, 0, 0.0, time.perf_counter()
+    state, meter = run.state, StepMeter(accelerator)
     with StopSignals() as signals:
         while state["step"] < args.max_train_steps:
             epoch = batches.epoch(state["epoch"], state["batch"])
-            for step in steps_of(accelerator, epoch, args.gradient_accumulation_steps, signals, blank):
-                for name, value in take_step(step, state["step"] + 1).items():
-                    sums.setdefault(name, []).append(value)
+            for step in steps_of(accelerator, epoch, args.gradient_accumulation_steps, signals, dummy_batch):
+                meter.add(step, take_step(step, state["step"] + 1))
                 state.update(step=state["step"] + 1, batch=state["batch"] + len(step.batches))
                 is_last = state["step"] >= args.max_train_steps
-                images, waited = images + step.num_photos, waited + step.waited
                 if state["step"] % args.logging_steps == 0 or is_last:
-                    row = {
-                        name: accelerator.reduce(torch.stack(values).mean(), "mean").item()
-                        for name, values in sums.items()
-                    }
-                    row["learning_rate"] = scheduler.get_last_lr()[0]
-                    seconds = time.perf_counter() - since
-                    row.update(images_per_second=images / seconds, waiting_share=waited / seconds)
-                    log.train_row(state["step"], state["epoch"], row)
-                    sums, images, waited, since = {}, 0, 0.0, time.perf_counter()
-                paused = time.perf_counter()
-                is_due = args.evaluation_steps and state["step"] % args.evaluation_steps == 0
-                if is_due and not (is_last or step.stop):
-                    log.eval_row(state["step"], state["epoch"], validate())
-                if state["step"] % checkpointing_steps == 0 or is_last or step.stop:
-                    limit = args.checkpoints_total_limit
-                    save_checkpoint(accelerator, args.output_dir, state, limit, batches.state_dict())
-                since += time.perf_counter() - paused
-                log.advance(state["step"])
+                    row = {**meter.row(), "learning_rate": lr_scheduler.get_last_lr()[0]}
+                    run.log.train_row(state["step"], state["epoch"], row)
+                with meter.paused():
+                    is_due = args.evaluation_steps and state["step"] % args.evaluation_steps == 0
+                    if is_due and not (is_last or step.stop):
+                        run.log_validation(validate().metrics)
+                    if state["step"] % run.checkpointing_steps == 0 or is_last or step.stop:
+                        run.save_checkpoint(batches)
+                run.log.advance(state["step"])
                 if is_last:
-                    return
+                    break
                 if step.stop:
                     command = resume_command(accelerator.num_processes)
-                    logger.warning("Stopped, with a checkpoint. This goes on at step %d:\n  %s", state["step"], command)
-                    raise StoppedError(128 + step.stop)
-            if state["batch"] == 0:
-                raise ValueError(f"split {args.train_split}: expected at least one usable photo, got none")
-            state.update(epoch=state["epoch"] + 1, batch=0)
-            batches.begin_epoch()
+                    logger.warning("Saved a checkpoint and stopped at step %d. Resume:\n  %s", state["step"], command)
+                    raise StoppedBySignal(128 + step.stop)
+            else:
+                if state["batch"] == 0:
+                    raise ValueError(f"split {args.train_split}: expected at least one usable image, got none")
+                state.update(epoch=state["epoch"] + 1, batch=0)
+                batches.begin_epoch()
+    evaluation = validate()
+    run.log_validation(evaluation.metrics)
+    run.log.close()
+    return evaluation
+
+
+def create_accelerator(args: argparse.Namespace, **ddp_options) -> Accelerator:
+    """The accelerator of a training script, with logging and CPU threads set up.
+
+    Args:
+        ddp_options: of `DistributedDataParallelKwargs`.
+    """
+    accelerator = Accelerator(
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_dir=args.output_dir,
+        kwargs_handlers=[DistributedDataParallelKwargs(**ddp_options)],
+    )
+    set_up_logging(accelerator)
+    set_cpu_threads(accelerator)
+    return accelerator
 
 
 def available_cores() -> int:
-    """CPU cores that this process may use: those of its affinity, within a container's quota."""
+    """CPU cores that this process may use: its affinity, within a container's quota."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     try:
         quota, period = map(int, CGROUP_QUOTA.read_text().split())
@@ -308,7 +362,7 @@ def available_cores() -> int:
 def set_cpu_threads(accelerator: Accelerator) -> None:
     """Gives a single process on a CPU one thread for each core.
 
-    `accelerate launch` sets OMP_NUM_THREADS to 1 unless it was told to expect a CPU, and training takes twice as long
+    `accelerate launch` sets OMP_NUM_THREADS to 1 unless it was configured for a CPU, which doubles the training time
     on two cores. Without a launcher, or with several processes, the environment decides.
     """
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
@@ -317,23 +371,23 @@ def set_cpu_threads(accelerator: Accelerator) -> None:
 
 
 class ProgressBarHandler(logging.Handler):
-    """Writes messages to stderr without breaking the progress bar that stands there."""
+    """Writes messages to stderr without breaking the progress bar there."""
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def is_news(record: logging.LogRecord) -> bool:
-    """False for the libraries' warnings of what is meant to be so.
+def is_relevant(record: logging.LogRecord) -> bool:
+    """False for the libraries' warnings about intended behaviour.
 
-    Checkpoints hold tied weights once, and `load_checkpoint` ties them again. A resumed shuffle buffer is empty; a
-    stream's holds nothing, see `StreamingCaptionDataset`.
+    Checkpoints hold tied weights once, and `load_checkpoint` ties them again. A resumed shuffle buffer is empty, as
+    that of a stream always is; see `StreamingCaptionDataset`.
     """
     return not any(text in str(record.msg) for text in ("Removed shared tensor", "shuffle buffer"))
 
 
 def set_up_logging(accelerator: Accelerator) -> None:
-    """One line a message; the libraries speak up on each machine's first process only."""
+    """One line a message; the libraries log on each machine's first process only."""
     logging.basicConfig(
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
         datefmt="%H:%M:%S",
@@ -345,7 +399,7 @@ def set_up_logging(accelerator: Accelerator) -> None:
     transformers.utils.logging.disable_progress_bar()
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
-    for chatty in ("httpx", "accelerate"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    for verbose in ("httpx", "accelerate"):
+        logging.getLogger(verbose).setLevel(logging.WARNING)
     for name in ("accelerate.utils.other", "datasets.iterable_dataset"):
-        logging.getLogger(name).addFilter(is_news)
+        logging.getLogger(name).addFilter(is_relevant)

@@ -14,7 +14,7 @@ from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.training.logs import write_text
 
 
-# Figures of an evaluation in the order in which a reader wants them, and what they are.
+# Metrics of an evaluation in the order in which they are shown, with their labels.
 METRIC_NAMES = {
     "cider": "CIDEr",
     "bleu_1": "BLEU-1",
@@ -49,10 +49,10 @@ tags:
 # {name}
 
 A TinyCap captioner: a student Vision Transformer that imitates the image embedding of a CLIP teacher, and a causal
-decoder that says what the embedding means. {num_parameters:,} parameters, {image_size}x{image_size} pixels,
+decoder that puts the embedding into words. {num_parameters:,} parameters, {image_size}x{image_size} pixels,
 {vocab_size:,} tokens.
 
-![Held-out pictures with the model's captions](samples.png)
+![Held-out images with the model's captions](samples.png)
 
 ## How to use it
 
@@ -70,7 +70,7 @@ captioner("{example}")  # or any other image: a file, a URL or a PIL image
 - Data: {data}
 {base_model}- Teacher: {teacher}
 - Objective: caption cross-entropy + {distill_weight} x (1 - cosine to the teacher's embedding)
-- Steps: {steps:,} of {batch_size} pictures with {captions_per_image} captions each; peak learning rate {learning_rate}
+- Steps: {steps:,} of {batch_size} images with {captions_per_image} captions each; peak learning rate {learning_rate}
 - Seed: {seed}; software: transformers {transformers_version}, torch {torch_version}, Python {python_version}
 - Date: {date}; time: {hours:.2f} hours on {device}
 
@@ -80,17 +80,17 @@ Every argument is in `train_args.json`, every logged loss in `metrics.jsonl`.
 
 ## Evaluation
 
-{num_images:,} held-out pictures, {decoding}, all reference captions, scored by the run itself.
+{num_images:,} held-out images, {decoding}, all reference captions, scored by the run itself.
 
-| figure | value |
+| metric | value |
 |---|---|
 {table}
 
 ## Limits
 
-The model knows the words and the kinds of pictures of its training data, and nothing else: it will describe anything
-in those terms, and it does not say when it is unsure. Captions of people guess at gender, age and intent, as the
-training captions did. Check its captions before anyone depends on them.
+The model has the words and the kinds of images of its training data only: it describes anything in those terms, and
+doesn't say when it is unsure. Captions of people guess at gender, age and intent, as the training captions did. Check
+its captions before anyone depends on them.
 """
 
 
@@ -100,7 +100,7 @@ def base_model_name(name_or_path: str) -> str:
 
 
 def summarize(metrics: dict[str, float], output_dir: Path) -> str:
-    """What a run says at its end: the main metrics as a table, and the command to try the model."""
+    """The main metrics as a table, and the command to try the model, for the end of a run."""
     known = [(label, f"{metrics[key]:.4g}") for key, label in METRIC_NAMES.items() if key in metrics]
     width = max(len(label) for label, _ in known)
     rows = "\n".join(f"  {label:{width}}  {value}" for label, value in known)
@@ -108,16 +108,16 @@ def summarize(metrics: dict[str, float], output_dir: Path) -> str:
     return f"\nSaved to {output_dir}. On the held-out images:\n{rows}\nCaption an image or a folder:\n  {command}"
 
 
-def write_model_card(path: Path, args: Namespace, config: TinyCapConfig, metrics: dict, facts: dict) -> None:
-    """Fills the card of a finished `train_distill.py` run.
+def write_model_card(path: Path, args: Namespace, config: TinyCapConfig, metrics: dict, run_info: dict) -> None:
+    """Writes the card of a finished `train_distill.py` run.
 
     Args:
         path: the README.md to write.
         args: the run's arguments.
         config: the trained model's configuration.
-        metrics: the last evaluation's figures.
-        facts: `num_parameters`, `steps`, `batch_size` (pictures of an optimizer step), `hours`, `device`, `teacher`,
-            `num_train_images`, `num_images`.
+        metrics: of the last evaluation.
+        run_info: `num_parameters`, `steps`, `batch_size` (images of an optimizer step), `hours`, `device`, `teacher`,
+            `num_train_images`, `num_images` (of the evaluation).
     """
     known = [(label, metrics[key]) for key, label in METRIC_NAMES.items() if key in metrics]
     data = "scenes drawn by TinyCap's own generator"
@@ -139,14 +139,10 @@ def write_model_card(path: Path, args: Namespace, config: TinyCapConfig, metrics
         address=address,
         example=example,
         base_model=f"- Started from: `{tags['base_model']}`\n" if "base_model" in tags else "",
-        num_parameters=facts["num_parameters"],
         image_size=config.vision_config.image_size,
         vocab_size=config.text_config.vocab_size,
-        data=f"{data}, {facts['num_train_images']}",
-        teacher=facts["teacher"],
+        data=f"{data}, {run_info['num_train_images']}",
         distill_weight=args.distill_weight,
-        steps=facts["steps"],
-        batch_size=facts["batch_size"],
         captions_per_image=args.captions_per_image,
         learning_rate=args.learning_rate,
         seed=args.seed,
@@ -154,9 +150,7 @@ def write_model_card(path: Path, args: Namespace, config: TinyCapConfig, metrics
         torch_version=torch.__version__,
         python_version=platform.python_version(),
         date=datetime.date.today().isoformat(),
-        hours=facts["hours"],
-        device=facts["device"],
-        num_images=facts["num_images"],
+        **run_info,
         decoding="greedy decoding" if args.num_beams == 1 else f"beam search with {args.num_beams} beams",
         table="\n".join(f"| {label} | {value:.4g} |" for label, value in known),
     )

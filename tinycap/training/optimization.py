@@ -1,4 +1,4 @@
-"""The optimizer, AdamW or Muon, with weight decay where it makes sense, and its schedule."""
+"""The optimizer, AdamW or Muon, its parameter groups and its schedule."""
 
 import argparse
 import logging
@@ -12,7 +12,7 @@ from transformers import get_scheduler
 
 logger = logging.getLogger(__name__)
 
-# Below it a captioner with fresh weights writes "A man in a a."; the shortest recipe that scores anything takes 1,500.
+# With fewer steps a captioner with fresh weights writes "A man in a a."; the shortest recipe that works takes 1,500.
 FEW_STEPS = 500
 
 OPTIMIZERS = ("adamw", "muon")
@@ -23,8 +23,8 @@ MAX_WARMUP_SHARE = 0.1
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
     """Two groups for AdamW: matrices of linear layers and convolutions decay; everything else doesn't.
 
-    Norms and biases set scales and offsets, embeddings, positions and `[CLS]` are looked up rather than multiplied:
-    decay would only shrink the rare ones. A head tied to the embedding counts as embedding.
+    Norms and biases set scales and offsets; decay would only shrink rarely used rows of embeddings, positions and
+    `[CLS]`. A head tied to the embedding counts as embedding.
     """
     decayed, others, seen = [], [], set()
     for module in model.modules():
@@ -38,9 +38,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
 
 
 class OptimizerPair(torch.optim.Optimizer):
-    """Two optimizers of different parameters that act as one: one schedule, one checkpoint.
+    """Two optimizers of different parameters with one schedule and one checkpoint.
 
-    Not a `torch.optim.Optimizer` by its construction: groups and state are those of the two.
+    Does not call the base constructor: groups and state are those of the two.
     """
 
     def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer):
@@ -76,29 +76,29 @@ def create_optimizer(
 ) -> torch.optim.Optimizer:
     """AdamW (Loshchilov & Hutter, 2019, https://arxiv.org/abs/1711.05101), betas (0.9, 0.98) as CLIP was trained.
 
-    With "muon", the matrices that decay are turned as a whole (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon;
-    https://arxiv.org/abs/2502.16982), scaled so that AdamW's learning rate and decay fit them, and AdamW has the rest.
+    With "muon", the matrices that decay get orthogonalised updates (Jordan et al., 2024, https://kellerjordan.github.io/posts/muon;
+    https://arxiv.org/abs/2502.16982), scaled so that AdamW's learning rate and decay fit them; AdamW trains the rest.
 
     Args:
         model: whose parameters to train.
         learning_rate: the peak; a scheduler varies it.
         weight_decay: of the matrices, see `parameter_groups`.
         name: one of `OPTIMIZERS`.
-        kernel_scale: learning rate of convolutions over that of the rest. A ViT has one, whose output each step of
-            Adam moves in proportion to a patch's pixels: 3,072 for 32 x 32, where other layers have 128 inputs.
+        kernel_scale: learning rate of convolutions over that of the rest. A step of Adam changes the output of a ViT's
+            patch embedding in proportion to a patch's values: 3,072 for 32 x 32, where other layers have 128 inputs.
 
     Raises:
-        ValueError: there is no such optimizer, or this PyTorch doesn't have it.
+        ValueError: the optimizer is unknown, or this PyTorch lacks it.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
     if name == "muon" and not hasattr(torch.optim, "Muon"):
-        raise ValueError(f"optimizer muon: expected torch 2.9 or newer, which brings it, got {torch.__version__}")
+        raise ValueError(f"optimizer muon: expected torch 2.9 or newer, got {torch.__version__}")
     adamw = {"lr": learning_rate, "betas": (0.9, 0.98), "eps": 1e-8, "fused": True}
     decayed, others = parameter_groups(model, weight_decay)
     if name == "adamw" and kernel_scale == 1.0:
         return torch.optim.AdamW([decayed, others], **adamw)
-    # A convolution's weight is no matrix to Muon, and its learning rate may differ.
+    # Muon takes no convolution weights, and their learning rate may differ.
     matrices = [parameter for parameter in decayed["params"] if parameter.dim() == 2]
     kernels = [parameter for parameter in decayed["params"] if parameter.dim() != 2]
     scaled = {"params": kernels, "weight_decay": weight_decay, "lr": kernel_scale * learning_rate}
@@ -110,11 +110,11 @@ def create_optimizer(
 
 
 def plan_steps(args: argparse.Namespace, steps_per_epoch: int | None, checkpoint_args: dict | None) -> None:
-    """Sets the `max_train_steps` that the epochs make, and caps a warm-up that wasn't asked for by the run's length.
+    """Computes `max_train_steps` from the epochs, and limits a warm-up of default length in a short run.
 
     Args:
-        steps_per_epoch: optimizer steps; `None` for a stream, which has `max_train_steps`.
-        checkpoint_args: arguments of the run that is resumed, whose warm-up holds.
+        steps_per_epoch: optimizer steps; `None` for a stream, where `max_train_steps` is given.
+        checkpoint_args: arguments of the run that is resumed, whose warm-up is kept.
     """
     if args.max_train_steps is None:
         args.max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
@@ -127,7 +127,7 @@ def plan_steps(args: argparse.Namespace, steps_per_epoch: int | None, checkpoint
 
 
 def warn_of_few_steps(args: argparse.Namespace) -> None:
-    """Warns of a run that ends before a captioner with fresh weights has learnt to write."""
+    """Warns of a run too short for a captioner with fresh weights to learn to write."""
     if args.model_name_or_path is None and args.max_train_steps < FEW_STEPS:
         logger.warning(
             "%d optimizer steps are too few for a captioner with fresh weights: expected at least %d, by more "
@@ -138,8 +138,17 @@ def warn_of_few_steps(args: argparse.Namespace) -> None:
         )
 
 
+def create_training(
+    model: nn.Module, args: argparse.Namespace, num_processes: int
+) -> tuple[torch.optim.Optimizer, LRScheduler]:
+    """The optimizer and the learning rate schedule of a run of either script."""
+    name = getattr(args, "optimizer", "adamw")
+    optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, name, args.patch_learning_rate_scale)
+    return optimizer, create_scheduler(optimizer, args, num_processes)
+
+
 def create_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, num_processes: int) -> LRScheduler:
-    """The schedule of the learning rate; accelerate steps it once for each process."""
+    """The learning rate schedule; accelerate steps it once for each process."""
     return get_scheduler(
         args.lr_scheduler_type,
         optimizer,

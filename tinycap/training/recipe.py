@@ -3,8 +3,8 @@
     python -m tinycap.training.recipe configs/flickr8k.yaml dataset=flickr8k text_model=all-MiniLM-L6-v2
 
 A recipe is a YAML file of `stages`, each with what to `run` (a training script or a module of this package) and its
-flags, and of `defaults`, the flags that all stages of a script share. `from: stage` goes on from another stage's model.
-A stage that has its result is not run again, and one that was interrupted goes on from its newest checkpoint.
+flags, and of `defaults`, the flags that all stages of a script share. `from: stage` starts from another stage's model.
+A finished stage is not run again, and an interrupted one resumes from its newest checkpoint.
 """
 
 import argparse
@@ -19,7 +19,7 @@ from tinycap import REPOSITORY
 from tinycap.training.checkpoints import complete_checkpoints
 
 
-# The file that only a finished stage has, by what it runs.
+# The file that only a finished stage has, by the script it runs.
 RESULTS = {
     "train_teacher.py": "eval_results.json",
     "train_distill.py": "eval_results.json",
@@ -33,7 +33,7 @@ def read_stages(path: Path, variables: dict[str, str]) -> dict[str, dict[str, An
 
     Args:
         path: the recipe.
-        variables: what `{name}` stands for in its values.
+        variables: the values of `{name}` in it.
 
     Raises:
         ValueError: the file isn't a recipe, or a variable has no value; names the stage.

@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: a folder that is a complete model repository, loadable from anywhere."""
+"""Writes a complete model repository: a folder that loads from anywhere."""
 
 import json
 from collections.abc import Sequence
@@ -11,7 +11,8 @@ from tinycap import REPOSITORY
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
 
-# A generic built-in that joins an image processor and a tokenizer, so that AutoProcessor needs no code of ours.
+# A generic class of transformers that joins an image processor and a tokenizer, so that AutoProcessor needs no remote
+# code.
 PROCESSOR_CLASS = "GitProcessor"
 
 
@@ -30,8 +31,8 @@ def create_image_processor(
 def create_generation_config(
     tokenizer: PreTrainedTokenizerFast, max_new_tokens: int, num_beams: int = 1, length_penalty: float = 1.0
 ) -> GenerationConfig:
-    """How the saved model captions when a caller says nothing: up to `max_new_tokens`, with `num_beams`, whose
-    captions are compared by log-probability / length ** `length_penalty`.
+    """The saved model's default decoding: up to `max_new_tokens`, with `num_beams`, whose captions are ranked by
+    log-probability / length ** `length_penalty`.
     """
     return GenerationConfig(
         bos_token_id=tokenizer.bos_token_id,
@@ -40,7 +41,7 @@ def create_generation_config(
         decoder_start_token_id=tokenizer.bos_token_id,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
-        # With one beam nothing is compared, and transformers refuses to save a setting that nothing heeds.
+        # transformers rejects length_penalty with num_beams=1.
         **({"length_penalty": length_penalty} if num_beams > 1 and length_penalty != 1.0 else {}),
     )
 
@@ -75,7 +76,7 @@ def save_processors(
     """Writes tokenizer and image processor so that `AutoProcessor` joins them as `processor_class`."""
     output_dir = Path(output_dir)
     tokenizer.save_pretrained(output_dir)
-    # transformers 5 writes a class name that transformers 4 doesn't know; this one loads in both.
+    # transformers 5 writes a class name that transformers 4 lacks; this one loads in both.
     _update_json(
         output_dir / "tokenizer_config.json",
         tokenizer_class="PreTrainedTokenizerFast",

@@ -1,23 +1,35 @@
-"""The output folder of a run: what may be in it before a start, what is cleared, and the arguments of a resumed run."""
+"""The output folder of a run: checks before a start, clearing, resuming, checkpoints, log and upload."""
 
 import argparse
 import json
-import logging
+import math
 import shutil
+import tempfile
 from pathlib import Path
 
+from accelerate import Accelerator
+from accelerate.logging import get_logger
+
 from tinycap import REPOSITORY
-from tinycap.training.best_model import BEST_FILE
-from tinycap.training.checkpoints import STATE_FILE, complete_checkpoints
-from tinycap.training.logs import write_json
+from tinycap.training.best_model import BEST_FILE, keep_best, load_best
+from tinycap.training.checkpoints import (
+    STATE_FILE,
+    complete_checkpoints,
+    load_checkpoint,
+    resolve_resume,
+    save_checkpoint,
+)
+from tinycap.training.data import SkippedRows
+from tinycap.training.logs import RunLog, write_json
+from tinycap.training.optimization import plan_steps
 
 
-logger = logging.getLogger(__name__)
+logger = get_logger(__name__)
 
 ARGS_FILE = "train_args.json"
 SKIPPED_FILE = "skipped.jsonl"
 TEACHER_FOLDER = "teacher"
-# A run that has left nothing else has not taken a step.
+# A run that left nothing else has not taken a step.
 START_FILES = (ARGS_FILE, SKIPPED_FILE)
 RUN_FILES = (*START_FILES, "metrics.jsonl", "eval_results.json", "curves.png", "samples.png", BEST_FILE)
 CHECKPOINTS = ("checkpoint-*", ".checkpoint-*")
@@ -28,7 +40,7 @@ CHECKPOINT_FILES = (
 )
 TEACHER_FILES = (*RUN_FILES, "*.json", "*.safetensors", *CHECKPOINTS)
 
-# Arguments that a resumed run may change: none of them has a part in the weights.
+# Arguments that a resumed run may change: none of them affects the weights.
 FREE_ON_RESUME = {
     # Where the run is and how its arguments were given.
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config_file"),
@@ -46,13 +58,111 @@ FREE_ON_RESUME = {
 OPEN_ENDED_SCHEDULES = ("constant", "constant_with_warmup")
 
 
+class RunFolder:
+    """The output folder of a run in progress.
+
+    Nothing is written to it before `start`, which is called once everything has been found to fit.
+
+    Args:
+        args: of either script; `mixed_precision` is set to what `accelerator` uses.
+        accelerator: of this process.
+        project: the run's name in accelerate's trackers.
+        share: of the whole run's time that this training takes, for the estimate of the time left.
+
+    Attributes:
+        skipped: collects the unusable rows.
+        state: `step`, `epoch`, `batch` (batches of the epoch that are done), `data` (fingerprint) and `args`.
+        log: rows of metrics.
+
+    Raises:
+        ValueError: the folder can't be used, or there is nothing to resume from.
+    """
+
+    def __init__(self, args: argparse.Namespace, accelerator: Accelerator, project: str, share: float = 1.0):
+        self.args, self.accelerator, self.project, self.share = args, accelerator, project, share
+        self.path = Path(args.output_dir)
+        self.is_open = False
+        self.resume_from = None
+        if not stopped_in_teacher(args):
+            self.resume_from = resolve_resume(self.path, args.resume_from_checkpoint)
+        with accelerator.main_process_first():
+            if accelerator.is_main_process:
+                check_output_dir(args)
+        args.mixed_precision = accelerator.mixed_precision
+        aside = Path(tempfile.mkdtemp(), SKIPPED_FILE) if accelerator.is_main_process else None
+        self.skipped = SkippedRows(aside, args.on_bad_row)
+
+    def open(self) -> None:
+        """Creates the folder; the first call clears what an earlier run left, unless it is resumed."""
+        if self.accelerator.is_main_process:
+            open_output_dir(self.args, clear=not self.is_open)
+        self.is_open = True
+
+    def start(self, batches, fingerprint: str | None = None) -> None:
+        """Plans the steps and opens the folder.
+
+        Args:
+            batches: the `TrainBatches`.
+            fingerprint: of the training images, where they have one.
+
+        Raises:
+            ValueError: arguments or images differ from those of the checkpoint, or there is nowhere to upload to.
+        """
+        args, streaming = self.args, batches.is_stream
+        steps_per_epoch = None if streaming else math.ceil(len(batches.loader) / args.gradient_accumulation_steps)
+        saved_args = read_checkpoint_args(self.resume_from, fingerprint)
+        plan_steps(args, steps_per_epoch, saved_args)
+        if saved_args is not None:
+            # With a fingerprint, the folder of the same images may have moved.
+            free = () if fingerprint is None else ("dataset_name",)
+            compare_args(f"checkpoint {self.resume_from}", saved_args, run_args(args), free)
+        if self.accelerator.is_main_process and getattr(args, "push_to_hub", False):
+            args.hub_model_id = create_hub_repository(args)
+        self.open()
+        if self.accelerator.is_main_process:
+            move_skipped_rows(self.skipped, self.path, keep=streaming and self.resume_from is not None)
+        self.checkpointing_steps = args.checkpointing_steps or steps_per_epoch or args.max_train_steps
+        self.state = {"step": 0, "epoch": 0, "batch": 0, "data": fingerprint}
+
+    def resume(self, batches) -> None:
+        """Loads the checkpoint to resume from into everything that was prepared, and opens the log and trackers."""
+        if self.args.report_to != "none":
+            self.accelerator.init_trackers(self.project, config=run_args(self.args))
+        if self.resume_from is not None:
+            self.state, rank_state = load_checkpoint(self.accelerator, self.resume_from)
+            batches.load_state_dict(rank_state)
+            logger.info("Resuming from %s at step %d.", self.resume_from, self.state["step"])
+        self.state["args"] = run_args(self.args)
+        total_steps = self.args.max_train_steps
+        self.log = RunLog(self.path, self.accelerator, total_steps, self.state["step"], self.share)
+
+    def save_checkpoint(self, batches) -> None:
+        limit = self.args.checkpoints_total_limit
+        save_checkpoint(self.accelerator, self.path, self.state, limit, batches.state_dict())
+
+    def log_validation(self, metrics: dict[str, float]) -> None:
+        self.log.eval_row(self.state["step"], self.state["epoch"], metrics)
+
+    def keep_best(self, model, metrics: dict[str, float]) -> None:
+        """Keeps the unwrapped model's weights if `--load_best_model_at_end` asks for it and they are the best."""
+        if self.args.load_best_model_at_end and self.accelerator.is_main_process:
+            keep_best(self.path, model, metrics, self.state)
+
+    def load_best(self, model) -> None:
+        """Loads the best weights so far into the unwrapped model."""
+        self.accelerator.wait_for_everyone()
+        load_best(self.path, model)
+        if self.accelerator.is_main_process:
+            logger.info("The best weights are those of step %d.", self.state["best"]["step"])
+
+
 def run_args(args: argparse.Namespace) -> dict:
     """The arguments as they are recorded; `given` and `configured` are not the user's."""
     return {name: value for name, value in vars(args).items() if name not in ("given", "configured")}
 
 
 def read_run_args(folder: Path) -> dict | None:
-    """The arguments in a run's folder; `None` where no run has written any."""
+    """The arguments recorded in a run's folder; `None` where no run has written any."""
     try:
         values = json.loads((folder / ARGS_FILE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -89,7 +199,7 @@ def check_output_dir(args: argparse.Namespace) -> None:
 
 
 def open_output_dir(args: argparse.Namespace, clear: bool = True) -> None:
-    """Makes the run's folder and records its arguments there; `check_output_dir` comes first.
+    """Creates the run's folder and records its arguments there; `check_output_dir` comes first.
 
     Args:
         clear: delete what an earlier run left, unless this one resumes it.
@@ -110,7 +220,7 @@ def clear_output_dir(folder: Path) -> None:
 def stopped_in_teacher(args: argparse.Namespace) -> bool:
     """Whether `--resume_from_checkpoint latest` finds a run on scenes that was stopped before its first checkpoint.
 
-    Its teacher is kept, trained or with checkpoints of its own, and the student starts.
+    Its teacher is kept, trained or with checkpoints, and the student starts.
     """
     folder = Path(args.output_dir)
     has_teacher = args.dataset_name is None and read_run_args(folder / TEACHER_FOLDER) is not None
@@ -118,7 +228,7 @@ def stopped_in_teacher(args: argparse.Namespace) -> bool:
 
 
 def run_leftovers(folder: Path) -> list[Path]:
-    """What an earlier run left in its folder beside the model, which is written over at the end.
+    """Files and folders of an earlier run beside the model, which is overwritten at the end.
 
     Raises:
         ValueError: something has the name of a run's file or folder, but no run has written it.
@@ -135,7 +245,7 @@ def run_leftovers(folder: Path) -> list[Path]:
 
 
 def _is_of_run(path: Path, earlier: dict | None) -> bool:
-    """Whether a run whose arguments were `earlier` has written the path, by all that is in it."""
+    """Whether a run with the arguments `earlier` has written the path, judged by all its contents."""
     if path.name in START_FILES:
         return path.is_file()
     if earlier is None or path.is_symlink():
@@ -146,7 +256,7 @@ def _is_of_run(path: Path, earlier: dict | None) -> bool:
         return False
     if path.name != TEACHER_FOLDER:
         return all(any(entry.match(pattern) for pattern in CHECKPOINT_FILES) for entry in path.iterdir())
-    # Only a run on drawn scenes trains a teacher of its own.
+    # Only a run on drawn scenes trains its own teacher.
     is_own = earlier.get("dataset_name") is None and earlier.get("teacher_name_or_path") is None
     if not is_own or read_run_args(path) is None:
         return False
@@ -158,7 +268,7 @@ def read_checkpoint_args(checkpoint: Path | None, fingerprint: str | None = None
     """The arguments of the run that wrote a checkpoint; `None` for no checkpoint.
 
     Args:
-        fingerprint: of the images to go on with, where they have one.
+        fingerprint: of the images to resume with, where they have one.
 
     Raises:
         ValueError: the checkpoint has no arguments, or was written with other images.
@@ -171,17 +281,17 @@ def read_checkpoint_args(checkpoint: Path | None, fingerprint: str | None = None
     if state.get("data") != fingerprint:
         raise ValueError(
             f"checkpoint {checkpoint}: expected the training images that it was written with, of fingerprint "
-            f"{state.get('data')}, got {fingerprint}; other images are for --model_name_or_path to go on with"
+            f"{state.get('data')}, got {fingerprint}; to train on other images, start from --model_name_or_path"
         )
     return state["args"]
 
 
 def compare_args(source: str, saved: dict, given: dict, free: tuple[str, ...] = ()) -> None:
-    """Refuses to go on with arguments that change what a run computes.
+    """Refuses to resume with arguments that change what a run computes.
 
     Args:
         source: what was written with `saved`, for the message.
-        given: the arguments to go on with, resolved; those of `saved` that are not among them aren't compared.
+        given: the arguments to resume with, resolved; those of `saved` that are not among them aren't compared.
         free: names that may differ, besides `FREE_ON_RESUME`.
 
     Raises:
@@ -203,15 +313,45 @@ def compare_args(source: str, saved: dict, given: dict, free: tuple[str, ...] = 
 
 
 def move_skipped_rows(skipped, folder: Path, keep: bool = False) -> None:
-    """Moves the list of rows left out so far to the run's folder, where the rest of the run adds to it.
+    """Moves the list of skipped rows to the run's folder, where later ones are appended.
 
     Args:
         skipped: the `SkippedRows`, whose path is that of a temporary file.
-        keep: an earlier list there is complete up to here: a stream's, whose earlier rows aren't read again.
+        keep: keep the list that is there: a resumed stream doesn't read its earlier rows again.
     """
     aside, skipped.path, skipped.written = skipped.path, folder / SKIPPED_FILE, None
     if aside.exists() and not (keep and skipped.path.exists()):
         shutil.move(aside, skipped.path)
     shutil.rmtree(aside.parent, ignore_errors=True)
     if skipped.count:
-        logger.warning("%d rows left out; they are listed in %s", skipped.count, skipped.path)
+        logger.warning("%d rows skipped; they are listed in %s", skipped.count, skipped.path)
+
+
+def create_hub_repository(args: argparse.Namespace) -> str:
+    """Creates the repository to upload to if it doesn't exist; returns its name with its owner's.
+
+    Raises:
+        ValueError: the Hub can't be reached, or refuses the token.
+    """
+    from huggingface_hub import HfApi
+
+    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    try:
+        return HfApi().create_repo(name, exist_ok=True).repo_id
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--push_to_hub: expected a repository {name} to upload to: {error}") from error
+
+
+def push_to_hub(args: argparse.Namespace) -> str:
+    """Uploads the model repository and its reports, without checkpoints and logs; returns its name."""
+    from huggingface_hub import HfApi
+
+    repo_id = create_hub_repository(args)
+    HfApi().upload_folder(
+        repo_id=repo_id,
+        folder_path=args.output_dir,
+        # A model repository has no folders: those here hold checkpoints, the teacher or a tracker's logs.
+        ignore_patterns=["checkpoint-*", "teacher/*", "*/*", BEST_FILE, SKIPPED_FILE, ".*"],
+        commit_message="A trained TinyCap",
+    )
+    return repo_id

@@ -1,11 +1,10 @@
-"""One model whose weights are the mean of several runs': a soup (Wortsman et al., 2022, https://arxiv.org/abs/2203.05482).
+"""Averages the weights of several runs into one model: a soup (Wortsman et al., 2022, https://arxiv.org/abs/2203.05482).
 
     python -m tinycap.training.soup --models outputs/flickr8k-a outputs/flickr8k-b --output_dir outputs/flickr8k
 
-Runs that went on from the same checkpoint, each with another seed or other flags, err in different directions: their
-mean captions better than any of them, and costs what one does. Runs from different beginnings have nothing to do with
-each other, weight by weight; their mean captions badly. The soup isn't scored here: an evaluation tells whether it is
-one to keep.
+Runs that started from the same checkpoint, each with another seed or other flags, err in different directions: their
+mean captions better than any of them, at the cost of one. The weights of runs from different initialisations don't
+correspond; their mean captions badly. The soup isn't scored here: evaluate it before you keep it.
 """
 
 import argparse
@@ -24,9 +23,9 @@ from tinycap.training.run_folder import check_output_dir, clear_output_dir
 from tinycap.training.tokenizer import load_tokenizer
 
 
-# In the soup's folder: whose mean it is.
+# In the soup's folder: the models that it averages.
 SOUP_FILE = "soup.json"
-# Of a config, what runs may differ in: it says how they were trained, not what they compute.
+# Config fields in which runs may differ: they affect training, not inference.
 TRAINING_FIELDS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "patch_dropout"),
     *("distill_weight", "label_smoothing", "memory_noise", "initializer_range"),
@@ -50,7 +49,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def architecture(config: TinyCapConfig) -> dict:
-    """What a model of this config computes: all fields but `TRAINING_FIELDS`, those of the parts by `part.field`."""
+    """All fields of a config that affect inference, those of its parts by `part.field`."""
     fields = {}
     for name, value in config.to_dict().items():
         parts = {f"{name}.{key}": value[key] for key in value} if isinstance(value, dict) else {name: value}
@@ -91,24 +90,24 @@ def average(
     soup = AveragedModel(first)
     soup.update_parameters(first)
     for name in models[1:]:
-        model, its_tokenizer, its_processor = load_model(name)
-        expected, found = architecture(first.config), architecture(model.config)
-        for field in sorted(expected.keys() | found.keys()):
-            if expected.get(field) != found.get(field):
+        model, other_tokenizer, other_processor = load_model(name)
+        expected, actual = architecture(first.config), architecture(model.config)
+        for field in sorted(expected.keys() | actual.keys()):
+            if expected.get(field) != actual.get(field):
                 raise ValueError(
                     f"--models {name}: expected the {field} of {models[0]}, {expected.get(field)!r}, "
-                    f"got {found.get(field)!r}"
+                    f"got {actual.get(field)!r}"
                 )
-        if its_tokenizer.get_vocab() != tokenizer.get_vocab():
+        if other_tokenizer.get_vocab() != tokenizer.get_vocab():
             raise ValueError(f"--models {name}: expected the tokenizer of {models[0]}, got another")
-        if its_processor.to_dict() != processor.to_dict():
+        if other_processor.to_dict() != processor.to_dict():
             raise ValueError(f"--models {name}: expected the image processor of {models[0]}, got another")
         soup.update_parameters(model)
     return soup.module, tokenizer, processor
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the soup's model repository, and which models it is the mean of to its `soup.json`.
+    """Writes the soup's model repository, with the averaged models' names in `soup.json`.
 
     Raises:
         ValueError: a model can't be loaded or doesn't fit the first, or the folder isn't empty.
