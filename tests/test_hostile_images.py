@@ -41,6 +41,7 @@ def test_whole_files_are_opened_as_a_viewer_shows_them(captioner, folder):
         assert not outcome.problems and outcome.caption is not None, (case.seed, outcome)
 
 
+@pytest.mark.slow
 def test_500_broken_files_end_in_captions_or_errors_naming_the_file(captioner, folder):
     seen = []
 

@@ -19,6 +19,7 @@ from tinycap import train_distill
 
 
 ROOT = Path(train_distill.__file__).parent
+pytestmark = pytest.mark.slow
 
 # `train_distill.py`, which writes down what each process sees.
 WITNESS = """
