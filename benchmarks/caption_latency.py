@@ -19,9 +19,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 import transformers
@@ -30,7 +27,7 @@ from peers import PEERS, caption
 from PIL import Image
 from reference import ReferenceCaptioner
 
-from benchmarks.results import run_facts, save_results
+from benchmarks.results import benchmark_parser, run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.deploy.export import export_onnx
 
@@ -50,9 +47,7 @@ REFERENCE = "reference implementation"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "caption_latency")
     parser.add_argument("--model_name_or_path", default=".", help="a TinyCap repository")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="images run together")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each captioner at each batch size")
@@ -60,7 +55,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--patience", type=float, default=60.0, help="leave out what would take more seconds a call, by batch size 1"
     )
-    parser.add_argument("--output_dir", default="outputs/caption_latency", help="where the results go")
     return parser.parse_args()
 
 

@@ -17,7 +17,7 @@ import hypothesis
 from hostile_images import MUTATIONS, SEEDS, cases, command_door, drive
 from PIL import __version__ as pillow_version
 
-from benchmarks.results import run_facts, save_results
+from benchmarks.results import benchmark_parser, run_facts, save_results
 from tinycap.evaluation.captioning import load_captioner
 from tinycap.pipeline_tinycap import ImageToTextPipeline
 
@@ -91,16 +91,13 @@ def report(results: dict) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "fuzz_images")
     parser.add_argument("--model_name_or_path", default=".", help="a TinyCap repository")
     parser.add_argument("--num_cases", type=int, default=10_000, help="files to open")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn")
     parser.add_argument(
         "--command", action="append", default=[], help="prints the caption of the path appended to it; repeatable"
     )
-    parser.add_argument("--output_dir", default="outputs/fuzz_images", help="where the results go")
     args = parser.parse_args()
     results = run(args)
     save_results(args.output_dir, "fuzz_images", results, report(results))

@@ -9,7 +9,6 @@ disk needs the right to mount a tmpfs. Writes JSON and a Markdown table. A short
 `--kills 2 --terms 1 --times 1`.
 """
 
-import argparse
 import json
 import os
 import random
@@ -26,7 +25,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from benchmarks.results import run_facts, save_results
+from benchmarks.results import benchmark_parser, run_facts, save_results
 from tinycap import REPOSITORY
 from tinycap.training.checkpoints import complete_checkpoints
 from tinycap.training.logs import write_json
@@ -272,14 +271,11 @@ FAULTS = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "training_faults")
     parser.add_argument("--kills", type=int, default=20, help="SIGKILLs")
     parser.add_argument("--terms", type=int, default=5, help="SIGTERMs")
     parser.add_argument("--times", type=int, default=3, help="times of each other fault")
     parser.add_argument("--seed", type=int, default=0, help="of the random moments")
-    parser.add_argument("--output_dir", default="outputs/training_faults", help="where the results go")
     args = parser.parse_args()
     moments = random.Random(args.seed)
     runs = Runs(Path(args.output_dir).resolve() / "runs")
