@@ -167,6 +167,7 @@ def test_parts_that_processes_left_are_put_in_whatever_their_number(tmp_path, ki
     assert whole.done() == {f"{number}.png" for number in range(7)}
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_folder_and_leave_one_file(repository, photos, expected, tmp_path):
     (photos / "bad.jpg").write_bytes(b"no picture")
     environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
@@ -515,6 +516,7 @@ def test_num_threads_are_pytorchs_too(run, photos):
         torch.set_num_threads(before)
 
 
+@pytest.mark.slow
 def test_threads_wait_passively_unless_told_otherwise(photos):
     code = (
         "import os, sys; from tinycap.deploy import cli\n"
@@ -532,6 +534,7 @@ def test_threads_wait_passively_unless_told_otherwise(photos):
         assert process.stderr == f"{expected}\n"
 
 
+@pytest.mark.slow
 def test_inputs_are_looked_at_before_pytorch_is_imported(photos):
     code = (
         "import sys; from tinycap.deploy import cli\n"
@@ -613,6 +616,7 @@ def test_images_are_read_ahead_in_order_and_not_without_end():
     assert read == list(range(50))
 
 
+@pytest.mark.slow
 def test_help_and_the_list_of_images_need_no_torch():
     code = (
         "import sys; from tinycap.deploy import cli, inputs, outputs\n"
@@ -631,6 +635,7 @@ def test_options_reach_generate():
     assert CaptionOptions("model").generation() == {}
 
 
+@pytest.mark.slow
 def test_without_pytorch_the_same_captions_and_confidences(repository, photos, tmp_path):
     """`tinycap export`, then `--backend onnx` in a process that never imports PyTorch."""
     model = shutil.copytree(repository, tmp_path / "model")

@@ -84,7 +84,7 @@ def forbidden_calls(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
-def test_what_trust_remote_code_runs_opens_no_socket_starts_no_program_and_writes_no_file(name):
+def test_remote_code_opens_no_socket_runs_no_program_writes_no_file(name):
     assert not imports_of(ROOT / name) & REACHING
     assert not forbidden_calls(ROOT / name)
 
@@ -101,7 +101,7 @@ def test_the_rule_above_finds_what_it_forbids(tmp_path):
 REACH = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=0.1)"
 
 
-def test_the_network_is_forbidden_to_every_test_and_to_every_process_that_one_starts():
+def test_the_network_is_forbidden_to_tests_and_their_processes():
     # First: without the guard, what follows would be real.
     assert socket._network_is_forbidden
     with pytest.raises(AssertionError, match="expected no network in a test, got a connection to 192.0.2.1"):

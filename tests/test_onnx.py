@@ -25,6 +25,9 @@ from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def exported(repository, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
