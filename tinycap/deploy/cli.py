@@ -153,18 +153,18 @@ def create_parser() -> argparse.ArgumentParser:
     trim = commands.add_parser(
         "trim-vocab",
         help="drop the tokens that a corpus never uses",
-        description="Makes a smaller model with the same captions from one with a big vocabulary.",
+        description="Makes a smaller model from one with a big vocabulary; reports how many captions change.",
         allow_abbrev=False,
     )
     trim.add_argument(
-        "images", nargs="*", help="files, folders or patterns of photos whose captions must stay the same"
+        "images", nargs="*", help="files, folders or patterns of images that are captioned before and after"
     )
     trim.add_argument("--model", metavar="FOLDER", required=True, help="a TinyCap repository")
     trim.add_argument("--output", metavar="FOLDER", required=True, help="where the smaller one goes")
     trim.add_argument(
-        "--dataset-name", help="captioned photos as well: a name on the Hub, a folder of parquet, an imagefolder"
+        "--dataset-name", help="captioned images as well: a name on the Hub, a folder of parquet, an imagefolder"
     )
-    trim.add_argument("--split", default="validation", help="split whose photos are captioned (default: %(default)s)")
+    trim.add_argument("--split", default="validation", help="split whose images are captioned (default: %(default)s)")
     trim.add_argument(
         "--corpus",
         action="append",
@@ -179,8 +179,8 @@ def create_parser() -> argparse.ArgumentParser:
         metavar="SPLIT",
         help="another split of the data set whose captions' tokens to keep; repeatable",
     )
-    trim.add_argument("--max-samples", type=positive, help="caption only the first so many photos")
-    trim.add_argument("--batch-size", type=positive, default=16, help="photos run together (default: %(default)s)")
+    trim.add_argument("--max-samples", type=positive, help="caption only the first so many images")
+    trim.add_argument("--batch-size", type=positive, default=16, help="images run together (default: %(default)s)")
     trim.set_defaults(run=run_trim)
     return parser
 
