@@ -20,6 +20,7 @@ import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
@@ -45,6 +46,10 @@ SPLIT_NAME = re.compile(
     r"|(?P<test>test|testing|eval|evaluation))[_-]?(?:images?|imgs?|captions?|annotations?|data|set)?(?:[_-]?\d{4})?",
     re.IGNORECASE,
 )
+
+
+# What `datasets` raises on missing or damaged files; pyarrow's errors are partly ValueError and OSError.
+UNREADABLE = (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError, OSError, LookupError, TypeError)
 
 
 class NoSplitError(ValueError):
@@ -101,6 +106,25 @@ def read_folder(folder: str, split: str) -> datasets.Dataset | None:
     if unused or others:
         logger.info("%s: left out: files by ending %s, files that name no image %s", folder, others, unused)
     return _to_dataset(folder, rows, split)
+
+
+def find_broken_shard(folder: str) -> str | None:
+    """The first unreadable shard of a folder, or the first with another schema: `datasets` doesn't name the file."""
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".tar": "webdataset"}
+    first = None
+    for path in sorted(path for path in Path(folder).rglob("*") if path.suffix in kinds):
+        kind = kinds[path.suffix]
+        try:
+            stream = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+            for _ in stream.with_format("arrow"):
+                pass
+        except (*UNREADABLE, StopIteration) as error:
+            return f"{path}: not a whole {kind} file: {error.__cause__ or error}"
+        first = first or stream.features
+        for name in first or ():
+            if stream.features and stream.features.get(name) != first[name]:
+                return f"{path}: column {name!r}: expected {first[name]}, got {stream.features.get(name)}"
+    return None
 
 
 def _walk(folder: str) -> Iterator[str]:

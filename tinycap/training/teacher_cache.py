@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from tinycap.training.data import CaptionCollator, CaptionDataset
+from tinycap.training.batches import CaptionCollator, CaptionDataset
 from tinycap.training.teacher import Teacher
 
 
