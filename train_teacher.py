@@ -263,7 +263,7 @@ def remember_captions(args: argparse.Namespace, accelerator: Accelerator, model,
     captions = [caption for captions in rows["captions"] for caption in captions]
     start = [tokenizer.bos_token_id]
     with accelerator.autocast():
-        accelerator.unwrap_model(model).remember_texts(
+        accelerator.unwrap_model(model).cache_text_embeddings(
             tuple(start + ids) for ids in encode_captions(tokenizer, captions, args.max_caption_length)
         )
 
