@@ -26,6 +26,11 @@ FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF"),
     "WEBP",
 )
+# Endings of the files that a folder is searched for.
+IMAGE_ENDINGS = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".hif"),
+    *(".avif", ".jp2", ".j2k", ".mpo", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".qoi", ".dib"),
+)
 # Pixels that are decoded at most: 510 MB and half a second for a PNG of two megabytes.
 MAX_IMAGE_PIXELS = 2**27
 # Pixels of a JPEG of one scan, which is decoded at a fraction of its size: phones take 200 million (0.4 s, 50 MB).

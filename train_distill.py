@@ -49,6 +49,7 @@ from tinycap.training.arguments import (
     check_sources,
     parse_flags,
 )
+from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.best_model import BEST_FILE, keep_best, load_best
 from tinycap.training.checkpoints import (
     complete_checkpoints,
@@ -59,13 +60,8 @@ from tinycap.training.checkpoints import (
 from tinycap.training.cider_reward import CiderReward
 from tinycap.training.configuration import build_config, distillation_problems, fit_config
 from tinycap.training.data import (
-    Augmentation,
-    CaptionCollator,
-    CaptionDataset,
     Columns,
-    EpochBatchSampler,
     SkippedRows,
-    StreamingCaptionDataset,
     content_fingerprint,
     decode_dataset,
     load_splits,
@@ -106,6 +102,7 @@ from tinycap.training.run_folder import (
 )
 from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
+from tinycap.training.streaming import StreamingCaptionDataset
 from tinycap.training.teacher import FEATURES, Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 from tinycap.training.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, train_tokenizer
@@ -900,7 +897,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         return train_step(args, accelerator, model, optimizer, scheduler, teacher, objective, step, number)
 
     def blank() -> dict:
-        return collator.blank(image_size, args.captions_per_image)
+        return collator.dummy_batch(image_size, args.captions_per_image)
 
     model.train()
     run_steps(

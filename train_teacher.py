@@ -41,17 +41,9 @@ from tinycap.training.arguments import (
     check_sources,
     parse_flags,
 )
+from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.checkpoints import load_checkpoint, resolve_resume, seed_step
-from tinycap.training.data import (
-    Augmentation,
-    CaptionCollator,
-    CaptionDataset,
-    EpochBatchSampler,
-    SkippedRows,
-    decode_dataset,
-    load_splits,
-    resolve_columns,
-)
+from tinycap.training.data import SkippedRows, decode_dataset, load_splits, resolve_columns
 from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
 from tinycap.training.locked_text import LockedTextModel
 from tinycap.training.logs import RunLog, write_json
@@ -271,7 +263,7 @@ def remember_captions(args: argparse.Namespace, accelerator: Accelerator, model,
     captions = [caption for captions in rows["captions"] for caption in captions]
     start = [tokenizer.bos_token_id]
     with accelerator.autocast():
-        accelerator.unwrap_model(model).remember_texts(
+        accelerator.unwrap_model(model).cache_text_embeddings(
             tuple(start + ids) for ids in encode_captions(tokenizer, captions, args.max_caption_length)
         )
 

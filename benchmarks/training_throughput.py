@@ -28,17 +28,8 @@ from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import enable_gradient_checkpointing, joint_losses, train_step
-from tinycap.training.data import (
-    Augmentation,
-    CaptionCollator,
-    CaptionDataset,
-    EpochBatchSampler,
-    SkippedRows,
-    content_fingerprint,
-    decode_dataset,
-    load_split,
-    resolve_columns,
-)
+from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
+from tinycap.training.data import SkippedRows, content_fingerprint, decode_dataset, load_split, resolve_columns
 from tinycap.training.loop import StopSignals, TrainBatches, steps_of
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor

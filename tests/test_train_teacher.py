@@ -159,7 +159,7 @@ def test_a_remembered_text_is_embedded_as_a_read_one(sentence_encoder, monkeypat
     labels = torch.tensor([[4, 7, 9, tokenizer.eos_token_id, -100, -100], [5, 8, 10, 11, 6, tokenizer.eos_token_id]])
     inputs, pixel_values = train_teacher.text_inputs(labels, tokenizer), torch.randn(2, 3, 32, 32)
     read = model(pixel_values, **inputs)
-    model.remember_texts([(2, 5, 8, 10, 11, 6, 3), (2, 4, 7, 9, 3), (2, 5, 3), (2, 5, 3)])
+    model.cache_text_embeddings([(2, 5, 8, 10, 11, 6, 3), (2, 4, 7, 9, 3), (2, 5, 3), (2, 5, 3)])
     assert model.sentences.shape == (3, 12)
     monkeypatch.setattr(LockedTextModel, "encode_sentences", None)
     remembered = model(pixel_values, **inputs)

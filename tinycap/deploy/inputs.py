@@ -7,12 +7,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+from tinycap.processing_tinycap import IMAGE_ENDINGS
 
-# What a folder is searched for; a file that is named itself is taken whatever it is called.
-IMAGE_ENDINGS = (
-    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-    *(".heic", ".heif", ".hif", ".avif", ".jp2", ".ppm", ".pgm", ".pbm", ".tga", ".ico"),
-)
+
 # Names given of each kind of what is left out.
 MAX_NAMED = 5
 

@@ -23,8 +23,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tinycap.training.checkpoints import CheckpointWriteError, save_checkpoint
-from tinycap.training.data import StreamingCaptionDataset
 from tinycap.training.logs import RunLog
+from tinycap.training.streaming import StreamingCaptionDataset
 
 
 logger = get_logger(__name__)
