@@ -237,7 +237,7 @@ def test_images_are_decoded_by_as_many_processes_as_asked_for(flags, monkeypatch
 
 @pytest.mark.parametrize(
     "steps, more, expected",
-    [(60, [], 6), (100_000, [], 200), (60, ["--num_warmup_steps", "40"], 40), (5, [], 0), (1504, ["scenes"], 50)],
+    [(60, [], 6), (100_000, [], 200), (60, ["--num_warmup_steps", "40"], 40), (5, [], 0), (1504, ["scenes"], 100)],
 )
 def test_a_warm_up_is_a_tenth_of_a_short_run_unless_given(steps, more, expected):
     own = [] if more == ["scenes"] else ["--dataset_name", "x", "--distill_weight", "0", *more]

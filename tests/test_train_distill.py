@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from tiny import CAPTIONS, draw_picture, log_rows, png_bytes, tiny_model, tiny_repository_model
 from transformers import pipeline
 
-from tinycap import train_distill, train_teacher
+from tinycap import train_distill
+from tinycap.training.arguments import flags_of
+from tinycap.training.flags import SCENE_DEFAULTS
 from tinycap.training.loop import NonFiniteLossError
 from tinycap.training.repository import create_image_processor, save_repository
 
@@ -360,8 +362,7 @@ def test_help_says_what_every_flag_does_with_its_default(capsys):
         train_distill.parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "--captions_per_image" in shown and "(default: 1.0)" in shown
-    parser = train_distill.build_parser()
-    assert all(action.help for action in parser._actions)
+    assert all(flag.help for flag in flags_of("distill"))
 
 
 def run_and_expect(flags: list[str], error: str, out: Path) -> None:
@@ -461,4 +462,4 @@ def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(
     assert (tmp_path / "out" / "teacher" / "eval_results.json").exists()
     vision = json.loads((tmp_path / "out" / "config.json").read_text())["vision_config"]
     assert vision["image_size"] == train_distill.SCENE_CONFIG["vision_config"]["image_size"]
-    assert vision["projection_dim"] == train_teacher.SCENE_DEFAULTS["hidden_size"], "the teacher's pooled feature"
+    assert vision["projection_dim"] == SCENE_DEFAULTS["teacher"]["hidden_size"], "the teacher's pooled feature"
