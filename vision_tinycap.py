@@ -154,14 +154,22 @@ def count_layers(names) -> Counter:
     return Counter(stack for stack, _ in {match.groups() for match in matches if match})
 
 
-def check_shapes(source: str, shapes: dict[str, list[int]], model: nn.Module) -> None:
-    """Raises `ValueError` where the stored shapes contradict `model`, which is on the meta device; names the tensor."""
-    expected = {name: list(value.shape) for name, value in model.state_dict().items()}
+def check_shapes(source: str, shapes: dict[str, list[int]], model_class: type, config) -> None:
+    """Raises `ValueError` where the stored shapes contradict the config; names the tensors."""
+    try:
+        with torch.device("meta"):
+            model = model_class(copy.deepcopy(config))
+    except RuntimeError as error:
+        # The number of a tensor's values overflows 64 bits.
+        raise ValueError(f"{source}: expected a config of possible sizes: {error}") from error
+    expected, wrong = {name: list(value.shape) for name, value in model.state_dict().items()}, []
     for name, shape in expected.items():
         # A student is stored alone or as part of a captioner, and loads from either into either.
-        for stored in (name, f"vision_model.{name}", name.removeprefix("vision_model.")):
-            if shapes.get(stored, shape) != shape:
-                raise ValueError(f"{source}: {name}: the config expects the shape {shape}, got {shapes[stored]}")
+        for stored in {name, f"vision_model.{name}", name.removeprefix("vision_model.")} & shapes.keys():
+            if shapes[stored] != shape:
+                wrong.append(f"{name}: the config expects the shape {shape}, got {shapes[stored]}")
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors contradict the config: {'; '.join(wrong[:3])}")
     stored_depths = count_layers(shapes)
     for stack, depth in count_layers(expected).items():
         if stored_depths[stack] not in (0, depth):
@@ -237,8 +245,7 @@ class TinyCapPreTrainedModel(PreTrainedModel):
                 config = cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs)
             # A quantised checkpoint stores packed tensors of other shapes.
             if shapes and not tolerant and getattr(config, "quantization_config", None) is None:
-                with torch.device("meta"):
-                    check_shapes(source, shapes, cls(copy.deepcopy(config)))
+                check_shapes(source, shapes, cls, config)
         model, report = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
         check_finite_weights(source, model)
         head, table = model.get_output_embeddings(), model.get_input_embeddings()

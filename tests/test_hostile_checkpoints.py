@@ -195,6 +195,11 @@ def test_a_student_alone_still_begins_a_captioner(copy):
         ("text_config", {"num_hidden_layers": 1}, "decoder.layers.*expects 1 layers, got 3"),
         ("text_config", {"intermediate_size": 2_000_000}, "mlp.fc1.weight"),
         ("vision_config", {"image_size": 800_000}, "position_embeddings"),
+        (
+            "vision_config",
+            {"image_size": 2**24, "patch_size": 1, "hidden_size": 2**24, "num_attention_heads": 1},
+            "expected a config of possible sizes",
+        ),
         ("vision_config", {"hidden_size": 1_200_000, "intermediate_size": 1_200_000}, "position_embeddings"),
         ("text_config", {"max_position_embeddings": 9_000_000}, "decoder.embed_positions.weight"),
         ("vision_config", {"image_size": 24_000}, "position_embeddings"),
