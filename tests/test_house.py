@@ -18,8 +18,7 @@ from tinycap import train_distill
 ROOT = tinycap.REPOSITORY
 MODEL_FILES = (
     *("configuration_tinycap.py", "modeling_tinycap.py", "processing_tinycap.py", "pipeline_tinycap.py"),
-    "confidence_tinycap.py",
-    "weights_tinycap.py",
+    *("confidence_tinycap.py", "vision_tinycap.py"),
 )
 
 
@@ -35,9 +34,9 @@ def imports_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
-def test_remote_code_imports_only_torch_transformers_and_pillow(name):
+def test_remote_code_imports_only_torch_transformers_safetensors_and_pillow(name):
     # pillow_heif is optional: transformers' own check leaves out what is imported in a `try`.
-    packages = {"torch", "transformers", "PIL", "pillow_heif"}
+    packages = {"torch", "transformers", "safetensors", "PIL", "pillow_heif"}
     allowed = set(sys.stdlib_module_names) | packages | {f".{file[:-3]}" for file in MODEL_FILES}
     assert imports_of(ROOT / name) <= allowed
     assert "pillow_heif" not in get_imports(ROOT / name)
