@@ -32,10 +32,11 @@ from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.training.arguments import build_parser, check_sources, parse_flags
+from tinycap.training.batches import CaptionCollator
 from tinycap.training.checkpoints import complete_checkpoints, seed_step
 from tinycap.training.cider_reward import CiderReward
 from tinycap.training.configuration import build_config, distillation_problems, fit_config
-from tinycap.training.data import CaptionCollator, picture_of
+from tinycap.training.data import picture_of
 from tinycap.training.loading import Data, cache_teacher_embeddings, create_loaders, load_data
 from tinycap.training.logs import write_json
 from tinycap.training.loop import Evaluation, Step, check_finite, create_accelerator, run_script, run_steps
@@ -337,7 +338,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
 
     take_step = partial(train_step, args, accelerator, model, optimizer, scheduler, teacher, objective)
     validate = partial(evaluate, accelerator, unwrapped, validation_loader, data, tokenizer, teacher, run)
-    dummy_batch = partial(collator.blank, image_size, args.captions_per_image)
+    dummy_batch = partial(collator.dummy_batch, image_size, args.captions_per_image)
     model.train()
     evaluation = run_steps(args, accelerator, batches, scheduler, run, take_step, validate, dummy_batch)
     if args.load_best_model_at_end:

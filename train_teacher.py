@@ -32,8 +32,8 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 # In a clone, `tinycap` adds the repository's root to its path: its modules import one another by the package's name.
 from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import build_parser, check_sources, parse_flags
+from tinycap.training.batches import CaptionCollator
 from tinycap.training.checkpoints import seed_step
-from tinycap.training.data import CaptionCollator
 from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
 from tinycap.training.loading import create_loaders, load_data
 from tinycap.training.locked_text import LockedTextModel
@@ -139,7 +139,7 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, model, ro
     captions = [caption for captions in rows["captions"] for caption in captions]
     start = [tokenizer.bos_token_id]
     with accelerator.autocast():
-        accelerator.unwrap_model(model).remember_texts(
+        accelerator.unwrap_model(model).cache_text_embeddings(
             tuple(start + ids) for ids in encode_captions(tokenizer, captions, args.max_caption_length)
         )
 

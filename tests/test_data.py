@@ -7,17 +7,11 @@ import torch
 from tiny import CAPTIONS, draw_picture, png_bytes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tinycap.training import data
+from tinycap.training import streaming
+from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.data import (
-    Augmentation,
-    BadRowError,
-    CaptionCollator,
-    CaptionDataset,
-    EpochBatchSampler,
     NoSplitError,
     SkippedRows,
-    StreamingCaptionDataset,
-    TooManyBadRowsError,
     clean_captions,
     content_fingerprint,
     decode_dataset,
@@ -26,6 +20,8 @@ from tinycap.training.data import (
     picture_of,
     resolve_columns,
 )
+from tinycap.training.skipped_rows import BadRowError, TooManyBadRowsError
+from tinycap.training.streaming import StreamingCaptionDataset
 
 
 def png(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
@@ -520,8 +516,8 @@ def test_a_stream_goes_on_at_its_place_and_reads_nothing_again_but_the_block_it_
     samples = iter(stream)
     first = told(next(samples) for _ in range(seen))
     state = json.loads(json.dumps(stream.state_dict()))
-    decoded, decode_row = [], data.decode_row
-    monkeypatch.setattr(data, "decode_row", lambda row, *args: decoded.append(row) or decode_row(row, *args))
+    decoded, decode_row = [], streaming.decode_row
+    monkeypatch.setattr(streaming, "decode_row", lambda row, *args: decoded.append(row) or decode_row(row, *args))
     resumed = stream_of(20, 4, 2, shuffle_block=4, num_processes=2)
     resumed.load_state_dict(state)
     rest = told(resumed)

@@ -8,18 +8,17 @@ import pyarrow.parquet
 import pytest
 from tiny import CAPTIONS, draw_picture, png_bytes
 
+from tinycap.training.batches import CaptionCollator, CaptionDataset
 from tinycap.training.data import (
-    CaptionCollator,
-    CaptionDataset,
     NoSplitError,
     SkippedRows,
-    StreamingCaptionDataset,
     clean_captions,
     decode_dataset,
     load_split,
     load_splits,
     resolve_columns,
 )
+from tinycap.training.streaming import StreamingCaptionDataset
 from tinycap.training.tokenizer import encode_captions, train_tokenizer
 
 

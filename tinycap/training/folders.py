@@ -10,6 +10,7 @@ Splits are folders and tables called train, val2017 and the like, a table's colu
 such as `Flickr_8k.devImages.txt`; everything else is "train".
 """
 
+import bisect
 import csv
 import hashlib
 import io
@@ -20,23 +21,20 @@ import posixpath
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import datasets
 import pyarrow
-from PIL import Image
 
-from tinycap.processing_tinycap import FORMATS
+from tinycap.processing_tinycap import IMAGE_ENDINGS
 
 
 logger = logging.getLogger(__name__)
 
-Image.init()
-IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in FORMATS}
-IMAGE_ENDINGS |= {".avif", ".heic", ".heif", ".hif", ".webp"}
-# Which `datasets` reads itself.
+# Read by `datasets` itself.
 SHARD_ENDINGS = {".parquet", ".arrow", ".tar", ".tgz"}
-TABLE_ENDINGS = {".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt"}
+TABLE_ENDINGS = (".csv", ".tsv", ".json", ".jsonl", ".ndjson", ".txt")
 SIDECAR_ENDINGS = (".txt", ".caption")
 FILE_COLUMNS = ("file_name", "filename", "file", "image", "image_name", "image_path", "path", "filepath")
 
@@ -46,19 +44,20 @@ SPLIT_NAME = re.compile(
     re.IGNORECASE,
 )
 
+# What `datasets` raises on missing or damaged files; pyarrow's errors are partly ValueError and OSError.
+UNREADABLE = (datasets.exceptions.DatasetsError, pyarrow.ArrowException, ValueError, OSError, LookupError, TypeError)
 
-class NoSplitError(ValueError):
-    """The data set has no split of this name."""
-
-
-# Where a row stands ("captions.csv: line 3"), for errors, and what it holds by column.
+# Where a row stands ("captions.csv: line 3"), for errors, and its values by column.
 Row = tuple[str, dict[str, Any]]
 
 
+class NoSplitError(ValueError):
+    """The dataset has no split of this name."""
+
+
 def split_of(path: str) -> str | None:
-    """The split that a folder in a relative path, or the last part's stem, is named after; `None` for none."""
-    *folders, name = path.split("/")
-    matches = map(SPLIT_NAME.fullmatch, [*folders, posixpath.splitext(name)[0]])
+    """The split that a folder of a relative path, or its file's stem, is named after; `None` for none."""
+    matches = map(SPLIT_NAME.fullmatch, posixpath.splitext(path)[0].split("/"))
     return next((match.lastgroup for match in matches if match), None)
 
 
@@ -77,14 +76,13 @@ def read_folder(folder: str, split: str) -> datasets.Dataset | None:
         ValueError: a file can't be read, there are images and no captions, or there is no such split; names it.
     """
     files = list(_walk(folder))
-    endings = Counter(posixpath.splitext(name)[1].lower() for name in files)
-    if SHARD_ENDINGS & set(endings) or not IMAGE_ENDINGS & set(endings):
+    images = _Images(folder, [name for name in files if name.lower().endswith(IMAGE_ENDINGS)])
+    if not images.names or any(posixpath.splitext(name)[1].lower() in SHARD_ENDINGS for name in files):
         return None
     if "README.md" in files and re.search(r"^configs:", _read_text(folder, "README.md"), re.MULTILINE):
         return None
-    images = _Images(folder, [name for name in files if posixpath.splitext(name)[1].lower() in IMAGE_ENDINGS])
     sidecars = _find_sidecars(files, images)
-    used = set(images.names) | set(sidecars.values())
+    used = images.names.keys() | set(sidecars.values())
     rows, unused = _table_rows(folder, [name for name in files if name not in used], images)
     if not rows:
         rows = [
@@ -96,11 +94,30 @@ def read_folder(folder: str, split: str) -> datasets.Dataset | None:
             f"{folder}: expected captions for {len(images.names)} images: a text file of the same name beside each "
             f"image, or a table (CSV, TSV, JSON lines, JSON) with file names and captions; got {unused or 'neither'}"
         )
-    rows += _uncaptioned(rows, images)
-    others = {end: count for end, count in endings.items() if end not in IMAGE_ENDINGS | TABLE_ENDINGS}
+    others = [name for name in files if name not in used and not name.lower().endswith(TABLE_ENDINGS)]
     if unused or others:
-        logger.info("%s: left out: files by ending %s, files that name no image %s", folder, others, unused)
-    return _to_dataset(folder, rows, split)
+        endings = dict(Counter(posixpath.splitext(name)[1].lower() for name in others))
+        logger.info("%s: left out: files by ending %s, files that name no image %s", folder, endings, unused)
+    return _to_dataset(folder, rows + _uncaptioned(rows, images), split)
+
+
+def find_broken_shard(folder: str) -> str | None:
+    """The first unreadable shard of a folder, or the first with another schema: `datasets` doesn't name the file."""
+    kinds = {".parquet": "parquet", ".jsonl": "json", ".csv": "csv", ".tar": "webdataset"}
+    first = None
+    for path in sorted(path for path in Path(folder).rglob("*") if path.suffix in kinds):
+        kind = kinds[path.suffix]
+        try:
+            stream = datasets.load_dataset(kind, data_files=str(path), split="train", streaming=True)
+            for _ in stream.with_format("arrow"):
+                pass
+        except (*UNREADABLE, StopIteration) as error:
+            return f"{path}: not a whole {kind} file: {error.__cause__ or error}"
+        first = first or stream.features
+        for name in first or ():
+            if stream.features and stream.features.get(name) != first[name]:
+                return f"{path}: column {name!r}: expected {first[name]}, got {stream.features.get(name)}"
+    return None
 
 
 def _walk(folder: str) -> Iterator[str]:
@@ -111,14 +128,19 @@ def _walk(folder: str) -> Iterator[str]:
 
     seen = set()
     for here, folders, names in os.walk(folder, onerror=refuse, followlinks=True):
-        if os.path.realpath(here) in seen:
+        if (real := os.path.realpath(here)) in seen:
             folders.clear()
             continue
-        seen.add(os.path.realpath(here))
+        seen.add(real)
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
         for name in sorted(names):
             if not name.startswith("."):
                 yield os.path.relpath(os.path.join(here, name), folder).replace(os.sep, "/")
+
+
+def file_named(cell: Any) -> str:
+    """The file name in a cell such as `images\\a.jpg` or Flickr8k's `a.jpg#0`."""
+    return re.sub(r"#\d+$", "", str(cell).strip()).replace("\\", "/")
 
 
 class _Images:
@@ -136,37 +158,32 @@ class _Images:
     def split_of(self, image: str) -> str | None:
         return self.splits.get(image) or split_of(posixpath.dirname(image) + "/")
 
-    def find(self, named: Any, base: str = "", split: str | None = None, by_stem: bool = False) -> str | None:
+    def find(self, cell: Any, base: str = "", split: str | None = None, by_stem: bool = True) -> str | None:
         """The image that a cell of a table in the folder `base` names; `None` for none, or for several."""
-        if not isinstance(named, (str, int)) or not (name := file_named(named)):
+        if not isinstance(cell, (str, int)) or not (name := file_named(cell)):
             return None
         for path in (posixpath.normpath(posixpath.join(base, name)), posixpath.normpath(name)):
             if path in self.names or (os.path.isabs(path) and os.path.isfile(path)):
                 return path
         name = posixpath.basename(name)
-        found = self.by_name.get(name) or (self.by_stem.get(name) if by_stem else None) or []
+        found = self.by_name.get(name) or (self.by_stem.get(name, []) if by_stem else [])
         if len(found) > 1:
             found = [image for image in found if self.split_of(image) == split]
         return found[0] if len(found) == 1 else None
 
 
-def file_named(cell: Any) -> str:
-    """The file name in a cell such as `images\\a.jpg` or Flickr8k's `a.jpg#0`."""
-    return re.sub(r"#\d+$", "", str(cell).strip()).replace("\\", "/")
-
-
 def _find_sidecars(files: list[str], images: _Images) -> dict[str, str]:
     """For each image its text file: beside it, or the only one of its name elsewhere."""
-    texts = [name for name in files if name.lower().endswith(SIDECAR_ENDINGS)]
-    there, by_name = set(texts), defaultdict(list)
-    for name in texts:
-        by_name[posixpath.basename(name)].append(name)
+    by_name = defaultdict(list)
+    for name in files:
+        if name.lower().endswith(SIDECAR_ENDINGS):
+            by_name[posixpath.basename(name)].append(name)
     sidecars = {}
     for image in images.names:
-        stem = posixpath.splitext(image)[0]
-        beside = [base + ending for base in (stem, image) for ending in SIDECAR_ENDINGS]
-        found = [name for name in beside if name in there]
-        found += [only[0] for name in beside if len(only := by_name.get(posixpath.basename(name), [])) == 1]
+        beside = [base + ending for base in (posixpath.splitext(image)[0], image) for ending in SIDECAR_ENDINGS]
+        same_name = [by_name.get(posixpath.basename(name), []) for name in beside]
+        found = [name for name, texts in zip(beside, same_name) if name in texts]
+        found += [texts[0] for texts in same_name if len(texts) == 1]
         if found:
             sidecars[image] = found[0]
     return sidecars
@@ -186,89 +203,79 @@ def _read_text(folder: str, name: str) -> str:
 
 def _table_rows(folder: str, names: list[str], images: _Images) -> tuple[list[Row], list[str]]:
     """The rows of all tables that name images, as `_to_dataset` takes them, and the tables that name none."""
-    tables = [name for name in names if posixpath.splitext(name)[1].lower() in TABLE_ENDINGS]
-    # COCO's folder of annotations also holds boxes and key points, and Flickr8k's its captions once more, lemmatised.
+    # Flickr8k's folder holds its captions once more, lemmatised, and COCO's annotations also boxes and key points.
+    tables = [name for name in names if name.lower().endswith(TABLE_ENDINGS) and not re.search(r"lemma[^/]*$", name)]
     captions = {posixpath.dirname(name) for name in tables if re.search(r"captions[^/]*\.json$", name)}
     tables = [
         name
         for name in tables
-        if not re.search(r"lemma[^/]*$", name)
-        and not (name.endswith(".json") and posixpath.dirname(name) in captions and "captions" not in name)
+        if not name.endswith(".json") or "captions" in name or posixpath.dirname(name) not in captions
     ]
     rows, unused = [], []
-    # Lists of a split's file names first: they say which split the rows of other tables are in.
-    contents = sorted(((name, _read_table(folder, name)) for name in tables), key=lambda item: bool(item[1][1]))
-    for name, (listed, read) in contents:
-        base, table_split = posixpath.dirname(name), split_of(name)
-        found = [image for cell in listed if (image := images.find(cell, base, table_split, by_stem=True))]
-        if found and table_split:
-            images.splits.update(dict.fromkeys(found, table_split))
-        if (column := _file_column(read, base, table_split, images)) is not None:
-            rows += [_resolve(row, where, column, base, table_split, images) for where, row in read]
-        elif not (found and table_split):
+    # Lists of a split's file names first: they assign the rows of other tables to splits.
+    contents = sorted(((name, *_read_table(folder, name)) for name in tables), key=lambda content: bool(content[2]))
+    for name, listed, read in contents:
+        base, split = posixpath.dirname(name), split_of(name)
+        found = [image for cell in listed if (image := images.find(cell, base, split))] if split else []
+        images.splits.update(dict.fromkeys(found, split))
+        if (column := _file_column(read, base, split, images)) is not None:
+            rows += [_resolve(row, where, column, base, split, images) for where, row in read]
+        elif not found:
             unused.append(name)
     return rows, unused
 
 
 def _file_column(rows: list[Row], base: str, split: str | None, images: _Images) -> str | None:
     """The column that names files: by its name where there are several."""
-    names = dict.fromkeys(name for _, row in rows for name in row)
     ranks = {name: place for place, name in enumerate(FILE_COLUMNS)}
-    names = sorted(names, key=lambda name: ranks.get(name.lower(), len(ranks)))
+    names = dict.fromkeys(name for _, row in rows for name in row)
     for by_stem in (False, True):
-        for name in names:
+        for name in sorted(names, key=lambda name: ranks.get(name.lower(), len(ranks))):
             if any(images.find(row.get(name), base, split, by_stem) for _, row in rows):
                 return name
     return None
-
-
-def _resolve(row: dict, where: str, column: str, base: str, table_split: str | None, images: _Images) -> Row:
-    split = row.get("split") if isinstance(row.get("split"), str) else None
-    split = (split_of(split) or split) if split else table_split
-    named = row.get(column)
-    image = images.find(named, base, split, by_stem=True)
-    resolved = {name: value for name, value in row.items() if name not in (column, "image", "file_name")}
-    # As in an imagefolder of `datasets`: further images of the row.
-    for name in [name for name in resolved if name.endswith("_file_name")]:
-        other = resolved.pop(name)
-        resolved[name.removesuffix("_file_name")] = _Path(images.find(other, base, split, by_stem=True) or str(other))
-    split = split or (images.split_of(image) if image else None)
-    return where, {**resolved, "image": image or posixpath.join(base, file_named(named)), "split": split}
 
 
 class _Path(str):
     """A further image of a row."""
 
 
+def _resolve(row: dict, where: str, column: str, base: str, table_split: str | None, images: _Images) -> Row:
+    split = row.get("split") if isinstance(row.get("split"), str) else None
+    split = (split_of(split) or split) if split else table_split
+    image = images.find(row.get(column), base, split)
+    resolved = {name: value for name, value in row.items() if name not in (column, "image", "file_name")}
+    # As in an imagefolder of `datasets`: further images of the row.
+    for name in [name for name in resolved if name.endswith("_file_name")]:
+        other = resolved.pop(name)
+        resolved[name.removesuffix("_file_name")] = _Path(images.find(other, base, split) or str(other))
+    split = split or (images.split_of(image) if image else None)
+    return where, {**resolved, "image": image or posixpath.join(base, file_named(row.get(column))), "split": split}
+
+
 def _read_table(folder: str, name: str) -> tuple[list[str], list[Row]]:
     """The cells of a table of one column, which may be a list of files, or else its rows."""
     text, path = _read_text(folder, name), os.path.join(folder, name)
     ending = posixpath.splitext(name)[1].lower()
-    if ending in (".jsonl", ".ndjson"):
-        rows = list(_json_lines(text, path))
-        if not rows:
-            raise ValueError(f"{path}: no rows")
-        return [], rows
     if ending == ".json":
-        try:
-            content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not JSON: {error}") from None
-        return [], [(f"{path}: entry {number}", row) for number, row in enumerate(_json_rows(content))]
-    return _delimited_rows(text, path, ending)
-
-
-def _json_lines(text: str, path: str) -> Iterator[Row]:
-    for number, line in enumerate(text.split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: line {number}: not JSON: {error}") from None
+        return [], [(f"{path}: entry {number}", row) for number, row in enumerate(_json_rows(_parse(text, path)))]
+    if ending not in (".jsonl", ".ndjson"):
+        return _delimited_rows(text, path, ending)
+    lines = [(f"{path}: line {number}", line) for number, line in enumerate(text.split("\n"), start=1) if line.strip()]
+    rows = [(where, _parse(line, where)) for where, line in lines]
+    for where, row in rows:
         if not isinstance(row, dict):
-            raise ValueError(f"{path}: line {number}: expected an object, got {type(row).__name__}")
-        yield f"{path}: line {number}", row
+            raise ValueError(f"{where}: expected an object, got {type(row).__name__}")
+    if not rows:
+        raise ValueError(f"{path}: no rows")
+    return [], rows
+
+
+def _parse(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{where}: not JSON: {error}") from None
 
 
 def _json_rows(content: Any) -> list[dict]:
@@ -295,9 +302,9 @@ def _json_rows(content: Any) -> list[dict]:
             for row in images
             if "sentences" in row
         ]
-    lists = (value for value in content.values() if isinstance(value, list) and value and isinstance(value[0], dict))
-    if (rows := next(lists, None)) is not None:
-        return _json_rows(rows)
+    for value in content.values():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            return _json_rows(value)
     return [
         {"file_name": name, "captions": [value] if isinstance(value, str) else value}
         for name, value in content.items()
@@ -310,43 +317,41 @@ def _delimited_rows(text: str, path: str, ending: str) -> tuple[list[str], list[
     delimiter = min((mark for mark in "\t,;|" if mark in first), key=first.index, default=None)
     if delimiter is None:
         return text.split("\n"), []
-    # Flickr8k's and Flickr30k's own files know no quoting: a caption may begin with a quotation mark.
+    # Flickr8k's and Flickr30k's own files have no quoting: a caption may begin with a quotation mark.
     plain = delimiter == "|" or (delimiter == "\t" and ending == ".txt")
     quoting = csv.QUOTE_NONE if plain else csv.QUOTE_MINIMAL
-    reader = csv.reader(
-        io.StringIO(text, newline=""), delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True
-    )
-    table = []
+    lines = io.StringIO(text, newline="")
+    reader = csv.reader(lines, delimiter=delimiter, quoting=quoting, skipinitialspace=True, strict=True)
     try:
-        for cells in reader:
-            table.append((f"{path}: line {reader.line_num}", [cell.strip() for cell in cells]))
+        table = [(f"{path}: line {reader.line_num}", [cell.strip() for cell in cells]) for cells in reader]
     except csv.Error as error:
         if ending == ".txt":
             return [], []  # Prose, such as a licence.
         raise ValueError(f"{path}: line {reader.line_num}: {error}") from None
-    header, files = table[0][1], [file_named(cell).lower().endswith(tuple(IMAGE_ENDINGS)) for cell in table[0][1]]
-    if sum(files) > 1:
+    header = table[0][1]
+    files = [place for place, cell in enumerate(header) if file_named(cell).lower().endswith(IMAGE_ENDINGS)]
+    if len(files) > 1:
         return [], []  # Flickr8k's judgements of pairs of images.
-    if any(files):
-        # The caption is all that follows the file's name and numbers.
-        caption = next((place for place in range(files.index(True) + 1, len(header)) if not header[place].isdigit()), 0)
+    if files:
+        # No header. The caption is all that follows the file's name and numbers.
+        caption = next((place for place in range(files[0] + 1, len(header)) if not header[place].isdigit()), 0)
         header = [f"column_{place}" for place in range(caption)] + ["caption"]
-        header[files.index(True)] = "file_name"
+        header[files[0]] = "file_name"
     else:
         table = table[1:]
     last = len(header) - 1
-    # Commas of a caption that isn't quoted.
+    # The last column takes the rest of the line: a caption with unquoted commas.
     rows = [(where, [*cells[:last], f"{delimiter} ".join(cells[last:])]) for where, cells in table if any(cells)]
     return [], [(where, dict(zip(header, cells))) for where, cells in rows]
 
 
-# --- rows to a data set -----------------------------------------------------------------------------------------------
+# --- rows to a dataset ------------------------------------------------------------------------------------------------
 
 
 def _uncaptioned(rows: list[Row], images: _Images) -> list[Row]:
-    """Rows without captions, which decoding skips and counts, for images that have none where others have some.
+    """Rows for images without captions in folders where others have some: decoding skips and counts them.
 
-    Many of them mean that the captions cover a part of the folder on purpose: those are left out with a warning.
+    Many of them mean that only a part of the folder was meant to be captioned: they are left out with a warning.
     """
     captioned = {row["image"] for _, row in rows}
     used = captioned | {value for _, row in rows for value in row.values() if isinstance(value, _Path)}
@@ -354,10 +359,8 @@ def _uncaptioned(rows: list[Row], images: _Images) -> list[Row]:
     folders = {posixpath.dirname(image) for image in captioned}
     beside = [image for image in left if posixpath.dirname(image) in folders]
     if left:
-        shown = ", ".join((beside or left)[:5])
-        logger.warning(
-            "%s: %d images have no captions: %s%s", images.folder, len(left), shown, ", ..." * (len(left) > 5)
-        )
+        shown = ", ".join((beside or left)[:5]) + ", ..." * (len(left) > 5)
+        logger.warning("%s: %d images have no captions: %s", images.folder, len(left), shown)
     if 10 * len(beside) > len(rows):
         return []
     return [(image, {"image": image, "split": images.split_of(image)}) for image in beside]
@@ -374,7 +377,6 @@ def _to_dataset(folder: str, rows: list[Row], split: str) -> datasets.Dataset:
         raise NoSplitError(f"dataset {folder}: no split {split!r}: {error}") from None
     rows = [row for part in parts for row in splits[part.splitname][part.from_ : part.to]]
     names = dict.fromkeys(["image", "file_name", *(name for _, row in rows for name in row)])
-    wheres = [where for where, _ in rows]
     table = [{**dict.fromkeys(names), **row, "file_name": row["image"]} for _, row in rows]
     features = {}
     for name in names:
@@ -384,31 +386,27 @@ def _to_dataset(folder: str, rows: list[Row], split: str) -> datasets.Dataset:
             for row in table:
                 row[name] = None if row[name] is None else os.path.join(folder, row[name])
         else:
-            schema = pyarrow.schema({name: _type_of(name, values, wheres)})
+            schema = pyarrow.schema({name: _type_of(name, values, [where for where, _ in rows])})
             features.update(datasets.Features.from_arrow_schema(schema))
     return datasets.Dataset.from_generator(
-        _generate,
-        features=datasets.Features(features),
-        gen_kwargs={"table": _Table(table)},
-        split=datasets.NamedSplit(re.split(r"[\[+]", split)[0]),
+        _Rows(table), features=datasets.Features(features), split=datasets.NamedSplit(re.split(r"[\[+]", split)[0])
     )
 
 
-class _Table:
-    """Rows, and what `datasets` knows their cache by: a hash that takes seconds where pickling them takes minutes."""
+class _Rows:
+    """Generates rows for `datasets`, which keys its cache by the pickle: a hash here, since rows pickle slowly."""
 
     def __init__(self, rows: list[dict]):
         self.rows = rows
-        # Another file of the same name is another image.
+        # A replaced file of the same name is another image.
         stamps = [_stamp(path) for path in dict.fromkeys(row["image"] for row in rows)]
         self.digest = hashlib.blake2b(json.dumps([rows, stamps]).encode(), digest_size=16).hexdigest()
 
     def __reduce__(self):
-        return _Table, (self.digest,)
+        return _Rows, (self.digest,)
 
-
-def _generate(table: _Table) -> Iterator[dict]:
-    yield from table.rows
+    def __call__(self) -> Iterator[dict]:
+        return iter(self.rows)
 
 
 def _stamp(path: str) -> tuple[int, int] | None:
@@ -419,21 +417,22 @@ def _stamp(path: str) -> tuple[int, int] | None:
 
 
 def _type_of(name: str, values: list, wheres: list[str]) -> pyarrow.DataType:
-    """The type of a column's values; where they aren't of one, an error that names the first row that differs."""
+    """The type of a column's values; where types differ, an error that names the first row that does."""
+    mixed = (pyarrow.ArrowException, UnicodeEncodeError, ValueError, TypeError, OverflowError)
+
+    def differ(number: int) -> bool:
+        try:
+            return pyarrow.array(values[:number]) is None
+        except mixed:
+            return True
+
     try:
         return pyarrow.array(values).type
-    except (pyarrow.ArrowException, UnicodeEncodeError, ValueError, TypeError, OverflowError) as error:
-        low, high = 0, len(values)
-        while high - low > 1:
-            middle = (low + high) // 2
-            try:
-                pyarrow.array(values[:middle])
-                low = middle
-            except (pyarrow.ArrowException, UnicodeEncodeError, ValueError, TypeError, OverflowError):
-                high = middle
-        kind = _kind_of(values[high - 1])
+    except mixed as error:
+        row = bisect.bisect_left(range(1, len(values)), True, key=differ)
+        kind = _kind_of(values[row])
         raise ValueError(
-            f"{wheres[high - 1]}, column {name!r}: expected a value like those before, got {kind}: {error}"
+            f"{wheres[row]}, column {name!r}: expected a value like those before, got {kind}: {error}"
         ) from None
 
 

@@ -9,20 +9,19 @@ from transformers import AutoModelForImageClassification, PreTrainedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 
-# Pictures that a frozen tower looks at together on a CPU: their activations fit its caches, where those of a whole
-# contrastive batch don't.
+# Images that a frozen tower embeds together on a CPU: their activations fit the CPU's caches.
 FROZEN_BATCH_SIZE = 32
 
 
 class PretrainedImageTower(nn.Module):
-    """An image classifier whose head, made anew, projects to the joint space; called like a CLIP image tower.
+    """An image classifier with a new head that projects to the joint space; called like a CLIP image tower.
 
-    As in open_clip's towers from timm, the last linear layer has `projection_dim` outputs instead of classes, so that
-    whatever `AutoModelForImageClassification` opens will do, and is saved in its own format.
+    As in open_clip's towers from timm, the last linear layer has `projection_dim` outputs instead of classes: any model
+    of `AutoModelForImageClassification` will do, and is saved in its own format.
 
     Args:
         classifier: the model; its `num_labels` is the width of the joint space.
-        is_frozen: only the head learns; everything before it stays in eval mode.
+        is_frozen: train the head only; everything before it stays in eval mode.
     """
 
     def __init__(self, classifier: PreTrainedModel, is_frozen: bool = False):
@@ -39,8 +38,7 @@ class PretrainedImageTower(nn.Module):
         """Loads a tower from the Hub or a folder.
 
         Args:
-            projection_dim: width of a new head; None keeps the one that was trained with the tower.
-            is_frozen: see the class.
+            projection_dim: width of a new head; `None` keeps the saved one.
 
         Raises:
             ValueError: it can't be found, is no image classifier, or weights of it are missing.
@@ -59,7 +57,7 @@ class PretrainedImageTower(nn.Module):
         mismatched = [entry if isinstance(entry, str) else entry[0] for entry in report["mismatched_keys"]]
         wrong = sorted({*report["missing_keys"], *mismatched})
         if projection_dim is not None:
-            # The new head has no weights to be found; all else of a base model or a classifier has.
+            # The new head has no saved weights.
             wrong = [name for name in wrong if name.startswith(f"{classifier.base_model_prefix}.")]
         if wrong:
             raise ValueError(
@@ -75,16 +73,12 @@ class PretrainedImageTower(nn.Module):
 
     @property
     def config(self) -> SimpleNamespace:
-        """What a CLIP image tower's configuration says: `image_size` (pixels) and `projection_dim`."""
+        """`image_size` (pixels) and `projection_dim`, as in a CLIP image tower's configuration."""
         config = self.classifier.config
         return SimpleNamespace(image_size=config.image_size, projection_dim=config.num_labels)
 
     def set_image_size(self, image_size: int) -> None:
-        """Lets the tower work on pictures of `image_size` pixels a side.
-
-        Raises:
-            ValueError: it has learned where each of its patches lies, and works at one size.
-        """
+        """Sets the side of the input images, pixels; raises `ValueError` where learned positions fix another one."""
         config = self.classifier.config
         has_positions = any("position" in name for name, _ in self.base.named_parameters())
         if has_positions and image_size != config.image_size:
@@ -97,31 +91,26 @@ class PretrainedImageTower(nn.Module):
     def train(self, mode: bool = True) -> "PretrainedImageTower":
         super().train(mode)
         if self.is_frozen:
-            # Batch statistics and dropped blocks would change what the weights alone don't.
+            # In train mode, batch statistics and dropped blocks would change its outputs.
             self.base.eval()
         return self
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         """(B, 3, H, W) pixels to `image_embeds` (B, projection_dim)."""
-        # Convolutions of a CPU are faster with a pixel's channels side by side.
+        # Convolutions on a CPU are faster with channels last.
         pixel_values = pixel_values.contiguous(memory_format=torch.channels_last)
         in_parts = self.is_frozen and pixel_values.device.type == "cpu"
         parts = pixel_values.split(FROZEN_BATCH_SIZE) if in_parts else [pixel_values]
         return SimpleNamespace(image_embeds=torch.cat([self.classifier(pixel_values=part).logits for part in parts]))
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
-        """Writes the classifier in its own format.
-
-        Args:
-            state_dict: the tower's own, as `accelerate` gathers it.
-        """
-        prefix = "classifier."
-        tensors = {name.removeprefix(prefix): value for name, value in state_dict.items()}
+        """Writes the classifier in its own format, from the tower's `state_dict` as `accelerate` gathers it."""
+        tensors = {name.removeprefix("classifier."): value for name, value in state_dict.items()}
         self.classifier.save_pretrained(output_dir, state_dict=tensors)
 
 
 def pixel_statistics(name_or_path: str) -> tuple[list[float], list[float]] | None:
-    """Mean and deviation by channel that an image model's pixels are normalised by; None where it doesn't say."""
+    """Mean and deviation per channel that an image model's pixels are normalised by; `None` without a processor."""
     try:
         processor = AutoImageProcessor.from_pretrained(name_or_path)
     except (OSError, ValueError):

@@ -12,21 +12,12 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tinycap.training.data import (
-    Augmentation,
-    CaptionCollator,
-    CaptionDataset,
-    Columns,
-    EpochBatchSampler,
-    SkippedRows,
-    StreamingCaptionDataset,
-    content_fingerprint,
-    decode_dataset,
-    load_splits,
-    resolve_columns,
-)
+from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
+from tinycap.training.data import Columns, content_fingerprint, decode_dataset, load_splits, resolve_columns
 from tinycap.training.loop import TrainBatches, ignore_interrupts
 from tinycap.training.scenes import scene_splits
+from tinycap.training.skipped_rows import SkippedRows
+from tinycap.training.streaming import StreamingCaptionDataset
 from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 
@@ -122,11 +113,8 @@ def create_loaders(
             retrieval is measured with five captions an image, as is usual, or with as many as there are.
     """
     augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter, getattr(args, "mixup", 0.0))
-    rank, num_processes, batch_size = (
-        accelerator.process_index,
-        accelerator.num_processes,
-        args.per_device_train_batch_size,
-    )
+    process = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    batch_size = args.per_device_train_batch_size
     common = {
         "collate_fn": collator,
         "num_workers": args.dataloader_num_workers,
@@ -137,15 +125,15 @@ def create_loaders(
     variation = (augmentation, args.captions_per_image, args.seed)
     if data.stream is not None:
         stream = StreamingCaptionDataset(
-            data.stream, data.columns, image_size, skipped, args.train_split, *variation, rank, num_processes
+            data.stream, data.columns, image_size, skipped, args.train_split, *variation, **process
         )
         # Workers are started anew each epoch, since they get the epoch when they start.
         train_loader = StatefulDataLoader(stream, batch_size, **common)
     else:
         dataset = CaptionDataset(data.train, image_size, *variation)
         if contrastive:
-            batch_size = min(batch_size, len(dataset) // num_processes)
-        sampler = EpochBatchSampler(len(dataset), batch_size, args.seed, rank, num_processes, equal=contrastive)
+            batch_size = min(batch_size, len(dataset) // accelerator.num_processes)
+        sampler = EpochBatchSampler(len(dataset), batch_size, args.seed, **process, equal=contrastive)
         train_loader = DataLoader(dataset, batch_sampler=sampler, **common, **persistent)
     captions_per_image = args.captions_per_image
     if contrastive:

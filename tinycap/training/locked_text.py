@@ -1,4 +1,4 @@
-"""An image tower that learns the space of a frozen sentence encoder: LiT turned round."""
+"""An image tower trained in the embedding space of a frozen sentence encoder."""
 
 import math
 from collections.abc import Iterable
@@ -15,19 +15,18 @@ from transformers.models.clip.modeling_clip import CLIPOutput
 from tinycap.training.image_tower import PretrainedImageTower
 
 
-# The head on the sentence encoder, beside the image tower: what a text needs to be compared with images.
+# The text head, saved beside the image tower.
 TEXT_HEAD_FILE = "text_projection.safetensors"
-# Texts that are encoded together while they are remembered.
+# Texts that are encoded together for the cache.
 TEXT_BATCH_SIZE = 256
 
 
 class LockedTextModel(nn.Module):
-    """An image tower to train and a text tower that stays as it is, in the shape of a `CLIPModel`.
+    """An image tower to train and a frozen text tower, called like a `CLIPModel`.
 
-    LiT (Zhai et al., 2022, https://arxiv.org/abs/2111.07991) locks the image tower and trains the text tower. Here it
-    is the other way round: a few thousand photos teach little language, and a sentence encoder already knows it.
-    A text's embedding is the mean of its tokens' last hidden states (Reimers & Gurevych, 2019,
-    https://arxiv.org/abs/1908.10084), through a learned projection.
+    LiT (Zhai et al., 2022, https://arxiv.org/abs/2111.07991) locks the image tower and trains the text tower; here the
+    text tower is locked, since a few thousand images teach little language. A text's embedding is the mean of its
+    tokens' last hidden states (Reimers & Gurevych, 2019, https://arxiv.org/abs/1908.10084), projected linearly.
 
     Args:
         vision_model: the image tower; its `projection_dim` is the width of the joint space.
@@ -42,7 +41,7 @@ class LockedTextModel(nn.Module):
         self.text_projection = nn.Linear(text_model.config.hidden_size, width, bias=False)
         # CLIP's starting temperature (Radford et al., 2021, section 2.5).
         self.logit_scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
-        # What `remember_texts` found: a row for each text, and each text's row.
+        # From `cache_text_embeddings`: a row for each text, and each text's row.
         self.sentences: torch.Tensor | None = None
         self.rows: dict[tuple[int, ...], int] = {}
 
@@ -61,7 +60,7 @@ class LockedTextModel(nn.Module):
             raise ValueError(
                 f"text model {name_or_path}: expected a sentence encoder on the Hub or in a local folder: {error}"
             ) from error
-        # Sentences are pooled from the tokens: a pooler of the encoder's own isn't asked.
+        # Sentences are pooled from the tokens: the encoder's own pooler is unused.
         missing = sorted(name for name in report["missing_keys"] if "pooler" not in name)
         if missing or text_model.main_input_name != "input_ids" or text_model.config.is_encoder_decoder:
             raise ValueError(
@@ -81,18 +80,15 @@ class LockedTextModel(nn.Module):
 
     @torch.no_grad()
     def encode_sentences(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """What the sentence encoder makes of texts (N, T): (N, text hidden size), unit norm."""
+        """Embeds texts (N, T) to (N, text hidden size), unit norm."""
         hidden_states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
         mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
         return F.normalize((hidden_states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
 
-    def remember_texts(self, texts: Iterable[tuple[int, ...]]) -> None:
-        """Encodes texts once for the whole training, since the encoder will say the same of them every time.
+    def cache_text_embeddings(self, texts: Iterable[tuple[int, ...]]) -> None:
+        """Encodes texts once for the whole training: token ids, unpadded, the start token included.
 
-        In an order of their own, so that a resumed run remembers to the bit what the first one did.
-
-        Args:
-            texts: ids of each, unpadded, the start token included; what occurs again is encoded once.
+        They are sorted, so that a resumed run's embeddings are equal to the bit.
         """
         ordered = sorted(set(texts), key=lambda ids: (len(ids), ids))
         device = self.text_projection.weight.device
@@ -106,8 +102,8 @@ class LockedTextModel(nn.Module):
         self.sentences = torch.cat(found) if found else None
         self.rows = {ids: row for row, ids in enumerate(ordered)}
 
-    def recall_sentences(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
-        """As `encode_sentences`, from memory; None where one of the texts isn't remembered."""
+    def lookup_text_embeddings(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
+        """As `encode_sentences`, from the cache; `None` where one of the texts isn't in it."""
         if self.sentences is None:
             return None
         lengths = attention_mask.sum(dim=1).tolist()
@@ -120,14 +116,14 @@ class LockedTextModel(nn.Module):
         Texts are padded on the right.
         """
         image_embeds = self.vision_model(pixel_values=pixel_values).image_embeds
-        sentences = self.recall_sentences(input_ids, attention_mask)
+        sentences = self.lookup_text_embeddings(input_ids, attention_mask)
         if sentences is None:
             sentences = self.encode_sentences(input_ids, attention_mask)
         text_embeds = self.text_projection(sentences)
         return CLIPOutput(image_embeds=F.normalize(image_embeds, dim=-1), text_embeds=F.normalize(text_embeds, dim=-1))
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
-        """Writes the image tower in its own format, and what was learned for texts beside it."""
+        """Writes the image tower in its own format, and the text head beside it."""
         prefix = "vision_model."
         vision = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         self.vision_model.save_pretrained(output_dir, state_dict=vision)

@@ -24,8 +24,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tinycap.training.checkpoints import CheckpointWriteError
-from tinycap.training.data import StreamingCaptionDataset
 from tinycap.training.run_folder import RunFolder
+from tinycap.training.streaming import StreamingCaptionDataset
 
 
 logger = get_logger(__name__)

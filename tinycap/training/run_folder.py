@@ -19,9 +19,9 @@ from tinycap.training.checkpoints import (
     resolve_resume,
     save_checkpoint,
 )
-from tinycap.training.data import SkippedRows
 from tinycap.training.logs import RunLog, write_json
 from tinycap.training.optimization import plan_steps
+from tinycap.training.skipped_rows import SkippedRows
 
 
 logger = get_logger(__name__)

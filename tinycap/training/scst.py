@@ -1,9 +1,8 @@
 """Self-critical sequence training: the captions' own CIDEr as a reward (Rennie et al., 2017,
 https://arxiv.org/abs/1612.00563).
 
-A few captions are sampled for each photo; each becomes likelier or less likely by how much its CIDEr exceeds what the
-photo's other samples score (Luo, 2020, https://arxiv.org/abs/2003.09971: a better baseline than the original's greedy
-caption, and one that costs no decoding).
+Several captions are sampled for each image. The baseline of each one's reward is the mean of the image's other samples
+(Luo, 2020, https://arxiv.org/abs/2003.09971), which needs no extra decoding, unlike the original's greedy caption.
 """
 
 from collections.abc import Callable
@@ -21,7 +20,7 @@ def labels_of(sequences: torch.Tensor, eos_token_id: int) -> torch.Tensor:
 
 
 def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
-    """(B, S) rewards of S samples a photo, less the mean of the photo's other samples."""
+    """(B, S) rewards of S samples an image, minus the mean of the image's other samples."""
     num_samples = rewards.shape[1]
     return (rewards - rewards.mean(dim=1, keepdim=True)) * num_samples / (num_samples - 1)
 
@@ -32,7 +31,7 @@ def self_critical_loss(logits: torch.Tensor, labels: torch.Tensor, advantage: to
     Args:
         logits: (N, T, vocab_size); labels: (N, T), -100 is ignored; advantage: (N,).
     """
-    # Half of the samples' positions lie behind their ends: the head's rows of logits are long.
+    # Half of the positions are padding, and each has a row of `vocab_size` logits.
     rows = labels != -100
     losses = F.cross_entropy(logits[rows].float(), labels[rows], reduction="none")
     return (losses * advantage.repeat_interleave(rows.sum(dim=1))).mean()
@@ -42,10 +41,8 @@ class SelfCriticalObjective:
     """The losses of one step of self-critical training.
 
     Args:
-        tokenizer: decodes the samples.
-        reward: scores N captions, given the human captions of each one's photo and whether each came to its end.
-        num_samples: captions sampled for a photo, at least 2.
-        max_new_tokens: longest sample.
+        reward: scores N captions, given the references of each and whether each has its end token.
+        num_samples: captions sampled for an image, at least 2.
     """
 
     def __init__(self, tokenizer, reward: Callable[..., torch.Tensor], num_samples: int, max_new_tokens: int):
@@ -56,27 +53,21 @@ class SelfCriticalObjective:
 
     @torch.no_grad()
     def sample(self, model, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B * num_samples, 1 + T) sequences of `model`, drawn from its own distribution without dropout."""
+        """(B * num_samples, 1 + T) sequences, sampled from `model` without dropout."""
         was_training = model.training
         model.eval()
-        sequences = model.generate(
-            pixel_values,
-            do_sample=True,
-            num_beams=1,
-            top_k=0,
-            num_return_sequences=self.num_samples,
-            max_new_tokens=self.max_new_tokens,
-        )
+        options = {"num_return_sequences": self.num_samples, "max_new_tokens": self.max_new_tokens}
+        sequences = model.generate(pixel_values, do_sample=True, num_beams=1, top_k=0, **options)
         model.train(was_training)
         return sequences
 
     def __call__(self, model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
-        """Samples captions of the batch's photos, scores them, and asks for more of the better ones.
+        """Samples captions of the batch's images and rewards those above average.
 
         Args:
-            model: what gradients flow through; `unwrapped`: the same without what accelerate put around it.
+            model: as accelerate wraps it; `unwrapped`: without the wrapper.
             batch: of a `CaptionCollator`.
-            teacher_embeds: (B, projection_dim); the distillation goes on beside it.
+            teacher_embeds: (B, projection_dim) for the distillation loss.
 
         Returns:
             `loss`, `scst_loss`, `distill_loss` where there is a teacher, and `reward`, the mean CIDEr of the samples.
@@ -88,7 +79,7 @@ class SelfCriticalObjective:
         ended = (labels == self.tokenizer.eos_token_id).any(dim=1).tolist()
         rewards = self.reward(captions, references, ended).to(labels.device)
         advantage = self_critical_advantage(rewards.view(-1, self.num_samples)).flatten()
-        # Not as labels, of which the model would work out a loss that nobody asks for.
+        # Not as labels, for which the model would compute an unused loss.
         output = model(
             pixel_values=batch["pixel_values"],
             decoder_input_ids=sequences[:, :-1],

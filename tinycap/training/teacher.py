@@ -1,4 +1,4 @@
-"""The frozen CLIP teacher: pixels as the student sees them in, the embedding the student should reach out."""
+"""The frozen CLIP teacher: embeds the student's pixels to the student's target."""
 
 import logging
 
@@ -25,10 +25,10 @@ class VisionTower(CLIPVisionModelWithProjection):
 
 
 class Teacher(nn.Module):
-    """A CLIP vision model that never learns and never leaves eval mode.
+    """A frozen CLIP vision model, always in eval mode.
 
     Args:
-        vision_model: the model, or an image tower that `train_teacher.py` has trained in a CLIP tower's place.
+        vision_model: the model, or another image tower that `train_teacher.py` has trained.
         feature: "pooled" for the pooled output before the visual projection (768 values for ViT-B/32), "projected" for
             `image_embeds` after it (512).
         teacher_mean, teacher_std: per channel, what the teacher's pixels are normalised by; CLIP's if not given.
@@ -51,16 +51,12 @@ class Teacher(nn.Module):
         if feature not in FEATURES:
             raise ValueError(f"teacher_feature: expected one of {', '.join(FEATURES)}, got {feature!r}")
         if feature != "projected" and isinstance(vision_model, PretrainedImageTower):
-            raise ValueError(
-                f"teacher_feature: expected projected, all that a {type(vision_model.classifier).__name__} is called "
-                f"for, got {feature!r}"
-            )
+            name = type(vision_model.classifier).__name__
+            raise ValueError(f"teacher_feature: expected projected, the only one of a {name}, got {feature!r}")
         self.vision_model = vision_model.eval().requires_grad_(False)
         self.feature = feature
-        teacher_mean, teacher_std = (
-            torch.tensor(teacher_mean or OPENAI_CLIP_MEAN),
-            torch.tensor(teacher_std or OPENAI_CLIP_STD),
-        )
+        teacher_mean = torch.tensor(teacher_mean or OPENAI_CLIP_MEAN)
+        teacher_std = torch.tensor(teacher_std or OPENAI_CLIP_STD)
         image_mean = teacher_mean if image_mean is None else torch.tensor(image_mean)
         image_std = teacher_std if image_std is None else torch.tensor(image_std)
         # (pixels * image_std + image_mean - teacher_mean) / teacher_std, as one multiplication and one addition.
@@ -76,12 +72,7 @@ class Teacher(nn.Module):
         image_std: list[float] | None = None,
     ) -> "Teacher":
         """Loads a teacher from the Hub or a folder: a whole `CLIPModel`, its vision half, or an image tower of another
-        architecture that `train_teacher.py` has trained against texts.
-
-        Args:
-            name_or_path: such as "openai/clip-vit-base-patch32", or a folder of the same format.
-            feature: see the class.
-            image_mean, image_std: per channel, what the incoming pixels are normalised by.
+        architecture that `train_teacher.py` has trained against texts. Arguments as in the class.
 
         Raises:
             ValueError: not a CLIP vision model, weights of it are missing, or it can't be found.
@@ -97,7 +88,7 @@ class Teacher(nn.Module):
             logger.info("teacher %s has no preprocessor_config.json; CLIP's mean and deviation are taken", name_or_path)
         normalisation = (*(statistics or (None, None)), image_mean, image_std)
         if config.model_type not in ("clip", "clip_vision_model"):
-            # Any image classifier has the form; only one that was trained against texts is a teacher.
+            # Any image classifier has this format; only one trained against texts is a teacher.
             try:
                 cached_file(name_or_path, TEXT_HEAD_FILE)
             except OSError as error:
@@ -110,7 +101,7 @@ class Teacher(nn.Module):
         vision_model, report = VisionTower.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
         wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
         if feature == "pooled":
-            # The projection isn't asked: a vision model that was saved without one serves.
+            # The projection is unused, and may be missing.
             wrong = [name for name in wrong if "visual_projection" not in name]
         if wrong:
             raise ValueError(
@@ -127,7 +118,7 @@ class Teacher(nn.Module):
 
     @property
     def image_size(self) -> int:
-        """Side of the pictures that it looks at, pixels."""
+        """Side of its input images, pixels."""
         return self.vision_model.config.image_size
 
     def check_width(self, projection_dim: int) -> None:
@@ -139,7 +130,7 @@ class Teacher(nn.Module):
             )
 
     def train(self, mode: bool = True) -> "Teacher":
-        """Stays in eval mode, whatever the module around it does."""
+        """Stays in eval mode."""
         return super().train(False)
 
     @torch.no_grad()

@@ -1,11 +1,9 @@
-"""The teacher's embeddings, computed ahead: several views of each photo, each of just the crop the student will see.
+"""Precomputed teacher embeddings: several views of each image, each of the exact crop that the student will see.
 
-What MobileCLIP calls a reinforced data set (Vasu et al., 2024, https://arxiv.org/abs/2311.17049), with the consistency
-that Beyer et al. found to matter (2022, https://arxiv.org/abs/2106.05237). A view is a number: with the run's seed it
-reproduces the photo's crop, mirroring and colours, so that only embeddings are stored. The folder's name is a key of
-everything that shapes them; another teacher, data set or augmentation looks for another folder. The key is of
-contents, not of paths or times, so that a folder can be shared: uploaded beside the data set, it serves whoever trains
-on the same photos.
+MobileCLIP calls this a reinforced dataset (Vasu et al., 2024, https://arxiv.org/abs/2311.17049); on the consistency of
+the crops see Beyer et al. (2022, https://arxiv.org/abs/2106.05237). A view is a number: with the run's seed it
+reproduces the image's crop, mirroring and colours, so that only embeddings are stored. The folder's name is a hash of
+everything that shapes them. It depends on contents, not on paths or times, so that a folder can be shared.
 """
 
 import hashlib
@@ -21,15 +19,15 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from tinycap.training.data import CaptionCollator, CaptionDataset
+from tinycap.training.batches import CaptionCollator, CaptionDataset
 from tinycap.training.teacher import Teacher
 
 
 logger = logging.getLogger(__name__)
 
-# Rows of a file: what an interruption may cost, and what processes share out among themselves.
+# Rows of a file: the most that an interruption loses, and the unit that processes share.
 SHARD_SIZE = 1024
-# Part of the key: raise it when a view's picture or the way it is stored changes.
+# Part of the key: raise it when a view's image or the way it is stored changes.
 CACHE_VERSION = 2
 
 
@@ -43,7 +41,7 @@ def teacher_recipe(
         weights.update(value.cpu().contiguous().numpy().tobytes())
     augmentation = vars(dataset.augmentation).copy()
     if not augmentation["mixup"]:
-        # Pictures that aren't mixed are those of before there was a choice.
+        # Keeps the key of caches from before mixup.
         del augmentation["mixup"]
     return {
         "version": CACHE_VERSION,
@@ -63,7 +61,7 @@ def teacher_recipe(
 
 
 class TeacherCache:
-    """Embeddings by view and row, memory-mapped: 3 kB for a view of a photo at width 768.
+    """Embeddings by view and row, memory-mapped: 3 kB for a view of an image at width 768.
 
     Args:
         shards: for each view, its files' tensors (rows, embed_dim) in order.
@@ -93,46 +91,39 @@ def build_teacher_cache(
     dataset_fingerprint: str,
     num_workers: int = 0,
 ) -> TeacherCache:
-    """Computes what `cache_dir` doesn't hold yet, each process its share, and opens the whole.
+    """Computes what `cache_dir` doesn't hold yet, each process its share, and opens the whole cache.
 
-    Every file is written aside and renamed, so that an interrupted build goes on where it stopped, and later runs with
-    more views add to what there is.
+    Every file is written under a temporary name and renamed, so that an interrupted build continues where it stopped,
+    and later runs with more views only add theirs.
 
     Args:
-        dataset: the training photos; its augmentation and seed make the views.
-        batch_size: photos that the teacher sees together.
+        dataset: the images; its augmentation and seed define the views.
         dataset_fingerprint: the `content_fingerprint` of the dataset's rows.
 
     Raises:
         ValueError: a file in the cache isn't what its name says; names it.
     """
-    recipe = {
-        **teacher_recipe(teacher, dataset, collator, dataset_fingerprint),
-        "precision": accelerator.mixed_precision,
-    }
+    recipe = teacher_recipe(teacher, dataset, collator, dataset_fingerprint)
+    recipe["precision"] = accelerator.mixed_precision
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(cache_dir) / f"teacher-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     starts = range(0, len(dataset), SHARD_SIZE)
-    paths = [
-        [folder / f"view-{view:03}-{start // SHARD_SIZE:06}.safetensors" for start in starts]
-        for view in range(num_views)
+    shards = [
+        (view, range(start, min(start + SHARD_SIZE, len(dataset)))) for view in range(num_views) for start in starts
     ]
-    missing = [
-        (path, view, range(start, min(start + SHARD_SIZE, len(dataset))))
-        for view in range(num_views)
-        for path, start in zip(paths[view], starts)
-        if not path.exists()
-    ]
-    # Before anyone writes: every process must come to the same list.
+    paths = [folder / f"view-{view:03}-{rows.start // SHARD_SIZE:06}.safetensors" for view, rows in shards]
+    missing = [(path, view, rows) for path, (view, rows) in zip(paths, shards) if not path.exists()]
+    # Before any process writes: all must come to the same list.
     accelerator.wait_for_everyone()
     share = missing[accelerator.process_index :: accelerator.num_processes]
     if missing:
-        logger.info("The teacher's embeddings of %d views go to %s.", num_views, folder)
+        logger.info("Teacher embeddings of %d views are written to %s", num_views, folder)
     total = sum(math.ceil(len(rows) / batch_size) for *_, rows in share)
-    with tqdm(total=total, desc="Teaching ahead", disable=not accelerator.is_main_process or not missing) as progress:
+    hidden = not accelerator.is_main_process or not missing
+    with tqdm(total=total, desc="Precomputing teacher embeddings", disable=hidden) as progress:
         for path, view, rows in share:
             keys = [(view, row) for row in rows]
             loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collator, num_workers=num_workers)
@@ -145,8 +136,8 @@ def build_teacher_cache(
             save_file({"image_embeds": torch.cat(embeds)}, aside)
             aside.replace(path)
     accelerator.wait_for_everyone()
-    shapes = [(min(SHARD_SIZE, len(dataset) - start), teacher.embed_dim) for start in starts]
-    return TeacherCache([[_open_shard(path, shape) for path, shape in zip(group, shapes)] for group in paths])
+    opened = [_open_shard(path, (len(rows), teacher.embed_dim)) for path, (_, rows) in zip(paths, shards)]
+    return TeacherCache([opened[view * len(starts) :][: len(starts)] for view in range(num_views)])
 
 
 def _open_shard(path: Path, shape: tuple[int, int]) -> torch.Tensor:
