@@ -6,7 +6,7 @@
 For images unlike those of the web, and for machines without a network. For web images,
 openai/clip-vit-base-patch32, trained on 400 million pairs, is the better teacher by far.
 
-Reading order: arguments, model, objective, one evaluation, the loop.
+Reading order: arguments, model and objective, one evaluation, one step, results, the run.
 """
 
 import argparse
@@ -69,7 +69,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# --- model ------------------------------------------------------------------------------------------------------------
+# --- model and objective ----------------------------------------------------------------------------------------------
 
 
 def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextModel:
@@ -93,10 +93,8 @@ def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextMo
         init_positions(vision_model)
         return LockedTextModel.from_text_model(vision_model, args.text_model_name_or_path)
     if tokenizer.eos_token_id == 2:
-        raise ValueError(
-            "tokenizer: expected an end token of another id than 2, by which CLIPTextModel recognises its earliest "
-            "checkpoints, for which it pools another token"
-        )
+        # CLIPTextModel takes it for the mark of its earliest checkpoints, and then pools another token.
+        raise ValueError("tokenizer: expected an end token of another id than 2, got 2")
     # A caption's length doesn't count the start token.
     text = {
         **tower_sizes("text_"),
@@ -120,10 +118,10 @@ def init_positions(model: CLIPModel | CLIPVisionModelWithProjection) -> None:
 def text_inputs(labels: torch.Tensor, tokenizer) -> dict[str, torch.Tensor]:
     """The text tower's inputs for the collator's `labels` (N, T): a start token in front, padding masked."""
     input_ids = F.pad(labels, (1, 0), value=tokenizer.bos_token_id)
-    attention_mask = (input_ids != -100).long()
+    is_padding = input_ids == -100
     return {
-        "input_ids": input_ids.masked_fill(input_ids == -100, tokenizer.pad_token_id),
-        "attention_mask": attention_mask,
+        "input_ids": input_ids.masked_fill(is_padding, tokenizer.pad_token_id),
+        "attention_mask": (~is_padding).long(),
     }
 
 
@@ -131,20 +129,15 @@ def cache_captions(args: argparse.Namespace, accelerator: Accelerator, model, ro
     """Computes the frozen sentence encoder's embedding of each training caption once, where the run would compute more
     embeddings than there are captions, and memory suffices."""
     num_captions = sum(map(len, rows["captions"]))
-    batches = args.max_train_steps * args.gradient_accumulation_steps
-    num_drawn = batches * args.per_device_train_batch_size * args.captions_per_image
+    num_images = args.max_train_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
+    num_drawn = num_images * args.captions_per_image
     if not num_captions < num_drawn or num_captions > MAX_CACHED_CAPTIONS:
         return
     logger.info("Caching the sentence embeddings of %s captions.", f"{num_captions:,}")
     captions = [caption for captions in rows["captions"] for caption in captions]
-    start = [tokenizer.bos_token_id]
+    encoded = encode_captions(tokenizer, captions, args.max_caption_length)
     with accelerator.autocast():
-        accelerator.unwrap_model(model).cache_text_embeddings(
-            tuple(start + ids) for ids in encode_captions(tokenizer, captions, args.max_caption_length)
-        )
-
-
-# --- objective --------------------------------------------------------------------------------------------------------
+        accelerator.unwrap_model(model).cache_text_embeddings((tokenizer.bos_token_id, *ids) for ids in encoded)
 
 
 def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
@@ -159,9 +152,8 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
         The mean of both directions; with K > 1 all captions of an image are its positives, with equal weights.
     """
     logits = logit_scale * image_embeds @ text_embeds.t()
-    owner = torch.arange(len(image_embeds), device=logits.device).repeat_interleave(
-        len(text_embeds) // len(image_embeds)
-    )
+    per_image = len(text_embeds) // len(image_embeds)
+    owner = torch.arange(len(image_embeds), device=logits.device).repeat_interleave(per_image)
     targets = F.one_hot(owner, len(image_embeds)).t().to(logits.dtype)
     image_to_text = F.cross_entropy(logits, targets / targets.sum(dim=1, keepdim=True))
     return (image_to_text + F.cross_entropy(logits.t(), owner)) / 2
@@ -205,9 +197,8 @@ def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> 
     model = accelerator.unwrap_model(model)
     model.eval()
     image_embeds, text_embeds = [], []
-    for batch in tqdm(
-        loader, desc="Validating", leave=False, disable=None if accelerator.is_local_main_process else True
-    ):
+    disable = None if accelerator.is_local_main_process else True
+    for batch in tqdm(loader, desc="Validating", leave=False, disable=disable):
         with accelerator.autocast():
             output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
         # One row an image, so that images repeated in the last batch are dropped from both alike.
@@ -219,7 +210,7 @@ def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> 
     return Evaluation({"num_images": len(images), **retrieval_recall(images, texts.view(-1, images.shape[1]))})
 
 
-# --- the loop ---------------------------------------------------------------------------------------------------------
+# --- one step, results, the run ---------------------------------------------------------------------------------------
 
 
 def train_step(

@@ -39,15 +39,15 @@ def flags_of(script: str) -> list[Flag]:
 
 def build_parser(script: str, description: str = "") -> ArgumentParser:
     """The parser of a script, "distill" or "teacher"; its defaults are those for one's own images."""
-    parser = ArgumentParser(description=description, formatter_class=HelpFormatter, allow_abbrev=False)
+    options = {"formatter_class": HelpFormatter, "allow_abbrev": False, "usage": "%(prog)s [--FLAG VALUE ...]"}
+    parser = ArgumentParser(description=description, **options)
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
             if flag.script in (None, script):
                 default = flag.default[script] if isinstance(flag.default, dict) else flag.default
                 choices = flag.allowed if isinstance(flag.allowed, tuple) else None
-                is_switch = flag.type is bool
-                kind = {"action": argparse.BooleanOptionalAction} if is_switch else {"type": flag.type}
+                kind = {"type": flag.type} if flag.type is not bool else {"action": argparse.BooleanOptionalAction}
                 group.add_argument(f"--{flag.name}", default=default, help=flag.help, choices=choices, **kind)
     parser.epilog = "Without --dataset_name, drawn scenes have these defaults instead: " + ", ".join(
         f"--{name} {value}" for name, value in SCENE_DEFAULTS[script].items()
@@ -156,7 +156,7 @@ def pair_problems(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterato
         needed, _, value = condition.partition(" ")
         if not differs(name) or needed not in defaults or holds(condition):
             continue
-        # With its value where that is what needs the other flag.
+        # A flag may need another one for some of its values only.
         shown = f"{name} {getattr(args, name)}" if isinstance(getattr(args, name), str) else name
         if value:
             yield f"--{needed}: expected {value} with --{shown}, {why}, got {getattr(args, needed)}"
