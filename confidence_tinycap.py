@@ -1,8 +1,8 @@
-"""How far a caption can be trusted: the probability that it is right, from what the model itself thought of it.
+"""The probability that a caption is right, from the model's own log-probability of it.
 
 `confidence.json` beside the weights holds a logistic regression, fitted by `python -m tinycap.evaluation.confidence` on
-captioned photos. What "right" means stands in that file. Only the standard library is imported, so that the PyTorch
-pipeline and the ONNX captioner read the same file by the same code.
+captioned images; that file also defines "right". Only the standard library is imported, so that the ONNX captioner
+runs without PyTorch.
 """
 
 import json
@@ -13,16 +13,13 @@ from typing import Any
 
 
 CONFIDENCE_NAME = "confidence.json"
-# What a caption's confidence is computed from; the names of the coefficients in `confidence.json`.
+# Inputs of the regression; the names of the coefficients in `confidence.json`.
 FEATURES = ("mean_log_prob", "num_tokens")
+HOW_TO_CALIBRATE = "python -m tinycap.evaluation.confidence calibrates a model on captioned images and writes it"
 
 
 def caption_features(log_prob: float, num_tokens: int) -> dict[str, float]:
-    """What the regression sees of a caption.
-
-    Args:
-        log_prob: sum of the log-probabilities (nats) of its tokens, the end token included.
-        num_tokens: how many they are.
+    """The regression's inputs, from the sum of the log-probabilities (nats) of a caption's tokens, end token included.
 
     Raises:
         ValueError: there is no token, or `log_prob` is NaN.
@@ -34,18 +31,13 @@ def caption_features(log_prob: float, num_tokens: int) -> dict[str, float]:
     return {"mean_log_prob": log_prob / num_tokens, "num_tokens": float(num_tokens)}
 
 
-def _is_finite(value: Any) -> bool:
-    # No fitted value is this large; a longer integer would overflow a float.
-    return type(value) in (int, float) and -1e100 < value < 1e100
-
-
 class ConfidenceCalibration:
     """From a caption's log-probability to the probability that the caption is right.
 
     Args:
-        content: what `confidence.json` holds: `calibrations`, a list with `num_beams`, `intercept` and a coefficient
-            for each of `FEATURES`, one entry for each way of decoding that was calibrated.
-        name: what to call it in an error.
+        content: of `confidence.json`: `calibrations`, a list with `num_beams`, `intercept` and a coefficient for each
+            of `FEATURES`, one entry for each way of decoding that was calibrated.
+        name: the file's name in errors.
 
     Raises:
         ValueError: a part is missing or isn't a finite number; names it.
@@ -55,15 +47,15 @@ class ConfidenceCalibration:
         entries = content.get("calibrations") if isinstance(content, dict) else None
         if not isinstance(entries, list) or not entries:
             raise ValueError(f"{name}: expected an object with a list of calibrations, got {reprlib.repr(content)}")
-        self.content = content
-        self.by_num_beams = {}
+        self.content, self.by_num_beams = content, {}
         for index, entry in enumerate(entries):
             place = f"{name}: calibrations[{index}]"
             coefficients = entry.get("coefficients") if isinstance(entry, dict) else None
             if not isinstance(coefficients, dict):
                 raise ValueError(f"{place}: expected an object with coefficients, got {reprlib.repr(entry)}")
             numbers = {"intercept": entry.get("intercept"), **{name: coefficients.get(name) for name in FEATURES}}
-            wrong = {name: value for name, value in numbers.items() if not _is_finite(value)}
+            # No fitted value reaches 1e100; a longer integer would overflow a float.
+            wrong = {k: v for k, v in numbers.items() if type(v) not in (int, float) or not -1e100 < v < 1e100}
             if wrong:
                 raise ValueError(f"{place}: expected a finite number for each of {', '.join(wrong)}, got {wrong}")
             num_beams = entry.get("num_beams")
@@ -73,11 +65,7 @@ class ConfidenceCalibration:
 
     @classmethod
     def from_file(cls, path: str | os.PathLike) -> "ConfidenceCalibration":
-        """Reads `confidence.json`, given itself or its folder.
-
-        Raises:
-            ValueError: it isn't there, or isn't such a file; names it.
-        """
+        """Reads `confidence.json`, given itself or its folder; `ValueError` names one that is missing or malformed."""
         path = os.path.join(path, CONFIDENCE_NAME) if os.path.isdir(path) else os.fspath(path)
         try:
             with open(path, encoding="utf-8") as file:
@@ -89,20 +77,17 @@ class ConfidenceCalibration:
         return cls(content, path)
 
     def __call__(self, log_prob: float, num_tokens: int, num_beams: int = 1) -> float:
-        """Probability, from 0 to 1, that a caption is right.
+        """Probability, from 0 to 1, that a caption is right, by the calibration for the nearest number of beams.
 
         Args:
             log_prob, num_tokens: see `caption_features`.
-            num_beams: how it was found; the calibration for the nearest number of beams is used.
+            num_beams: of the search that found the caption.
         """
         entry = self.by_num_beams[min(self.by_num_beams, key=lambda beams: (abs(beams - num_beams), beams))]
         features = caption_features(log_prob, num_tokens)
         logit = entry["intercept"] + sum(entry["coefficients"][name] * features[name] for name in FEATURES)
-        # Both ends without overflow.
+        # Without overflow.
         return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
 
 
-HOW_TO_CALIBRATE = "python -m tinycap.evaluation.confidence calibrates a model on captioned photos and writes it"
-
-
-__all__ = ["CONFIDENCE_NAME", "FEATURES", "ConfidenceCalibration", "caption_features"]
+__all__ = ["CONFIDENCE_NAME", "FEATURES", "HOW_TO_CALIBRATE", "ConfidenceCalibration", "caption_features"]

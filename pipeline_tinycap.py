@@ -1,7 +1,6 @@
 """`pipeline("image-to-text", model=..., trust_remote_code=True)`: images in, captions out.
 
-transformers 5 has no such task of its own any more; `custom_pipelines` in the config brings this one, in the shape
-users of transformers 4 knew.
+transformers 5 removed this task; `custom_pipelines` in the config provides it, with the interface of transformers 4.
 """
 
 from collections.abc import Sequence
@@ -16,24 +15,23 @@ from .processing_tinycap import load_image, preprocess_images
 
 
 def caption_log_probs(model, generated) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the model thought of the captions that it generated, however they were searched for.
+    """The model's log-probabilities of the captions that it generated, by any search.
 
     Args:
         model: the captioner.
-        generated: what `generate(return_dict_in_generate=True, output_logits=True)` returned for N captions.
+        generated: output of `generate(return_dict_in_generate=True, output_logits=True)` for N captions.
 
     Returns:
         (N,) float32, the sum of the log-probabilities (nats) of each caption's tokens, its end token included and a
-        prompt's left out; (N,) int64, how many these are.
+        prompt's left out; (N,) int64, their number.
     """
-    # From the logits, not the scores: processors (a repetition penalty, a temperature) change the latter, and the
-    # scores of a beam search are sums. `beam_indices` says which beam each token of a returned caption came from.
+    # Not from the scores: logits processors change these, and those of a beam search are sums.
     tokens_log_probs = model.compute_transition_scores(
         generated.sequences, generated.logits, getattr(generated, "beam_indices", None), normalize_logits=True
     ).float()
     tokens = generated.sequences[:, -tokens_log_probs.shape[1] :]
     ends = torch.isin(tokens, torch.as_tensor(model.generation_config.eos_token_id, device=tokens.device))
-    # What follows the first end token is padding.
+    # Behind the first end token there is padding.
     counted = ends.cumsum(dim=1) - ends.long() == 0
     return tokens_log_probs.masked_fill(~counted, 0.0).sum(dim=1), counted.sum(dim=1)
 
@@ -58,15 +56,12 @@ class ImageToTextPipeline(Pipeline):
     _load_feature_extractor = False
     _load_tokenizer = True
     _pipeline_calls_generate = True
-    # `save_pretrained` of transformers 5.0 to 5.3 reads it, and nothing sets it there.
+    # Read by `save_pretrained` of transformers 5.0 to 5.3, which never sets it.
     modelcard = None
 
     def __init__(self, *args, **kwargs):
+        """As `Pipeline`; `ValueError` names a tokenizer or image processor that contradicts the model."""
         super().__init__(*args, **kwargs)
-        self._check_parts()
-
-    def _check_parts(self) -> None:
-        """Raises `ValueError` where tokenizer, image processor and model can't be of one checkpoint; names both."""
         config, tokenizer = self.model.config, self.tokenizer
         if tokenizer is not None and hasattr(config, "text_config"):
             if len(tokenizer) > config.text_config.vocab_size:
@@ -81,7 +76,7 @@ class ImageToTextPipeline(Pipeline):
         vision = getattr(config, "vision_config", None)
         for name in ("crop_size", "size"):
             sides = [side for side in dict(getattr(self.image_processor, name, None) or {}).values() if side]
-            # What is resized may be larger than what is cropped from it, but not by gigabytes.
+            # Resizing before the crop must not take gigabytes.
             if vision is not None and sides and max(sides) > 8 * vision.image_size:
                 raise ValueError(
                     f"image_processor.{name}: expected pixels for an image_size of {vision.image_size}, got {sides}"
@@ -100,29 +95,28 @@ class ImageToTextPipeline(Pipeline):
         generate_kwargs = dict(generate_kwargs or {})
         if max_new_tokens is not None:
             generate_parameters["max_new_tokens"] = max_new_tokens
-        for name, value in generate_parameters.items():
+        for name in generate_parameters:
             if name in generate_kwargs:
                 raise ValueError(f"{name}: expected it once, got it in generate_kwargs and as an argument of its own")
             if not hasattr(self.model.generation_config, name) and name not in ("generation_config", "streamer"):
                 raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}")
-            generate_kwargs[name] = value
+        generate_kwargs.update(generate_parameters)
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"prompt: expected one string for all images, got {type(prompt).__name__}")
-        preprocess_params = {
-            name: value for name, value in (("prompt", prompt), ("timeout", timeout)) if value is not None
-        }
-        forward_params = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}
-        postprocess_params = {}
+        given = {"prompt": prompt, "timeout": timeout}
+        preprocess_params = {name: value for name, value in given.items() if value is not None}
+        forward_params, postprocess_params = {"generate_kwargs": generate_kwargs} if generate_kwargs else {}, {}
         if return_confidence or min_confidence is not None:
             if min_confidence is not None and not 0 <= min_confidence <= 1:
                 raise ValueError(f"min_confidence: expected a probability from 0 to 1, got {min_confidence!r}")
-            # What `generate` will go by: its own arguments, a config given to it, the model's.
-            configs = (generate_kwargs.get("generation_config"), self.model.generation_config)
-            settings = [generate_kwargs, *(config.to_dict() for config in configs if config is not None)]
-            if next((found["do_sample"] for found in settings if found.get("do_sample") is not None), False):
+            # By precedence, as in `generate`: its own arguments, a config given to it, the model's.
+            configs = (self.model.generation_config, generate_kwargs.get("generation_config"))
+            settings = [*(config.to_dict() for config in configs if config is not None), generate_kwargs]
+            merged = {name: value for each in settings for name, value in each.items() if value is not None}
+            if merged.get("do_sample"):
                 raise ValueError("confidence: it is calibrated for greedy and beam search, got do_sample=True")
-            num_beams = next((found["num_beams"] for found in settings if found.get("num_beams")), 1)
-            # Read now, so that a model without one is an error before the first image.
+            num_beams = merged.get("num_beams") or 1
+            # Read here, so that a model without one is an error before the first image.
             self.calibration  # noqa: B018
             forward_params["return_log_probs"] = True
             postprocess_params = {"min_confidence": min_confidence, "num_beams": num_beams}
@@ -130,11 +124,7 @@ class ImageToTextPipeline(Pipeline):
 
     @property
     def calibration(self) -> ConfidenceCalibration:
-        """The model's own, from the folder, or repository and revision, that it was loaded from.
-
-        Raises:
-            ValueError: it has none, or a malformed one.
-        """
+        """The model's own, from where it was loaded; `ValueError` where it has none, or a malformed one."""
         if not hasattr(self, "_calibration"):
             path = getattr(self.model, "confidence_path", None)
             if path is None:
@@ -144,22 +134,20 @@ class ImageToTextPipeline(Pipeline):
         return self._calibration
 
     def __call__(self, images: Any = None, **kwargs) -> list:
-        """Captions one image or many; see the class for what goes in and what comes out.
+        """Captions one image or many; see the class for inputs and outputs.
 
         Args:
-            images: the image or images (`inputs=` is understood too).
+            images: the image or images (also as `inputs=`).
             prompt: beginning of every caption, part of `generated_text`.
-            max_new_tokens: longest caption, in tokens; any other argument of `generate()` may be given likewise.
-            generate_kwargs: the same as a dict.
-            batch_size: images run through the model together.
+            max_new_tokens, ...: any argument of `generate()`; also as a dict `generate_kwargs`.
+            batch_size: images in one forward pass.
             timeout: seconds to wait for a URL.
             return_confidence: add `confidence` to each entry, the probability that the caption is right.
-            min_confidence: no caption (`None`) rather than one that is right with a lower probability; implies
-                `return_confidence`.
+            min_confidence: captions of a lower confidence are `None`; implies `return_confidence`.
 
         Raises:
-            ValueError: the image can't be read; names it. The model has no `confidence.json`, or captions are sampled,
-                where a confidence is asked for.
+            ValueError: the image can't be read; names it. A confidence is asked for, but the model has no
+                `confidence.json`, or captions are sampled.
         """
         images = kwargs.pop("inputs", images)
         if images is None:
@@ -168,19 +156,17 @@ class ImageToTextPipeline(Pipeline):
             if not len(images):
                 return []
             if not isinstance(images, list):
-                # A column of a `datasets.Dataset` decodes an image when asked for it: all of them may not fit.
+                # A column of a `datasets.Dataset` decodes images lazily: all of them may not fit into memory.
                 return list(super().__call__((image for image in images), **kwargs))
         return super().__call__(images, **kwargs)
 
     def get_inference_context(self):
-        # Lighter than the base class's `no_grad`, which tells for a model this small; only text leaves the pipeline.
+        # Faster than the base class's `no_grad`; only text leaves the pipeline.
         return torch.inference_mode
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
-        preprocess_params = {**preprocess_params, "keep_going": True}
-        return super().get_iterator(
-            inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params
-        )
+        params = ({**preprocess_params, "keep_going": True}, forward_params, postprocess_params)
+        return super().get_iterator(inputs, num_workers, batch_size, *params)
 
     def preprocess(
         self, image: Any, prompt: str | None = None, timeout: float | None = None, keep_going: bool = False
@@ -191,17 +177,15 @@ class ImageToTextPipeline(Pipeline):
         except (ValueError, TypeError) as problem:
             if not keep_going:
                 raise
-            # A blank stands in, so that every item of a batch has the same keys and shapes.
+            # A blank image, so that every item of a batch has the same keys and shapes.
             error = str(problem)
             vision = self.model.config.vision_config
             pixel_values = torch.zeros(1, vision.num_channels, vision.image_size, vision.image_size)
         model_inputs = {"pixel_values": pixel_values.to(self.dtype), "error": error}
         if prompt:
-            # A trailing space would be a token of its own, where captions have it at the head of the next word.
-            # And "</s>" spelled out in it is text.
-            model_inputs["input_ids"] = self.tokenizer(
-                prompt.rstrip(), return_tensors="pt", split_special_tokens=True
-            ).input_ids
+            # Captions have a space at the head of the next word, not as a trailing token. "</s>" is read as text.
+            encoded = self.tokenizer(prompt.rstrip(), return_tensors="pt", split_special_tokens=True)
+            model_inputs["input_ids"] = encoded.input_ids
         return model_inputs
 
     def _forward(
@@ -212,24 +196,21 @@ class ImageToTextPipeline(Pipeline):
         if hasattr(self, "_prepare_generate_kwargs"):
             generate_kwargs = self._prepare_generate_kwargs(generate_kwargs)
         elif "generation_config" not in generate_kwargs:
-            # All as arguments: beside a config `generate` deprecates them, and transformers 4 overrules a config's
-            # default values. What was given to the pipeline itself is where its config differs from the model's.
-            default = self.model.generation_config.to_dict()
-            own = {
-                name: value for name, value in self.generation_config.to_dict().items() if value != default.get(name)
-            }
+            # As arguments, which `generate` deprecates beside a config. The pipeline's own arguments are where its
+            # config differs from the model's.
+            own, default = self.generation_config.to_dict(), self.model.generation_config.to_dict()
+            own = {name: value for name, value in own.items() if value != default.get(name)}
             generate_kwargs = {**own, **generate_kwargs}
         if return_log_probs:
             generate_kwargs.update(return_dict_in_generate=True, output_logits=True)
         generated = self.model.generate(**model_inputs, **generate_kwargs)
         sequences = generated if isinstance(generated, torch.Tensor) else generated.sequences
-        # (images, captions of one image, tokens): the iterator takes batches apart along the first axis.
+        # (images, captions of one image, tokens): the iterator splits batches along the first axis.
         num_images = model_inputs["pixel_values"].shape[0]
         outputs = {"sequences": sequences.reshape(num_images, -1, sequences.shape[-1]), "error": errors}
         if return_log_probs:
-            log_probs, num_tokens = caption_log_probs(self.model, generated)
-            outputs["log_probs"] = log_probs.reshape(num_images, -1)
-            outputs["num_tokens"] = num_tokens.reshape(num_images, -1)
+            scores = dict(zip(("log_probs", "num_tokens"), caption_log_probs(self.model, generated)))
+            outputs |= {name: value.reshape(num_images, -1) for name, value in scores.items()}
         return outputs
 
     def postprocess(
@@ -256,4 +237,4 @@ class ImageEmbeddingPipeline(ImageFeatureExtractionPipeline):
         return self.model.get_image_features(**model_inputs)
 
 
-__all__ = ["ImageEmbeddingPipeline", "ImageToTextPipeline"]
+__all__ = ["ImageEmbeddingPipeline", "ImageToTextPipeline", "caption_log_probs"]

@@ -1,9 +1,7 @@
 """Opens one image the way a viewer would show it: any source, any mode in, an sRGB image out.
 
-The tensors themselves are made by transformers' own `CLIPImageProcessor` and the tokenizer, joined in a
-`GitProcessor` (see `preprocessor_config.json`); this file covers what these leave to the caller. Training,
-evaluation, the pipeline and the captioner without PyTorch all open their images here, so that a file looks the same to
-each of them.
+transformers' own `CLIPImageProcessor` and tokenizer, joined in a `GitProcessor`, make the tensors. Training,
+evaluation, pipeline and ONNX captioner all open their images here, so that a file has the same pixels in each of them.
 """
 
 import base64
@@ -20,8 +18,7 @@ from typing import Any
 from PIL import Image, ImageChops, ImageCms
 
 
-# What photos and drawings come in. Pillow opens more: EPS starts Ghostscript, and what hardly anybody uses hardly
-# anybody has attacked yet.
+# Pillow opens more, but EPS starts Ghostscript, and rare decoders are the least tested.
 FORMATS = (
     *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF"),
     "WEBP",
@@ -31,32 +28,31 @@ IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".hif"),
     *(".avif", ".jp2", ".j2k", ".mpo", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".qoi", ".dib"),
 )
-# Pixels that are decoded at most: 510 MB and half a second for a PNG of two megabytes.
+# Decoded pixels at most: 510 MB and half a second for a PNG of two megabytes.
 MAX_IMAGE_PIXELS = 2**27
-# Pixels of a JPEG of one scan, which is decoded at a fraction of its size: phones take 200 million (0.4 s, 50 MB).
+# Pixels of a JPEG of one scan, which is decoded at a fraction of its size: phones write 200 million (0.4 s, 50 MB).
 MAX_JPEG_PIXELS = 2**28
-# Slower decoders that keep several copies, whatever the file's size. Phones write at most 50 million pixels in the
-# first three, which take 1 to 2 seconds and 380 MB (HEIF), 460 MB (AVIF) or 810 MB (WebP); JPEG 2000 would take 4
-# seconds and 940 MB. An animated PNG (APNG) is composed frame upon frame.
+# Slower decoders that keep several copies. Phones write at most 50 million pixels in the first three, which take 1 to 2
+# seconds and 380 MB (HEIF), 460 MB (AVIF) or 810 MB (WebP). An animated PNG (APNG) is composed frame upon frame.
 MAX_SLOW_IMAGE_PIXELS = {
     **dict.fromkeys(("AVIF", "HEIF", "WEBP"), 8192 * 6144),
     **dict.fromkeys(("JPEG2000", "APNG"), 2**25),
 }
-# A progressive JPEG is passed over once a scan; it usually has ten, but a small file may hold thousands.
+# A progressive JPEG is decoded once a scan; it usually has ten, but a small file may hold thousands.
 MAX_SCANNED_PIXELS = 2**30
-# The image processor resizes the shorter side and then keeps the middle square, so that what lies further out than
-# this is never seen; resizing it all the same would let a 1 x 50,000 image ask for gigabytes.
+# The image processor resizes the shorter side and then crops the middle square: without a crop before, a 1 x 50,000
+# image would take gigabytes.
 MAX_ASPECT_RATIO = 4
-# Before its colours are converted, a picture is shrunk by whole numbers while its shorter side stays this long.
+# Before its colours are converted, an image is reduced by a whole factor; its shorter side stays at least this long.
 LARGE_SIDE = 2048
-# Seconds to wait for a URL, where the caller doesn't say; transformers would wait for ever.
+# Default timeout for a URL in seconds; transformers has none.
 URL_TIMEOUT = 10.0
-# Bytes of an answer that may be an image.
+# Bytes of a response at most.
 MAX_DOWNLOAD = 2**28
 
-# What stands behind `ftyp` at the head of a HEIC or HEIF file.
+# Brands behind `ftyp` at the head of a HEIC or HEIF file.
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
-# What isn't compressed data: there, FF is followed by 0 or the number of a restart.
+# In compressed data, FF is followed by 0 or a restart marker.
 JPEG_MARKER = rb"\xff[^\x00\x01\xff\xd0-\xd7]"
 EXIF_ORIENTATION = 0x0112
 TRANSPOSITIONS = {
@@ -69,7 +65,7 @@ TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 
-# 16 x 16 x 16 colours, by which a profile that changes nothing is known.
+# 16 x 16 x 16 colours, to find profiles that change nothing.
 COLOURS = Image.frombytes("RGB", (64, 64), bytes(v for rgb in product(range(0, 256, 17), repeat=3) for v in rgb))
 
 
@@ -78,10 +74,9 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
 
     Args:
         image: a path, an `http(s)://` URL, a base64 string (with or without its `data:image/...` head), the bytes of an
-            image file, a `PIL.Image.Image`, or a dict with `bytes` and/or `path` as `datasets` gives an image that it
-            has not decoded.
+            image file, a `PIL.Image.Image`, or a dict with `bytes` and/or `path` as `datasets` gives undecoded images.
         timeout: seconds to wait for a URL; `URL_TIMEOUT` when not given.
-        name: what to call the image in an error; the path or URL when not given.
+        name: of the image in errors; the path or URL when not given.
 
     Returns:
         A `PIL.Image.Image` in mode RGB without `info`, its sides at most 1:4 (the middle is kept), its shorter side
@@ -94,7 +89,7 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
     """
     if isinstance(image, dict):
         name = name or image.get("path")
-        # An empty file is one: its path may name another one here.
+        # Even empty bytes are the image: on this machine, the path may name another.
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, os.PathLike):
         image = os.fspath(image)
@@ -113,7 +108,7 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
         raise ValueError(f"no such image file: {name}") from None
     except Exception as error:
         # Pillow's decoders raise a dozen unrelated types on broken files (struct.error, SyntaxError, EOFError, ...).
-        # "cannot identify image file <BytesIO object at ...>" says nothing but an address.
+        # The message of `UnidentifiedImageError` is an address in memory.
         reason = "not an image file" if type(error).__name__ == "UnidentifiedImageError" else str(error)
         raise ValueError(f"cannot read image {name}: {reason or type(error).__name__}") from error
 
@@ -132,15 +127,7 @@ def to_rgb(image: "Image.Image") -> "Image.Image":
 
 
 def preprocess_images(image_processor: Any, images: Sequence["Image.Image"]) -> Any:
-    """Pixel values by any of transformers' image processors.
-
-    Args:
-        image_processor: on Pillow or on torchvision, of transformers 4 or 5.
-        images: RGB, as `load_image` returns them.
-
-    Returns:
-        Float tensor (len(images), 3, crop height, crop width).
-    """
+    """Pixel values (len(images), 3, height, width), float, of RGB images by any of transformers' image processors."""
     images = [image if image.height > 4 else _enlarge(image, image_processor) for image in images]
     return image_processor(images, return_tensors="pt")["pixel_values"]
 
@@ -148,8 +135,8 @@ def preprocess_images(image_processor: Any, images: Sequence["Image.Image"]) -> 
 def _enlarge(image: "Image.Image", image_processor: Any) -> "Image.Image":
     """Bicubic, to the size that `CLIPImageProcessor` on Pillow gives an image.
 
-    From the shape of an array, processors guess which axis holds the channels, and take 1, 3 or 4 rows for them.
-    `input_data_format` would tell them, but those on torchvision apply it to what they have already transposed.
+    Processors guess the channel axis from the shape of an array, and take 1, 3 or 4 rows for channels; those on
+    torchvision apply `input_data_format` to an array that they have already transposed.
     """
     edge, short = dict(image_processor.size).get("shortest_edge") or 224, min(image.size)
     return image.resize(tuple(int(edge * side / short) for side in image.size), Image.Resampling.BICUBIC)
@@ -166,15 +153,15 @@ def _to_rgb(image: "Image.Image", may_draft: bool) -> "Image.Image":
             most = max(16, MAX_SCANNED_PIXELS // decoded)
             raise ValueError(f"expected at most {most} scans in a JPEG of {decoded:,} pixels, got {scans}")
         if may_draft and shrinking > 1 and decoded <= MAX_JPEG_PIXELS:
-            # Decodes every second, fourth or eighth pixel. It changes the opened image, which must not be a caller's.
+            # Decodes every second, fourth or eighth pixel. It changes the opened image, so that must not be a caller's.
             image.draft(None, (width // shrinking, height // shrinking))
-            # More scans than one are kept at full size until the last is read.
+            # Several scans are kept at full size until the last is read.
             decoded = image.width * image.height if scans == 1 else decoded
     if not 0 < decoded <= limit:
         of_kind = f" of this kind ({kind})" if kind else ""
         raise ValueError(f"expected 1 to {limit:,} pixels in an image{of_kind}, got {width} x {height}")
     image.load()
-    # Decoding a TIFF turns it; older releases of Pillow leave the tag, which would turn it once more.
+    # Decoding a TIFF already rotates it; older releases of Pillow leave the tag.
     orientation = 1 if image.format == "TIFF" else _exif_orientation(image)
     image = _crop_to_aspect_ratio(image, MAX_ASPECT_RATIO)
     image = _shrink(image)
@@ -192,7 +179,7 @@ def _to_rgb(image: "Image.Image", may_draft: bool) -> "Image.Image":
     if alpha is not None:
         image.putalpha(alpha)
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    # Orientation and profile are applied: whatever reads this image again must not find them.
+    # Orientation and profile are applied: nothing must apply them again.
     image.info = {}
     return image
 
@@ -220,35 +207,38 @@ def _to_srgb(image: "Image.Image", profile: bytes | None) -> "Image.Image":
 
 
 def _open(image: Any, timeout: float | None) -> "Image.Image":
-    """Opens, without decoding it yet, what is no `PIL.Image.Image` already."""
+    """Opens a path, URL, base64 string or bytes, without decoding."""
     if isinstance(image, str) and not os.path.exists(image):
         if image.startswith(("http://", "https://")):
             image = _download(image, URL_TIMEOUT if timeout is None else timeout)
         elif image.startswith("data:image/") or _may_be_base64(image):
-            image = _from_base64(image)
+            try:
+                image = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image)
+            except binascii.Error as error:
+                raise ValueError(f"not base64: {error}") from None
         else:
             raise FileNotFoundError(image)
     if isinstance(image, str):
-        # Reading a pipe would wait for whoever writes to it.
+        # Reading a pipe would block.
         if not os.path.isfile(image):
             raise ValueError("expected a file")
         with open(image, "rb") as file:
             head = file.read(64)
     else:
         head, image = bytes(image[:64]), io.BytesIO(image)
-    # Makes Pillow's plugins known, so that those of `FORMATS` can be named.
+    # Registers Pillow's plugins.
     Image.init()
     is_heif = head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and b"avif" not in head
     if is_heif and "HEIF" not in Image.OPEN:
         _register_heif()
     if head.startswith(b"\xff\xd8\xff"):
-        # Not by `Image.open`, which refuses 179 million pixels although a JPEG needn't be decoded in full.
+        # `Image.open` would refuse 179 million pixels, although a JPEG needn't be decoded in full.
         return Image.OPEN["JPEG"][0](image)
     return Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])
 
 
 def _register_heif() -> None:
-    # transformers' check of remote code leaves out imports in a `try`: this one is optional.
+    # transformers' check of remote code ignores imports in a `try`: this one is optional.
     try:
         from pillow_heif import register_heif_opener
     except ImportError:
@@ -256,19 +246,12 @@ def _register_heif() -> None:
     register_heif_opener()
 
 
-def _from_base64(text: str) -> bytes:
-    try:
-        return base64.b64decode(text.partition(",")[2] if text.startswith("data:") else text, validate=False)
-    except binascii.Error as error:
-        raise ValueError(f"not base64: {error}") from None
-
-
 def _download(url: str, timeout: float) -> bytes:
     """The bytes behind a URL, by the HTTP client that transformers uses: requests before version 5, httpx since.
 
-    transformers' own `load_image` would also convert the picture, and paint transparency black.
+    transformers' own `load_image` would also convert the image, with transparency as black.
     """
-    # Only here, since it imports PyTorch: a file on the disk needs neither.
+    # Imported here, because it imports PyTorch.
     from transformers import image_utils
 
     if hasattr(image_utils, "httpx"):
@@ -289,7 +272,7 @@ def _read_answer(answer: Any, blocks: Iterable[bytes]) -> bytes:
 
 
 def _may_be_base64(text: str) -> bool:
-    # No image file is shorter than this in base64, and hardly a path is longer.
+    # No image file is shorter than this in base64, and few paths are longer.
     return len(text) > 80 and "." not in text and not text.startswith(("/", "~"))
 
 
@@ -302,16 +285,16 @@ def _describe(image: Any) -> str:
 
 
 def _exif_orientation(image: "Image.Image") -> int:
-    """1 to 8; 1 where there is no EXIF or none that can be read, as viewers take it."""
+    """1 to 8; 1 without readable EXIF, as in viewers."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
     except (SyntaxError, struct.error, LookupError, TypeError, ValueError, OSError, EOFError, ArithmeticError):
-        # What Pillow raises on what anybody may have written there; the picture itself is whole.
+        # Raised by Pillow on malformed EXIF; the image itself may be intact.
         return 1
 
 
 def _count_scans(image: "Image.Image") -> int:
-    """Scans of a JPEG that isn't decoded yet: passes over the whole image, without those of an embedded thumbnail."""
+    """Scans of a JPEG that isn't decoded yet, without those of an embedded thumbnail."""
     file = getattr(image, "fp", None)
     if file is None:
         return 0
@@ -326,7 +309,7 @@ def _count_scans(image: "Image.Image") -> int:
         if marker[0] == b"\xff\xd9":
             break
         scans += marker[0] == b"\xff\xda"
-        # A segment's length stands after its marker.
+        # A segment's length follows its marker.
         position = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
     return scans
 
@@ -340,10 +323,7 @@ def _shrinking(size: tuple[int, int]) -> int:
 
 
 def _shrink(image: "Image.Image") -> "Image.Image":
-    """Averages a large picture by blocks; strip by strip where it must first be converted to what can be averaged.
-
-    To convert 100 million pixels first, and then to resize them, would take four copies of all of them.
-    """
+    """Averages a large image by blocks; strip by strip where it must be converted first, to save memory."""
     factor = _shrinking(image.size)
     if factor == 1:
         return image
@@ -362,29 +342,23 @@ def _shrink(image: "Image.Image") -> "Image.Image":
         strips.append(strip.reduce(factor))
     small = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
     small.info = dict(strips[0].info)
-    top = 0
-    for strip in strips:
-        small.paste(strip, (0, top))
-        top += strip.height
+    # All strips but the last have the same height.
+    for index, strip in enumerate(strips):
+        small.paste(strip, (0, index * strips[0].height))
     return small
 
 
 def _scale_to_8_bits(image: "Image.Image") -> "Image.Image":
-    """Integer and float grey images to mode L. `Image.convert` would clip them at 255 to a white picture."""
+    """Integer and float grey images to mode L; `Image.convert` would clip them at 255."""
     is_float = image.mode == "F"
     if not is_float:
         image = image.convert("I")
     low, high = image.getextrema()
     if not (math.isfinite(low) and math.isfinite(high)):
         raise ValueError(f"expected finite pixels, got {low} to {high}")
-    if is_float and 0 <= low and high <= 1:
-        low, span = 0, 1
-    elif 0 <= low and high <= 255:
-        low, span = 0, 255
-    elif 0 <= low and high <= 65_535:
-        low, span = 0, 65_535
-    else:
-        span = (high - low) or 1
+    limits = (1, 255, 65_535) if is_float else (255, 65_535)
+    span = next((limit for limit in limits if 0 <= low and high <= limit), None)
+    low, span = (0, span) if span else (low, (high - low) or 1)
     scale = 255 / span
     scaled = image.point(lambda value: value * scale - low * scale).convert("L")
     if isinstance(image.info.get("transparency"), int):
@@ -395,7 +369,7 @@ def _scale_to_8_bits(image: "Image.Image") -> "Image.Image":
 def _crop_to_aspect_ratio(image: "Image.Image", max_ratio: int) -> "Image.Image":
     width, height = image.size
     new_width, new_height = min(width, max_ratio * height), min(height, max_ratio * width)
-    if (new_width, new_height) == (width, height):
+    if (new_width, new_height) == image.size:
         return image
     left, top = (width - new_width) // 2, (height - new_height) // 2
     return image.crop((left, top, left + new_width, top + new_height))

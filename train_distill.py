@@ -34,21 +34,12 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
 from tinycap import train_teacher
-from tinycap.configuration_tinycap import MEMORIES, TinyCapConfig
+from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.training.arguments import (
-    FLAG,
-    ArgumentParser,
-    add_data_arguments,
-    add_optimisation_arguments,
-    add_output_arguments,
-    check_common_arguments,
-    check_sources,
-    parse_flags,
-)
+from tinycap.training.arguments import build_parser, check_sources, parse_flags
 from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.best_model import BEST_FILE, keep_best, load_best
 from tinycap.training.checkpoints import (
@@ -81,7 +72,6 @@ from tinycap.training.loop import (
 )
 from tinycap.training.model_card import summarize, write_model_card
 from tinycap.training.optimization import (
-    OPTIMIZERS,
     create_optimizer,
     create_scheduler,
     plan_steps,
@@ -103,14 +93,12 @@ from tinycap.training.run_folder import (
 from tinycap.training.scenes import scene_splits, score_scene_captions
 from tinycap.training.scst import SelfCriticalObjective
 from tinycap.training.streaming import StreamingCaptionDataset
-from tinycap.training.teacher import FEATURES, Teacher
+from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 from tinycap.training.tokenizer import MIN_VOCAB_SIZE, load_tokenizer, train_tokenizer
 
 
 logger = get_logger(__name__)
-
-OBJECTIVES = ("cross_entropy", "scst")
 
 # With no dataset: a small student whose patches are the cells of a scene, for ten minutes of two CPU cores.
 SCENE_CONFIG = {
@@ -125,22 +113,6 @@ SCENE_CONFIG = {
     },
     "text_config": {"hidden_size": 128, "intermediate_size": 384, "max_position_embeddings": 48},
 }
-SCENE_DEFAULTS = {
-    "max_train_samples": 12000,
-    "max_eval_samples": 500,
-    "per_device_train_batch_size": 32,
-    "captions_per_image": 1,
-    "num_train_epochs": 10.0,
-    "learning_rate": 1e-3,
-    "patch_learning_rate_scale": 0.1,
-    "num_warmup_steps": 100,
-    "vocab_size": 512,
-    "dropout": 0.0,
-    "crop_scale": 1.0,
-    "horizontal_flip": False,
-    "color_jitter": 0.0,
-    "max_caption_length": 40,
-}
 # Of the whole run's time, teacher and student, by processor time.
 SCENE_TEACHER_SHARE = 0.25
 
@@ -148,177 +120,12 @@ SCENE_TEACHER_SHARE = 0.25
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
-def build_parser() -> argparse.ArgumentParser:
-    parser = ArgumentParser(__doc__.split("\n\n")[0])
-    model = parser.add_argument_group(
-        "model", "A flag that isn't given leaves the value of --model_name_or_path or --config_name as it is."
-    )
-    model.add_argument("--model_name_or_path", help="continue from this TinyCap checkpoint")
-    model.add_argument(
-        "--config_name", help="folder or JSON file of a TinyCapConfig; the seed architecture if not given"
-    )
-    model.add_argument(
-        "--memory",
-        choices=MEMORIES,
-        help="what the decoder attends to; as the config says if not given. Other than a checkpoint's: its projection "
-        "begins anew",
-    )
-    model.add_argument("--image_size", type=int, help="side of the pictures in pixels; as the config says if not given")
-    model.add_argument("--tokenizer_name", help="a pretrained tokenizer; one is trained on the captions if not given")
-    model.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer trained on the captions")
-    model.add_argument("--dropout", type=float, default=0.1, help="dropout of the decoder's embeddings and sublayers")
-    model.add_argument(
-        "--memory_noise",
-        type=float,
-        default=0.0,
-        help="length of the noise that training adds to the embedding (of length 1) before the decoder sees it",
-    )
-    model.add_argument(
-        "--freeze_vision_model", action=FLAG, default=False, help="train the decoder alone: the student stays as it is"
-    )
-    model.add_argument(
-        "--patch_dropout", type=float, default=0.0, help="share of an image's patches left out of a training step"
-    )
-
-    teacher = parser.add_argument_group("teacher and objective")
-    teacher.add_argument(
-        "--teacher_name_or_path",
-        help="a CLIP vision model, such as openai/clip-vit-base-patch32, or what train_teacher.py has trained",
-    )
-    teacher.add_argument(
-        "--teacher_feature",
-        choices=FEATURES,
-        default="pooled",
-        help="the target: the pooled output before the visual projection, or image_embeds after it",
-    )
-    teacher.add_argument(
-        "--teacher_cache_dir",
-        help="folder for the teacher's embeddings, computed once for all runs; asked in every step if not given",
-    )
-    teacher.add_argument(
-        "--teacher_views", type=int, default=8, help="differently cropped views of a photo in the cache"
-    )
-    teacher.add_argument(
-        "--distill_weight", type=float, default=1.0, help="weight of the distillation loss; 0: no teacher"
-    )
-    teacher.add_argument(
-        "--objective",
-        choices=OBJECTIVES,
-        default="cross_entropy",
-        help="what captions are trained by; scst: the CIDEr of sampled ones, for a model that captions already",
-    )
-    teacher.add_argument("--scst_samples", type=int, default=5, help="captions sampled for a photo with scst")
-    teacher.add_argument(
-        "--mixup",
-        type=float,
-        default=0.0,
-        help="share of pictures mixed with another photo's, to learn the teacher's answer to them and no captions",
-    )
-    teacher.add_argument("--label_smoothing", type=float, default=0.0, help="label smoothing of the caption loss")
-
-    add_data_arguments(parser)
-    parser.add_argument("--streaming", action=FLAG, default=False, help="read the training photos as they come")
-    add_optimisation_arguments(parser, batch_size=64, captions_per_image=5, learning_rate=1e-3, weight_decay=0.05)
-    parser.add_argument(
-        "--optimizer",
-        choices=OPTIMIZERS,
-        default="adamw",
-        help="what trains the weight matrices; muon learns more from a step, which takes longer: for large batches",
-    )
-    parser.add_argument("--gradient_checkpointing", action=FLAG, default=False, help="less memory, more time")
-    add_output_arguments(parser, output_dir="outputs/tinycap")
-    parser.add_argument("--num_beams", type=int, default=3, help="beams of validation and of the saved model")
-    parser.add_argument(
-        "--length_penalty",
-        type=float,
-        default=1.0,
-        help="a beam search compares captions by log-probability / length ** this: above 0, it favours longer ones",
-    )
-    parser.add_argument(
-        "--load_best_model_at_end",
-        action=FLAG,
-        default=False,
-        help="save the weights of the best CIDEr, not the last",
-    )
-    parser.add_argument("--push_to_hub", action=FLAG, default=False, help="upload the result")
-    parser.add_argument("--hub_model_id", help="repository to upload to; the output folder's name if not given")
-    return parser
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the flags; every contradiction is an error that names them."""
-    parser = build_parser()
-    args = parse_flags(parser, argv, SCENE_DEFAULTS)
-
-    def refuse(condition: bool, message: str) -> None:
-        if condition:
-            parser.error(message)
-
-    check_common_arguments(args, refuse)
-    refuse(args.streaming and args.mixup > 0, "--mixup: not with --streaming, which holds no other photo at hand")
-    refuse(args.streaming and args.teacher_cache_dir is not None, "--teacher_cache_dir: not with --streaming")
-    refuse(args.dataset_name is None and args.streaming, "--streaming: needs --dataset_name")
+    args = parse_flags("distill", argv, __doc__.split("\n\n")[0])
     if "distill_weight" in args.given or (args.model_name_or_path is None and args.config_name is None):
         for problem in distillation_problems(args):
-            parser.error(problem)
-    refuse(
-        args.objective == "scst" and args.mixup > 0,
-        "--mixup: not with --objective scst, whose reward needs the captions of every picture",
-    )
-    refuse(
-        args.teacher_cache_dir is None and args.teacher_views != parser.get_default("teacher_views"),
-        "--teacher_views: needs --teacher_cache_dir",
-    )
-    refuse(args.teacher_views < 1, f"--teacher_views: expected a positive number, got {args.teacher_views}")
-    refuse(
-        args.model_name_or_path is not None and args.config_name is not None,
-        "--config_name: contradicts --model_name_or_path, which brings its own configuration",
-    )
-    refuse(
-        args.model_name_or_path is not None and args.tokenizer_name is not None,
-        "--tokenizer_name: contradicts --model_name_or_path, which brings its own tokenizer",
-    )
-    refuse(
-        args.freeze_vision_model and args.model_name_or_path is None,
-        "--freeze_vision_model: needs --model_name_or_path, a student that is worth keeping",
-    )
-    refuse(
-        args.freeze_vision_model and args.distill_weight > 0,
-        f"--distill_weight: expected 0 with --freeze_vision_model, which leaves a teacher nothing to teach, "
-        f"got {args.distill_weight}",
-    )
-    refuse(
-        args.freeze_vision_model and args.patch_dropout > 0,
-        "--patch_dropout: contradicts --freeze_vision_model: the decoder learns from what the student will show it",
-    )
-    refuse(
-        args.objective == "scst" and args.model_name_or_path is None,
-        "--objective scst: needs --model_name_or_path, a model whose captions are worth comparing",
-    )
-    refuse(
-        args.objective == "scst" and args.streaming, "--streaming: not with --objective scst, which counts all words"
-    )
-    refuse(
-        args.objective == "scst" and args.label_smoothing > 0,
-        "--label_smoothing: contradicts --objective scst, whose loss has no labels to smooth",
-    )
-    refuse(not args.memory_noise >= 0, f"--memory_noise: expected at least 0, got {args.memory_noise}")
-    refuse(args.scst_samples < 2, f"--scst_samples: expected at least 2, got {args.scst_samples}")
-    refuse(args.streaming and args.max_train_steps is None, "--streaming: needs --max_train_steps, the end of the run")
-    refuse(args.hub_model_id is not None and not args.push_to_hub, "--hub_model_id: needs --push_to_hub")
-    refuse(
-        args.load_best_model_at_end and args.evaluation_steps is None,
-        "--load_best_model_at_end: needs --evaluation_steps, validations to choose from",
-    )
-    refuse(args.num_beams < 1, f"--num_beams: expected a positive number, got {args.num_beams}")
-    refuse(
-        args.num_beams == 1 and args.length_penalty != parser.get_default("length_penalty"),
-        "--length_penalty: needs --num_beams of at least 2, captions to choose from",
-    )
-    refuse(not args.distill_weight >= 0, f"--distill_weight: expected at least 0, got {args.distill_weight}")
-    for name in ("dropout", "patch_dropout", "mixup", "label_smoothing"):
-        value = getattr(args, name)
-        refuse(not 0 <= value < 1, f"--{name}: expected a number in [0, 1), got {value}")
+            build_parser("distill").error(problem)
     return args
 
 

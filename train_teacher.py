@@ -32,15 +32,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 # Run as a script, the folder of this file is on the path and `tinycap.py` makes it the package.
 from tinycap.modeling_tinycap import position_table
-from tinycap.training.arguments import (
-    ArgumentParser,
-    add_data_arguments,
-    add_optimisation_arguments,
-    add_output_arguments,
-    check_common_arguments,
-    check_sources,
-    parse_flags,
-)
+from tinycap.training.arguments import build_parser, check_sources, parse_flags
 from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.checkpoints import load_checkpoint, resolve_resume, seed_step
 from tinycap.training.data import SkippedRows, decode_dataset, load_splits, resolve_columns
@@ -79,107 +71,20 @@ MAX_LOGIT_SCALE = math.log(100.0)
 # Captions that a locked sentence encoder reads once: at 384 values 0.3 GB in each process, with the captions' ids.
 MAX_REMEMBERED_CAPTIONS = 200_000
 
-SCENE_DEFAULTS = {
-    "max_train_samples": 12000,
-    "max_eval_samples": 500,
-    "image_size": 96,
-    "patch_size": 32,
-    "hidden_size": 128,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "projection_dim": 256,
-    "text_hidden_size": 128,
-    "text_num_hidden_layers": 2,
-    "text_num_attention_heads": 4,
-    "vocab_size": 512,
-    "max_caption_length": 40,
-    "per_device_train_batch_size": 128,
-    "learning_rate": 1e-3,
-    "patch_learning_rate_scale": 0.1,
-    "num_train_epochs": 4.0,
-    "num_warmup_steps": 50,
-    "crop_scale": 1.0,
-    "horizontal_flip": False,
-    "color_jitter": 0.0,
-}
-
 
 # --- arguments --------------------------------------------------------------------------------------------------------
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the flags; every contradiction is an error that names them."""
-    parser = ArgumentParser(__doc__.split("\n\n")[0])
-    model = parser.add_argument_group("model")
-    model.add_argument("--image_size", type=int, default=224, help="side of the pictures in pixels")
-    model.add_argument("--patch_size", type=int, default=32, help="side of a patch in pixels")
-    model.add_argument("--hidden_size", type=int, default=256, help="width of the image tower")
-    model.add_argument("--num_hidden_layers", type=int, default=6, help="layers of the image tower")
-    model.add_argument("--num_attention_heads", type=int, default=4, help="heads of the image tower")
-    model.add_argument("--text_hidden_size", type=int, default=256, help="width of the text tower")
-    model.add_argument("--text_num_hidden_layers", type=int, default=3, help="layers of the text tower")
-    model.add_argument("--text_num_attention_heads", type=int, default=4, help="heads of the text tower")
-    model.add_argument("--projection_dim", type=int, default=512, help="width of the joint image-text space")
-    model.add_argument("--attention_dropout", type=float, default=0.0, help="dropout of the attention weights")
-    model.add_argument(
-        "--text_model_name_or_path",
-        help="a sentence encoder to learn against, which stays as it is; a text tower is trained if not given",
-    )
-    model.add_argument("--tokenizer_name", help="a pretrained tokenizer; one is trained on the captions if not given")
-    model.add_argument(
-        "--image_model_name_or_path",
-        help="a pretrained image classifier of any architecture to start the image tower from, with a new head; a CLIP "
-        "image tower with fresh weights if not given",
-    )
-    model.add_argument(
-        "--freeze_image_model",
-        action=argparse.BooleanOptionalAction,
-        default=False,
-        help="let only the pretrained image model's new head learn",
-    )
-    model.add_argument("--vocab_size", type=int, default=8192, help="tokens of the tokenizer trained on the captions")
-    add_data_arguments(parser)
-    add_optimisation_arguments(parser, batch_size=256, captions_per_image=1, learning_rate=1e-3, weight_decay=0.1)
-    add_output_arguments(parser, output_dir="outputs/teacher")
-    args = parse_flags(parser, argv, SCENE_DEFAULTS)
-
-    def refuse(condition: bool, message: str) -> None:
-        if condition:
-            parser.error(message)
-
-    check_common_arguments(args, refuse)
-    sizes = ("image_size", "patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "projection_dim")
-    for name in (*sizes, "text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads"):
-        refuse(getattr(args, name) < 1, f"--{name}: expected a positive number, got {getattr(args, name)}")
-    refuse(
-        args.image_model_name_or_path is None and args.image_size % args.patch_size != 0,
-        f"--image_size: expected a multiple of --patch_size {args.patch_size}, got {args.image_size}",
-    )
+    args = parse_flags("teacher", argv, __doc__.split("\n\n")[0])
+    parser = build_parser("teacher")
+    if args.image_model_name_or_path is None and args.image_size % args.patch_size != 0:
+        parser.error(f"--image_size: expected a multiple of --patch_size {args.patch_size}, got {args.image_size}")
     for prefix in ("", "text_"):
         width, heads = getattr(args, f"{prefix}hidden_size"), getattr(args, f"{prefix}num_attention_heads")
-        refuse(width % heads != 0, f"--{prefix}hidden_size: expected a multiple of {heads} heads, got {width}")
-    image_model = args.image_model_name_or_path
-    refuse(args.freeze_image_model and image_model is None, "--freeze_image_model: needs --image_model_name_or_path")
-    if image_model is not None:
-        refuse(
-            args.text_model_name_or_path is None,
-            "--image_model_name_or_path: needs --text_model_name_or_path, a sentence encoder to learn against",
-        )
-        for name in ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "attention_dropout"):
-            refuse(
-                getattr(args, name) != parser.get_default(name),
-                f"--{name}: contradicts --image_model_name_or_path, which brings its own",
-            )
-    if args.text_model_name_or_path is not None:
-        for name in ("text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads", "tokenizer_name"):
-            refuse(
-                getattr(args, name) != parser.get_default(name),
-                f"--{name}: contradicts --text_model_name_or_path, which brings its own",
-            )
-    refuse(
-        not 0 <= args.attention_dropout < 1,
-        f"--attention_dropout: expected a number in [0, 1), got {args.attention_dropout}",
-    )
+        if width % heads != 0:
+            parser.error(f"--{prefix}hidden_size: expected a multiple of {heads} heads, got {width}")
     return args
 
 

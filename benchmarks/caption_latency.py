@@ -2,10 +2,11 @@
 
     python benchmarks/caption_latency.py --output_dir outputs/caption_latency
 
-All captioners take turns in one process, warm, on one thread, each making exactly 16 tokens greedily: wall and CPU time
-for batches, every ratio taken within its round. Start-up and peak memory are those of a cold process each, until its
-first caption. Peers have their published sizes and random weights (`peers.py`); TinyCap is the released checkpoint.
-Writes JSON, a Markdown table and a plot.
+All captioners take turns in one process, warm, on one thread, each making exactly 16 tokens greedily, TinyCap also with
+its default of 3 beams: wall and CPU time for batches, every ratio to the greedy floor taken within its round. Start-up
+and peak memory are those of a cold process each, until its first caption. Peers have their published sizes and random
+weights (`peers.py`); TinyCap is the released checkpoint. Writes JSON, a Markdown table and a plot. A short try:
+`--without_peers --batch_sizes 1 --rounds 1`.
 """
 
 import argparse
@@ -19,9 +20,6 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import numpy as np
 import torch
 import transformers
@@ -30,13 +28,13 @@ from peers import PEERS, caption
 from PIL import Image
 from reference import ReferenceCaptioner
 
-from benchmarks.results import run_facts, save_results
+from benchmarks.results import benchmark_parser, run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.deploy.export import export_onnx
 
 # With its telemetry off, which is decided before its first import.
 from tinycap.deploy.onnx_captioner import OnnxCaptioner, onnxruntime
-from tinycap.deploy.token_search import greedy_search
+from tinycap.deploy.token_search import beam_search, greedy_search
 from tinycap.evaluation.captioning import load_captioner
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -50,17 +48,15 @@ REFERENCE = "reference implementation"
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "caption_latency")
     parser.add_argument("--model_name_or_path", default=".", help="a TinyCap repository")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="images run together")
+    parser.add_argument("--num_beams", type=int, nargs="+", default=[1, 3], help="beams of TinyCap, a row for each")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each captioner at each batch size")
     parser.add_argument("--without_peers", action="store_true", help="TinyCap, floor and reference only")
     parser.add_argument(
         "--patience", type=float, default=60.0, help="leave out what would take more seconds a call, by batch size 1"
     )
-    parser.add_argument("--output_dir", default="outputs/caption_latency", help="where the results go")
     return parser.parse_args()
 
 
@@ -70,37 +66,22 @@ def draw_photo(path: Path) -> None:
     Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def tinycap_captioners(folder: str, exported: Path, photo: Path) -> dict[str, Callable[[int], Callable]]:
-    """For each name, what makes a call for a batch size."""
+def tinycap_captioners(
+    folder: str, exported: Path, photo: Path, beams: list[int]
+) -> dict[str, Callable[[int], Callable]]:
+    """For each name, what makes a call for a batch size; rows of more than one beam say so in their names."""
     model, processor = load_captioner(folder)
     # An end token that no caption reaches, so that the check for it is paid for and never met.
-    never_ends = {"num_beams": 1, "max_new_tokens": NUM_TOKENS, "eos_token_id": model.config.pad_token_id}
+    never_ends = {"max_new_tokens": NUM_TOKENS, "eos_token_id": model.config.pad_token_id}
     floor = Floor(model)
-    parts = {"tokenizer": processor.tokenizer, "image_processor": processor.image_processor}
-    pipe = ImageToTextPipeline(model=model, **parts)
+    pipe = ImageToTextPipeline(model=model, tokenizer=processor.tokenizer, image_processor=processor.image_processor)
     sessions = {
         "ONNX float32": OnnxCaptioner.from_pretrained(exported, num_threads=1),
         "ONNX int8": OnnxCaptioner.from_pretrained(exported, quantized=True, num_threads=1),
     }
 
     def pixels(batch_size: int) -> torch.Tensor:
-        images = [load_image(photo)] * batch_size
-        return processor.image_processor(images, return_tensors="pt").pixel_values
-
-    def floor_from_file(batch_size: int) -> None:
-        sequences = floor(pixels(batch_size), NUM_TOKENS)
-        processor.batch_decode(sequences, skip_special_tokens=True)
-
-    def from_pixels(captioner: OnnxCaptioner, pixel_values: np.ndarray) -> None:
-        prompt = np.full((len(pixel_values), 1), captioner.start_token_id, np.int64)
-        greedy_search(captioner.decoding_step(captioner.encode(pixel_values)[0]), prompt, [], NUM_TOKENS)
-
-    def from_file(captioner: OnnxCaptioner, batch_size: int) -> None:
-        captioner.eos_token_ids = []
-        captioner([str(photo)] * batch_size, num_beams=1, max_new_tokens=NUM_TOKENS)
-
-    def call_pipe(pipe, batch_size: int) -> None:
-        pipe([str(photo)] * batch_size, batch_size=batch_size, **never_ends)
+        return processor.image_processor([load_image(photo)] * batch_size, return_tensors="pt").pixel_values
 
     def of_pixels(call: Callable) -> Callable[[int], Callable]:
         def prepare(batch_size: int) -> Callable:
@@ -109,24 +90,49 @@ def tinycap_captioners(folder: str, exported: Path, photo: Path) -> dict[str, Ca
 
         return prepare
 
+    def of_files(call: Callable) -> Callable[[int], Callable]:
+        return lambda batch_size: lambda: call([str(photo)] * batch_size)
+
+    check_same_captions(model, floor, sessions["ONNX float32"], pixels(2), never_ends)
     captioners = {
         FLOOR: of_pixels(lambda pixel_values: floor(pixel_values, NUM_TOKENS)),
-        "TinyCap, generate()": of_pixels(lambda pixel_values: model.generate(pixel_values, **never_ends)),
+        FLOOR_FROM_FILE: of_files(
+            lambda files: processor.batch_decode(floor(pixels(len(files)), NUM_TOKENS), skip_special_tokens=True)
+        ),
     }
-    for name, captioner in sessions.items():
-        captioners[f"TinyCap, {name}"] = of_pixels(
-            lambda pixel_values, captioner=captioner: from_pixels(captioner, pixel_values.numpy())
+    for num_beams in beams:
+        suffix = "" if num_beams == 1 else f", {num_beams} beams"
+        options = {**never_ends, "num_beams": num_beams}
+        captioners[f"TinyCap, generate(){suffix}"] = of_pixels(
+            lambda pixel_values, options=options: model.generate(pixel_values, **options)
         )
-    captioners |= {
-        FLOOR_FROM_FILE: lambda batch_size: lambda: floor_from_file(batch_size),
-        "TinyCap, pipeline, from a file": lambda batch_size: lambda: call_pipe(pipe, batch_size),
-    }
-    for name, captioner in sessions.items():
-        captioners[f"TinyCap, {name}, from a file"] = lambda batch_size, captioner=captioner: (
-            lambda: from_file(captioner, batch_size)
+        captioners[f"TinyCap, pipeline, from a file{suffix}"] = of_files(
+            lambda files, options=options: pipe(files, batch_size=len(files), **options)
         )
-    check_same_captions(model, floor, sessions["ONNX float32"], pixels(2), never_ends)
+        for name, captioner in sessions.items():
+            captioners[f"TinyCap, {name}{suffix}"] = of_pixels(
+                lambda pixel_values, captioner=captioner, num_beams=num_beams: search_by_onnx(
+                    captioner, pixel_values.numpy(), num_beams
+                )
+            )
+            captioner.eos_token_ids = []
+            captioners[f"TinyCap, {name}, from a file{suffix}"] = of_files(
+                lambda files, captioner=captioner, num_beams=num_beams: captioner(
+                    files, num_beams=num_beams, max_new_tokens=NUM_TOKENS
+                )
+            )
     return captioners
+
+
+def search_by_onnx(captioner: OnnxCaptioner, pixel_values: np.ndarray, num_beams: int = 1) -> list[list[int]]:
+    """The best `NUM_TOKENS` tokens of each image, (B, 3, H, W)."""
+    step = captioner.decoding_step(captioner.encode(pixel_values)[0])
+    prompt = np.full((len(pixel_values), 1), captioner.start_token_id, np.int64)
+    if num_beams == 1:
+        found = greedy_search(step, prompt, [], NUM_TOKENS)
+    else:
+        found = beam_search(step, prompt, [], NUM_TOKENS, num_beams)
+    return [rows[0] for rows in found.tokens]
 
 
 def check_same_captions(model, floor, captioner, pixel_values, never_ends) -> None:
@@ -136,10 +142,11 @@ def check_same_captions(model, floor, captioner, pixel_values, never_ends) -> No
         ValueError: it doesn't.
     """
     expected = floor(pixel_values, NUM_TOKENS)
-    prompt = np.full((len(pixel_values), 1), captioner.start_token_id, np.int64)
-    step = captioner.decoding_step(captioner.encode(pixel_values.numpy())[0])
-    found = [row[0] for row in greedy_search(step, prompt, [], NUM_TOKENS).tokens]
-    if not torch.equal(model.generate(pixel_values, **never_ends), expected) or found != expected[:, 1:].tolist():
+    generated = model.generate(pixel_values, num_beams=1, **never_ends)
+    if (
+        not torch.equal(generated, expected)
+        or search_by_onnx(captioner, pixel_values.numpy()) != expected[:, 1:].tolist()
+    ):
         raise ValueError("expected the same captions of floor, generate() and ONNX, got different ones")
 
 
@@ -271,7 +278,7 @@ def main() -> None:
         draw_photo(photo)
         export_onnx(args.model_name_or_path, exported, quantize=True)
         results["systems"] = describe_tinycap(Path(args.model_name_or_path), exported, photo)
-        captioners = tinycap_captioners(args.model_name_or_path, exported, photo)
+        captioners = tinycap_captioners(args.model_name_or_path, exported, photo, args.num_beams)
         captioners[REFERENCE], parameters = reference_captioner()
         results["systems"][REFERENCE] = {"parameters": parameters}
         if not args.without_peers:

@@ -14,12 +14,9 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.results import run_facts, save_results  # noqa: E402
-from tinycap.evaluation.reports import plot_groups  # noqa: E402
-from tinycap.training.logs import hours_of, read_json  # noqa: E402
+from benchmarks.results import benchmark_parser, run_facts, save_results
+from tinycap.evaluation.reports import plot_groups
+from tinycap.training.logs import hours_of, read_json
 
 
 # Key in the results, heading, digits.
@@ -61,10 +58,9 @@ class Recipe:
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser = benchmark_parser(__doc__, "compare_runs")
     parser.add_argument("--runs", nargs="+", required=True, help="'label=folder,folder': a recipe and its seeds' runs")
     parser.add_argument("--plot_over", help="a flag whose value becomes the plot's x axis")
-    parser.add_argument("--output_dir", default="outputs/compare_runs", help="where the results go")
     return parser.parse_args(argv)
 
 

@@ -13,9 +13,6 @@ import sys
 from pathlib import Path
 
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
 def caption_by_onnx(folder: str, photo: str, quantized: bool) -> None:
     from tinycap.deploy.onnx_captioner import OnnxCaptioner
 

@@ -13,10 +13,9 @@ class Floor:
 
     Args:
         model: the `TinyCapForConditionalGeneration` (memory "embedding") whose weights to use.
-        transpose_head: keep a second, transposed copy of the head; at one row some BLAS read it faster.
     """
 
-    def __init__(self, model, transpose_head: bool = True):
+    def __init__(self, model):
         vision, text = model.vision_model, model.decoder
         self.start = model.config.decoder_start_token_id
         self.eps = (vision.config.layer_norm_eps, text.config.layer_norm_eps)
@@ -30,9 +29,8 @@ class Floor:
         self.text_heads = text.config.num_attention_heads
         self.text = [self._layer(layer) for layer in text.layers]
         self.text_norm = (text.final_layer_norm.weight, text.final_layer_norm.bias)
-        self.head = model.lm_head.weight.detach().t()
-        if transpose_head:
-            self.head = self.head.contiguous()
+        # A transposed copy: at one row some BLAS read it faster.
+        self.head = model.lm_head.weight.detach().t().contiguous()
 
     @staticmethod
     def _layer(layer) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

@@ -8,14 +8,10 @@ of the generation config. Writes JSON and a Markdown table.
 
 import argparse
 import json
-import sys
 import tempfile
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from benchmarks.results import run_facts, save_results
+from benchmarks.results import benchmark_parser, run_facts, save_results
 from tinycap.deploy.export import export_onnx
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
 from tinycap.evaluation.captioning import caption_dataset, load_captioner
@@ -24,15 +20,12 @@ from tinycap.training.data import clean_captions, load_split, resolve_columns
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "onnx_agreement")
     parser.add_argument("--model_name_or_path", default=".", help="a TinyCap repository")
     parser.add_argument("--dataset_name", required=True, help="photos with several captions each")
     parser.add_argument("--split", default="validation", help="its split")
     parser.add_argument("--max_samples", type=int, help="use only the first so many photos")
     parser.add_argument("--batch_size", type=int, default=32, help="photos run through the model together")
-    parser.add_argument("--output_dir", default="outputs/onnx_agreement", help="where the results go")
     return parser.parse_args()
 
 

@@ -1,5 +1,6 @@
 """What every benchmark leaves: where and when it ran, its figures as JSON, and a Markdown table for the documents."""
 
+import argparse
 import datetime
 import os
 import platform
@@ -10,6 +11,17 @@ from pathlib import Path
 import torch
 
 from tinycap.training.logs import write_json, write_text
+
+
+def benchmark_parser(doc: str, name: str) -> argparse.ArgumentParser:
+    """A parser with the docstring's first paragraph and `--output_dir`, by default `outputs/<name>`."""
+    parser = argparse.ArgumentParser(
+        description=doc.split("\n\n")[0],
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output_dir", default=f"outputs/{name}", help="where the results go")
+    return parser
 
 
 def run_facts() -> dict[str, str | int]:

@@ -7,21 +7,14 @@ another picture's caption), once on what `PTBTokenizer` of CoreNLP 3.4.1 makes o
 `ptb_tokenize` does. Needs Java. Writes `tokenizer_agreement.json` and a Markdown row.
 """
 
-import argparse
-import sys
-from pathlib import Path
-
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 from pycocoevalcap.bleu.bleu import Bleu
 from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
+from benchmarks.results import benchmark_parser, run_facts, save_results
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
 from tinycap.training.data import load_split, resolve_columns
-from tinycap.training.logs import write_json, write_text
 
 
 def java_tokenize(captions: list[str]) -> list[str]:
@@ -48,13 +41,10 @@ def spoil(caption: str, other: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "tokenizer_agreement")
     parser.add_argument("--dataset_name", required=True, help="data set with several captions a picture")
     parser.add_argument("--split", default="validation", help="its split")
     parser.add_argument("--caption_column", help="column of the captions; found by its name if not given")
-    parser.add_argument("--output_dir", default="outputs/tokenizer_agreement", help="where the results go")
     args = parser.parse_args()
 
     dataset = load_split(args.dataset_name, args.split)
@@ -84,19 +74,23 @@ def main() -> None:
         abs(value) for name in ("human", "spoilt") for value in results[name]["moved"].values()
     )
 
-    output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / "tokenizer_agreement.json", results)
     row = (
-        "| captions | tokenised alike | CIDEr, Java | CIDEr, Python | BLEU-4, Java | BLEU-4, Python | largest move |\n"
-        "|---|---|---|---|---|---|---|\n"
         f"| {results['captions']:,} | {results['identical_percent']:.2f} % "
         f"| {results['human']['java']['cider']:.2f} | {results['human']['python']['cider']:.2f} "
         f"| {results['human']['java']['bleu_4']:.2f} | {results['human']['python']['bleu_4']:.2f} "
-        f"| {results['largest_move']:.3f} |\n"
+        f"| {results['largest_move']:.3f} |"
     )
-    write_text(output_dir / "tokenizer_agreement.md", row)
-    print(row)
+    heads = (
+        "captions",
+        "tokenised alike",
+        "CIDEr, Java",
+        "CIDEr, Python",
+        "BLEU-4, Java",
+        "BLEU-4, Python",
+        "largest move",
+    )
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|", row]
+    save_results(args.output_dir, "tokenizer_agreement", {**run_facts(), **results}, lines)
 
 
 if __name__ == "__main__":

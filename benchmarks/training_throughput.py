@@ -17,16 +17,13 @@ import time
 from itertools import count
 from pathlib import Path
 
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
 import torch
 from accelerate import Accelerator
 from reference import ReferenceCaptioner, as_pairs, reference_losses
 from torch.utils.data import DataLoader
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, get_scheduler
 
-from benchmarks.results import run_facts, save_results
+from benchmarks.results import benchmark_parser, run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -46,9 +43,7 @@ SEED = 0
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
-    )
+    parser = benchmark_parser(__doc__, "training_throughput")
     parser.add_argument("--dataset_name", required=True, help="photos with five captions each")
     parser.add_argument("--split", default="train", help="its split")
     parser.add_argument("--num_photos", type=int, default=512, help="photos that the batches are drawn from")
@@ -61,7 +56,6 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2, help="steps of a window")
     parser.add_argument("--windows", type=int, default=4, help="windows of each loop")
     parser.add_argument("--only", choices=("reference", "tinycap"), help="one loop, for its peak memory")
-    parser.add_argument("--output_dir", default="outputs/training_throughput", help="where the results go")
     return parser.parse_args()
 
 

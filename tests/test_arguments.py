@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 
 from tinycap import train_distill, train_teacher
+from tinycap.training.arguments import flags_of
 
 
 ROOT = Path(train_distill.__file__).resolve().parent
@@ -58,8 +59,8 @@ def test_null_leaves_a_flag_at_its_default(config_file):
         ("learning_rate: quick", ["--learning_rate", "'quick'"]),
         ("lr_scheduler_type: sine", ["--lr_scheduler_type", "'sine'"]),
         ("horizontal_flip: 3", ["--horizontal_flip", "'3'"]),
-        ("seed: true", ["--seed", "one argument"]),
-        ("seed: false", ["--no-seed"]),
+        ("seed: true", ["--seed", "'true'"]),
+        ("seed: false", ["--seed", "'false'"]),
         ("seed: [1, 2]", ["'seed'", "one value", "list"]),
         ("- seed", ["key: value", "list"]),
         ("seed: {", ["readable YAML"]),
@@ -106,3 +107,25 @@ def test_the_reference_recipe_is_what_was_published():
     assert args.per_device_train_batch_size * args.captions_per_image * args.gradient_accumulation_steps == 128
     assert (args.crop_scale, args.horizontal_flip, args.color_jitter, args.patch_dropout) == (1, False, 0, 0)
     assert args.num_beams == 1 and args.teacher_feature == "pooled" and args.memory is None
+
+
+def test_every_condition_in_the_table_names_a_flag():
+    names = {flag.name for script in ("distill", "teacher") for flag in flags_of(script)}
+    conditions = {name for script in ("distill", "teacher") for flag in flags_of(script) for name in flag.needs}
+    conditions |= {name for script in ("distill", "teacher") for flag in flags_of(script) for name in flag.excludes}
+    assert {condition.partition(" ")[0] for condition in conditions} <= names
+
+
+@pytest.mark.parametrize("value", ["nan", "inf", "-1"])
+def test_a_number_outside_its_range_is_an_error_that_names_both(value, capsys):
+    assert f"--learning_rate: expected a positive number, got {float(value)}" in refused(
+        ["--learning_rate", value], capsys
+    )
+
+
+def test_help_groups_the_flags_by_what_a_person_wants_to_do(capsys):
+    with pytest.raises(SystemExit):
+        train_distill.parse_args(["--help"])
+    text = capsys.readouterr().out
+    for title in ("train on your own images:", "learn from a teacher:", "save, resume and share:"):
+        assert title in text

@@ -16,6 +16,9 @@ from tinycap.training.repository import create_image_processor
 from tinycap.training.teacher import Teacher
 
 
+pytestmark = pytest.mark.slow
+
+
 # The published config.json, but for a text tower of one layer and few words: it is loaded with the file and not asked.
 CONFIG = {
     "projection_dim": 512,

@@ -93,7 +93,8 @@ def test_a_thread_that_takes_gradients_leaves_the_others_captions_alone(model, p
         assert all(torch.equal(found[job], expected[job]) for job in jobs)
 
 
-def test_eight_processes_load_a_repository_and_decode_a_data_set_at_once_with_cold_caches(repository, tmp_path):
+@pytest.mark.slow
+def test_eight_processes_start_at_once_with_cold_caches(repository, tmp_path):
     images = [{"bytes": png_bytes(draw_picture(index)), "path": None} for index in range(12)]
     rows = datasets.Dataset.from_dict({"image": images, "captions": [CAPTIONS[:2]] * 12})
     (tmp_path / "photos").mkdir()

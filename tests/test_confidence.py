@@ -215,12 +215,12 @@ def test_the_calibration_is_asked_for_with_the_models_token(repository, monkeypa
     asked = []
 
     def cached_file(name, filename, **options):
-        asked.append((name, filename, options["token"], options["revision"]))
+        asked.append((str(name), filename, options["token"], options["revision"]))
         return str(repository / filename)
 
-    monkeypatch.setattr("tinycap.modeling_tinycap.cached_file", cached_file)
+    monkeypatch.setattr("tinycap.vision_tinycap.cached_file", cached_file)
     model = TinyCapForConditionalGeneration.from_pretrained(repository, token="hf_secret", revision="v2")
-    assert asked == [(repository, "confidence.json", "hf_secret", "v2")]
+    assert asked == [(str(repository), name, "hf_secret", "v2") for name in ("model.safetensors", "confidence.json")]
     assert "hf_secret" not in repr(model.__dict__) + repr(model.config.to_dict()), "saved with the model"
 
 

@@ -80,6 +80,7 @@ def test_every_auto_class_opens_the_folder(repository):
     assert text.startswith("A brown")
 
 
+@pytest.mark.slow
 def test_a_new_process_elsewhere_loads_and_captions(repository, tmp_path):
     code = """
 import sys, torch

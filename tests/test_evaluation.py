@@ -417,6 +417,7 @@ def test_without_a_validation_split_what_training_held_out_is_scored(given, repo
     assert results["baselines"]["constant"]["chosen_from"] == "training captions"
 
 
+@pytest.mark.slow
 def test_importing_the_model_does_not_import_the_metrics():
     code = (
         "import sys, tinycap.modeling_tinycap, tinycap.pipeline_tinycap; "

@@ -18,8 +18,7 @@ from tinycap import train_distill
 ROOT = tinycap.REPOSITORY
 MODEL_FILES = (
     *("configuration_tinycap.py", "modeling_tinycap.py", "processing_tinycap.py", "pipeline_tinycap.py"),
-    "confidence_tinycap.py",
-    "weights_tinycap.py",
+    *("confidence_tinycap.py", "vision_tinycap.py"),
 )
 
 
@@ -35,9 +34,9 @@ def imports_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
-def test_remote_code_imports_only_torch_transformers_and_pillow(name):
+def test_remote_code_imports_only_torch_transformers_safetensors_and_pillow(name):
     # pillow_heif is optional: transformers' own check leaves out what is imported in a `try`.
-    packages = {"torch", "transformers", "PIL", "pillow_heif"}
+    packages = {"torch", "transformers", "safetensors", "PIL", "pillow_heif"}
     allowed = set(sys.stdlib_module_names) | packages | {f".{file[:-3]}" for file in MODEL_FILES}
     assert imports_of(ROOT / name) <= allowed
     assert "pillow_heif" not in get_imports(ROOT / name)
@@ -84,7 +83,7 @@ def forbidden_calls(path: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
-def test_what_trust_remote_code_runs_opens_no_socket_starts_no_program_and_writes_no_file(name):
+def test_remote_code_opens_no_socket_runs_no_program_writes_no_file(name):
     assert not imports_of(ROOT / name) & REACHING
     assert not forbidden_calls(ROOT / name)
 
@@ -101,7 +100,7 @@ def test_the_rule_above_finds_what_it_forbids(tmp_path):
 REACH = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=0.1)"
 
 
-def test_the_network_is_forbidden_to_every_test_and_to_every_process_that_one_starts():
+def test_the_network_is_forbidden_to_tests_and_their_processes():
     # First: without the guard, what follows would be real.
     assert socket._network_is_forbidden
     with pytest.raises(AssertionError, match="expected no network in a test, got a connection to 192.0.2.1"):

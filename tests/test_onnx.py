@@ -25,6 +25,9 @@ from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 
 
+pytestmark = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def exported(repository, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
@@ -136,6 +139,7 @@ def test_beam_search_is_that_of_transformers(pixel_values):
             search = {
                 **{"num_beams": 4, "num_return_sequences": 3},
                 **{"early_stopping": early_stopping, "length_penalty": length_penalty},
+                **({"suppress_tokens": [3, 17, 21]} if length_penalty else {}),
             }
             expected = model.generate(
                 pixel_values, max_new_tokens=7, return_dict_in_generate=True, output_scores=True, **search
@@ -154,10 +158,11 @@ def test_beam_search_is_that_of_transformers(pixel_values):
 @torch.no_grad()
 def test_greedy_search_is_that_of_transformers(pixel_values):
     lengths = set()
-    for bias in (-1.0, 1.0, 3.5):
+    for bias, suppressed in ((-1.0, []), (1.0, []), (1.0, [3, 17, 21]), (3.5, [])):
         model = model_with_end(bias)
-        found = greedy_search(decoding_step(model, pixel_values), np.ones((5, 1), np.int64), [2], 9)
-        for (tokens,), row in zip(found.tokens, model.generate(pixel_values, max_new_tokens=9)[:, 1:].tolist()):
+        found = greedy_search(decoding_step(model, pixel_values), np.ones((5, 1), np.int64), [2], 9, suppressed)
+        expected = model.generate(pixel_values, max_new_tokens=9, suppress_tokens=suppressed or None)[:, 1:].tolist()
+        for (tokens,), row in zip(found.tokens, expected):
             assert tokens == row[: len(tokens)] and not any(row[len(tokens) :])
             lengths.add(len(tokens))
     assert len(lengths) > 1, "captions of several lengths were compared"

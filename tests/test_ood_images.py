@@ -1,6 +1,5 @@
-from tinycap.evaluation.failures import CATEGORIES, EXCLUSIVE_KINDS
+from tinycap.evaluation.failures import CATEGORIES, EXCLUSIVE_KINDS, KIND_OF, WORDS
 from tinycap.evaluation.ood_images import KINDS, draw_ood_images
-from tinycap.evaluation.word_lists import GENERAL, KIND_OF, RELATED, THINGS
 
 
 def test_ood_images_follow_from_the_seed_and_differ_within_a_kind():
@@ -15,7 +14,7 @@ def test_ood_images_follow_from_the_seed_and_differ_within_a_kind():
 
 
 def test_the_word_lists_agree_with_one_another():
-    assert len(KIND_OF) == sum(map(len, THINGS.values())), "a thing is of one kind"
-    assert {thing for pair in RELATED for thing in pair} <= set(KIND_OF)
+    assert len(KIND_OF) == sum(map(len, WORDS["things"].values())), "a thing is of one kind"
+    assert {thing for pair in WORDS["related"] for thing in pair} <= set(KIND_OF)
     assert {thing for things in CATEGORIES.values() for thing in things or ()} <= set(KIND_OF)
-    assert set(EXCLUSIVE_KINDS) | set(GENERAL) <= set(THINGS)
+    assert set(EXCLUSIVE_KINDS) | set(WORDS["general"]) <= set(WORDS["things"])

@@ -19,6 +19,7 @@ from tinycap import train_distill
 
 
 ROOT = Path(train_distill.__file__).parent
+pytestmark = pytest.mark.slow
 
 # `train_distill.py`, which writes down what each process sees.
 WITNESS = """
@@ -63,7 +64,7 @@ def seen_by(witness: Path, after: int = 0) -> list[list[str]]:
     return [[name for row in share if row["step"] > after for name in row["ids"]] for share in rows]
 
 
-def test_two_processes_come_to_the_weights_of_one_within_1e5_after_20_steps(flags, tmp_path):
+def test_two_processes_come_to_the_weights_of_one_within_1e5(flags, tmp_path):
     # 23 photos by 2 x 3 x 2: the last step of an epoch is a smaller one, and captions differ in length.
     common = [*flags, "--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "20", "--learning_rate", "3e-3"]
     common += ["--gradient_accumulation_steps", "2", "--checkpointing_steps", "20"]
@@ -121,7 +122,7 @@ def uneven(tmp_path) -> str:
     return str(folder)
 
 
-def test_uneven_shards_do_not_hang_and_every_photo_comes_once_an_epoch_also_after_a_stop(flags, uneven, tmp_path):
+def test_uneven_shards_show_every_image_once_an_epoch_also_resumed(flags, uneven, tmp_path):
     # One process has five batches an epoch, the other one.
     common = [*flags, "--dataset_name", uneven, "--streaming", "--per_device_train_batch_size", "2"]
     common += ["--captions_per_image", "1", "--checkpointing_steps", "3", "--dataloader_num_workers", "1"]

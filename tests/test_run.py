@@ -33,6 +33,7 @@ def recorded(folder: Path) -> dict:
 # --- resuming ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_resuming_with_other_flags_is_refused_and_recorded_nowhere(flags, tmp_path):
     out = tmp_path / "out"
     train_distill.main([*flags, "--max_train_steps", "2"])
@@ -50,6 +51,7 @@ def test_resuming_with_other_flags_is_refused_and_recorded_nowhere(flags, tmp_pa
     assert recorded(out)["logging_steps"] == 3
 
 
+@pytest.mark.slow
 def test_a_run_with_a_constant_rate_is_made_longer(flags, tmp_path):
     flags = [*without(flags, "--num_warmup_steps"), "--lr_scheduler_type", "constant_with_warmup"]
     train_distill.main([*flags, "--max_train_steps", "20", "--checkpointing_steps", "20"])
@@ -235,7 +237,7 @@ def test_images_are_decoded_by_as_many_processes_as_asked_for(flags, monkeypatch
 
 @pytest.mark.parametrize(
     "steps, more, expected",
-    [(60, [], 6), (100_000, [], 200), (60, ["--num_warmup_steps", "40"], 40), (5, [], 0), (1504, ["scenes"], 50)],
+    [(60, [], 6), (100_000, [], 200), (60, ["--num_warmup_steps", "40"], 40), (5, [], 0), (1504, ["scenes"], 100)],
 )
 def test_a_warm_up_is_a_tenth_of_a_short_run_unless_given(steps, more, expected):
     own = [] if more == ["scenes"] else ["--dataset_name", "x", "--distill_weight", "0", *more]
@@ -268,6 +270,7 @@ class Interrupts:
         monkeypatch.setattr(script, "check_finite", interrupted)
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_checkpoint_and_says_the_command_that_goes_on(flags, tmp_path, monkeypatch, caplog):
     train_distill.main([*flags, "--output_dir", str(tmp_path / "whole")])
     monkeypatch.setattr(sys, "argv", ["train_distill.py", *flags, "--overwrite_output_dir"])
@@ -292,6 +295,7 @@ def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-2"]
 
 
+@pytest.mark.slow
 def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_path, monkeypatch):
     flags = ["--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "5"]
     flags += ["--per_device_train_batch_size", "20", "--max_train_steps", "1", "--dataloader_num_workers", "0"]
@@ -310,6 +314,7 @@ def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_pat
 # --- what is left behind ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_cards_code_runs_from_another_folder_and_names_the_base_model(flags, repository, tmp_path, capsys):
     drop = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--patch_dropout", "--dropout")
     adapted = [*without(flags, *drop), "--model_name_or_path", str(repository), "--distill_weight", "0"]
@@ -330,6 +335,7 @@ def test_a_base_model_is_named_by_its_folder_or_its_hub_id(tmp_path, monkeypatch
     assert base_model_name("owner/captioner") == "owner/captioner"
 
 
+@pytest.mark.slow
 def test_an_upload_holds_the_repository_and_nothing_else(flags, tmp_path, monkeypatch):
     uploads, created = [], []
 

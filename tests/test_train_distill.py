@@ -16,7 +16,9 @@ from safetensors.torch import load_file
 from tiny import CAPTIONS, draw_picture, log_rows, png_bytes, tiny_model, tiny_repository_model
 from transformers import pipeline
 
-from tinycap import train_distill, train_teacher
+from tinycap import train_distill
+from tinycap.training.arguments import flags_of
+from tinycap.training.flags import SCENE_DEFAULTS
 from tinycap.training.loop import NonFiniteLossError
 from tinycap.training.repository import create_image_processor, save_repository
 
@@ -52,6 +54,7 @@ def test_a_run_leaves_a_complete_repository_and_its_reports(flags, tmp_path, mon
     assert list(out.glob("**/events.out.tfevents*")), "the tracker heard of it"
 
 
+@pytest.mark.slow
 def test_a_run_by_configuration_file_records_the_resolved_arguments(flags, photos, tmp_path):
     pairs = dict(zip(flags[::2], flags[1::2]))
     path, out = tmp_path / "recipe.yaml", pairs.pop("--output_dir")
@@ -86,6 +89,7 @@ def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
     ("dead_in_step", "more"),
     [(4, []), (6, []), (4, ["--optimizer", "muon"]), (4, ["--mixup", "0.9"])],
 )
+@pytest.mark.slow
 def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monkeypatch, dead_in_step, more):
     flags = [*flags, *more]
     train_distill.main([*flags, "--output_dir", str(tmp_path / "whole")])
@@ -102,6 +106,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monk
 
 
 @pytest.mark.parametrize("dead_in_step", [4, None])
+@pytest.mark.slow
 def test_the_best_validation_is_what_is_saved_also_after_a_kill(flags, tmp_path, monkeypatch, dead_in_step):
     # Far too large a rate: steps make it worse as well as better.
     best = ["--evaluation_steps", "1", "--load_best_model_at_end"]
@@ -124,6 +129,7 @@ def test_the_best_validation_is_what_is_saved_also_after_a_kill(flags, tmp_path,
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_run_does_not_go_on_with_other_photos_than_it_began_with(flags, photos, tmp_path):
     train_distill.main([*flags, "--max_train_steps", "2"])
     changed = tmp_path / "changed"
@@ -142,6 +148,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_checkpoint(flags
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
 def test_accumulated_batches_make_one_step(flags, tmp_path):
     train_distill.main([*flags, "--gradient_accumulation_steps", "2", "--max_train_steps", "3"])
     assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == [1, 2, 3]
@@ -162,6 +169,7 @@ def test_training_goes_on_from_a_checkpoint_with_its_own_tokenizer_and_config(fl
     assert "cosine_distance" not in json.loads((tmp_path / "out" / "eval_results.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_captioner_goes_on_by_the_cider_of_its_own_samples(flags, tmp_path, repository):
     drop = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--max_train_steps")
     without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
@@ -177,6 +185,7 @@ def test_a_captioner_goes_on_by_the_cider_of_its_own_samples(flags, tmp_path, re
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
+@pytest.mark.slow
 def test_a_cached_teacher_gives_the_losses_of_one_that_is_asked(flags, tmp_path):
     # The teacher's own size, where both see the same pixels: a cached one may see more of a smaller student's crop.
     flags = [*flags, "--image_size", "32"]
@@ -190,6 +199,7 @@ def test_a_cached_teacher_gives_the_losses_of_one_that_is_asked(flags, tmp_path)
     assert cached["caption_loss"] == pytest.approx(online["caption_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(flags, tmp_path, tokenizer):
     repository = tmp_path / "repository"
     save_repository(repository, tiny_repository_model(tokenizer), tokenizer, create_image_processor(24, [0.4] * 3))
@@ -216,6 +226,7 @@ def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(f
     assert list(captioner.image_processor.image_mean) == [0.4] * 3, "the checkpoint's own"
 
 
+@pytest.mark.slow
 def test_a_decoder_is_trained_beside_a_student_that_stays(flags, tmp_path, tokenizer):
     repository = tmp_path / "repository"
     save_repository(repository, tiny_repository_model(tokenizer), tokenizer, create_image_processor(24))
@@ -230,6 +241,7 @@ def test_a_decoder_is_trained_beside_a_student_that_stays(flags, tmp_path, token
     assert config["memory_noise"] == 0.7 and config["distill_weight"] == 1.0, "the weight it was taught with"
 
 
+@pytest.mark.slow
 def test_a_checkpoint_goes_on_with_another_memory_and_all_weights_but_its_projection(flags, tmp_path, tokenizer):
     repository = tmp_path / "repository"
     model = tiny_repository_model(tokenizer)
@@ -253,6 +265,7 @@ def test_a_checkpoint_goes_on_with_another_memory_and_all_weights_but_its_projec
     assert captioner(draw_picture(3))
 
 
+@pytest.mark.slow
 def test_a_stream_trains_as_well(flags, tmp_path):
     train_distill.main([*flags, "--streaming", "--max_train_steps", "4"])
     assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == [1, 2, 3, 4]
@@ -278,6 +291,7 @@ def web_shards(tmp_path) -> str:
 
 
 @pytest.mark.parametrize("streaming", [True, False])
+@pytest.mark.slow
 def test_webdataset_shards_train_streamed_or_not_and_resume_to_the_same_weights(flags, tmp_path, web_shards, streaming):
     common = [*flags, "--dataset_name", web_shards, "--streaming" if streaming else "--no-streaming"]
     common += ["--per_device_train_batch_size", "3", "--checkpointing_steps", "3", "--dataloader_num_workers", "1"]
@@ -292,6 +306,7 @@ def test_webdataset_shards_train_streamed_or_not_and_resume_to_the_same_weights(
         assert position["loader"] and not position["finished"]
 
 
+@pytest.mark.slow
 def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
     # accelerate keeps one precision a process.
     code = "import sys; from tinycap import train_distill; train_distill.main(sys.argv[1:])"
@@ -342,23 +357,12 @@ def test_an_unknown_or_contradictory_flag_is_an_error_that_names_it(extra, words
     assert all(word in message for word in words), message
 
 
-def test_every_flag_is_read_somewhere():
-    root = Path(train_distill.__file__).parent
-    code = "\n".join(
-        path.read_text() for path in [root / "train_distill.py", *sorted((root / "training").glob("*.py"))]
-    )
-    for name in vars(train_distill.parse_args([])):
-        # By name where flags set fields of a configuration.
-        assert f"args.{name}" in code or f'"{name}"' in code, name
-
-
 def test_help_says_what_every_flag_does_with_its_default(capsys):
     with pytest.raises(SystemExit):
         train_distill.parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "--captions_per_image" in shown and "(default: 1.0)" in shown
-    parser = train_distill.build_parser()
-    assert all(action.help for action in parser._actions)
+    assert all(flag.help for flag in flags_of("distill"))
 
 
 def run_and_expect(flags: list[str], error: str, out: Path) -> None:
@@ -430,6 +434,7 @@ def scene_flags(tmp_path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_a_killed_scenes_run_resumes_to_the_weights_of_a_whole_one(scene_flags, tmp_path, monkeypatch):
     train_distill.main([*scene_flags, "--output_dir", str(tmp_path / "whole")])
     die_in_step(monkeypatch, scene_flags, 4)
@@ -439,6 +444,7 @@ def test_a_killed_scenes_run_resumes_to_the_weights_of_a_whole_one(scene_flags, 
     assert [path.name for path in (tmp_path / "out" / "checkpoint-2").glob("*.safetensors")] == ["model.safetensors"]
 
 
+@pytest.mark.slow
 def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(tmp_path, caplog, capfd):
     caplog.set_level("INFO")
     metrics = train_distill.main(
@@ -456,4 +462,4 @@ def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(
     assert (tmp_path / "out" / "teacher" / "eval_results.json").exists()
     vision = json.loads((tmp_path / "out" / "config.json").read_text())["vision_config"]
     assert vision["image_size"] == train_distill.SCENE_CONFIG["vision_config"]["image_size"]
-    assert vision["projection_dim"] == train_teacher.SCENE_DEFAULTS["hidden_size"], "the teacher's pooled feature"
+    assert vision["projection_dim"] == SCENE_DEFAULTS["teacher"]["hidden_size"], "the teacher's pooled feature"

@@ -45,6 +45,7 @@ def test_a_trained_teacher_loads_as_clip_and_as_its_vision_half(tmp_path):
 
 
 @pytest.mark.parametrize("is_locked", [False, True])
+@pytest.mark.slow
 def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(is_locked, sentence_encoder, tmp_path, monkeypatch):
     """Also where a sentence encoder's answers are remembered: a resumed run remembers the same."""
     locked = ["--text_model_name_or_path", sentence_encoder, "--captions_per_image", "5"]
@@ -98,6 +99,7 @@ def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, 
     assert given and all(torch.equal(trained[f"text_model.{name}"], value) for name, value in given.items())
 
 
+@pytest.mark.slow
 def test_a_teacher_can_start_from_a_pretrained_image_model(sentence_encoder, classifier, tmp_path):
     own = ("--patch_size", "--hidden_size", "--num_hidden_layers", "--num_attention_heads")
     flags = [word for flag in zip(LOCKED[::2], LOCKED[1::2]) if flag[0] not in own for word in flag]
@@ -130,6 +132,7 @@ def test_a_locked_text_tower_means_its_real_tokens_and_stays_in_eval_mode(senten
     assert all(parameter.grad is None for parameter in model.text_model.parameters())
 
 
+@pytest.mark.slow
 def test_a_locked_sentence_encoder_reads_each_training_caption_once(sentence_encoder, tmp_path, monkeypatch):
     read = []
     encode = LockedTextModel.encode_sentences

@@ -1,4 +1,4 @@
-"""`python -m tinycap.deploy`: the command line, also under `accelerate launch -m` and `torchrun -m`."""
+"""`python -m tinycap.deploy`: the command line."""
 
 import sys
 

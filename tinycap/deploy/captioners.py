@@ -1,6 +1,6 @@
 """Captions and embeddings of many images, one after the other, by PyTorch or by ONNX Runtime.
 
-Both captioners are called with paths or addresses and yield one `Found` for each, in order. Neither library is imported
+Both captioners take paths or addresses and yield one `CaptionResult` for each, in order. Neither library is imported
 before a captioner of its kind is made.
 """
 
@@ -39,8 +39,8 @@ def install_command(extra: str) -> str:
 
 
 @dataclass
-class Found:
-    """What was found for one image.
+class CaptionResult:
+    """The captions of one image, or why there are none.
 
     Args:
         image: its path or address.
@@ -149,7 +149,7 @@ class TorchCaptioner:
             self.arguments["return_confidence"] = True
             self.pipeline.calibration  # noqa: B018 - a model without one is an error before the first image
 
-    def __call__(self, images: Sequence[str]) -> Iterator[Found]:
+    def __call__(self, images: Sequence[str]) -> Iterator[CaptionResult]:
         from torch.utils.data import Dataset
 
         class Images(Dataset):
@@ -162,10 +162,10 @@ class TorchCaptioner:
 
         for image, entries in zip(images, self.pipeline(Images(), **self.arguments)):
             if "error" in entries[0]:
-                yield Found(image, error=entries[0]["error"])
+                yield CaptionResult(image, error=entries[0]["error"])
             else:
                 captions = [entry["generated_text"] for entry in entries]
-                yield Found(image, captions, confidence=entries[0].get("confidence"))
+                yield CaptionResult(image, captions, confidence=entries[0].get("confidence"))
 
     def embed(self, images: Sequence[str]) -> Iterator[tuple[str, "object | str"]]:
         """Yields for each image its embedding, a float32 numpy array (D,), unit norm; or what is wrong with it."""
@@ -240,19 +240,19 @@ class OnnxRuntimeCaptioner:
         options.check_num_captions(self.num_beams)
         self.calibration = find_calibration(options.model) if options.confidence else None
 
-    def __call__(self, images: Sequence[str]) -> Iterator[Found]:
+    def __call__(self, images: Sequence[str]) -> Iterator[CaptionResult]:
         for batch in self._opened_batches(images):
             pictures = [picture for _, picture in batch if not isinstance(picture, str)]
             found = iter(self.captioner(pictures, **self.options.generation()) if pictures else ())
             for image, picture in batch:
                 if isinstance(picture, str):
-                    yield Found(image, error=picture)
+                    yield CaptionResult(image, error=picture)
                     continue
                 captions = next(found)
                 confidence = None
                 if self.calibration is not None:
                     confidence = self.calibration(captions[0].score, captions[0].num_tokens, self.num_beams)
-                yield Found(image, [caption.text for caption in captions], confidence)
+                yield CaptionResult(image, [caption.text for caption in captions], confidence)
 
     def embed(self, images: Sequence[str]) -> Iterator[tuple[str, "object | str"]]:
         """As `TorchCaptioner.embed`."""

@@ -5,25 +5,25 @@
     tinycap export      ONNX files for `--backend onnx`
     tinycap trim-vocab  a smaller model from one with a big vocabulary
 
-Nothing heavy is imported before it is known to be needed: `--help` answers at once, and `--backend onnx` never imports
-PyTorch. Exit status: 0, all went well; 1, some images are bad (they are named, the others have their captions); 2, the
-command can't be run as it is; 130, interrupted.
+Large libraries are imported when a command needs them: `--help` answers at once, and `--backend onnx` never imports
+PyTorch. Exit status: 0, success; 1, some images failed (they are named, the others have their captions); 2, the
+command can't run with these arguments; 130, interrupted.
 """
 
 import argparse
-import contextlib
+import hashlib
 import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tinycap.deploy.captioners import (
     BACKENDS,
     RELEASED_MODEL,
     CaptionOptions,
-    Found,
+    CaptionResult,
     check_model,
     create_captioner,
 )
@@ -60,6 +60,14 @@ def probability(text: str) -> float:
     return value
 
 
+def shard(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text)
+    number, count = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= number <= count:
+        raise argparse.ArgumentTypeError(f"expected K/N with K from 1 to N, such as 3/8, got {text}")
+    return number, count
+
+
 def add_input_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images", nargs="*", help="files, folders, patterns, http(s) addresses; - reads a list from the standard input"
@@ -71,14 +79,14 @@ def add_input_arguments(parser: argparse.ArgumentParser) -> None:
         help="a TinyCap repository, local or, with PyTorch, by its name on the Hub (default: the released checkpoint)",
     )
     parser.add_argument("--backend", choices=BACKENDS, default="torch", help="what runs it (default: %(default)s)")
-    parser.add_argument("--batch-size", type=positive, default=8, help="images run together (default: %(default)s)")
+    parser.add_argument("--batch-size", type=positive, default=8, help="images in a batch (default: %(default)s)")
     parser.add_argument("--device", help="PyTorch's name of the device (default: the first GPU, else cpu)")
     parser.add_argument("--quantized", action="store_true", help="with --backend onnx: the int8 files")
     parser.add_argument("--num-threads", type=positive, help="threads of a step (default: one a core)")
     parser.add_argument(
         "--num-workers", type=count, default=0, help="processes (onnx: threads) that open images ahead (default: 0)"
     )
-    parser.add_argument("--overwrite", action="store_true", help="start anew instead of going on with what is there")
+    parser.add_argument("--overwrite", action="store_true", help="start anew instead of resuming")
     parser.add_argument("--quiet", action="store_true", help="no progress bar and no summary")
 
 
@@ -91,45 +99,26 @@ def installed_version() -> str:
         return re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1]
 
 
+def add_command(commands, name: str, run, **options) -> argparse.ArgumentParser:
+    parser = commands.add_parser(name, allow_abbrev=False, **options)
+    parser.set_defaults(run=run)
+    return parser
+
+
 def create_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="tinycap", description="Captions images on this machine, offline.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"tinycap {installed_version()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    caption = commands.add_parser("caption", help="caption images", description="Captions images.", allow_abbrev=False)
-    add_input_arguments(caption)
-    where = caption.add_mutually_exclusive_group()
-    where.add_argument(
-        "--output",
-        metavar="FILE",
-        help="a .jsonl or .csv file of rows, gone on with if it is there (default: the screen)",
-    )
-    where.add_argument(
-        "--sidecar", action="store_true", help="write photo.txt beside photo.jpg; images that have one are left alone"
-    )
-    caption.add_argument(
-        "--format",
-        choices=FORMATS,
-        help='text, or alt="..." attributes for HTML; on the screen also rows as jsonl or csv (default: text)',
-    )
-    caption.add_argument("--num-beams", type=positive, help="beams (default: the model's own number)")
-    caption.add_argument("--num-captions", type=positive, default=1, help="captions of each image (default: 1)")
-    caption.add_argument("--max-new-tokens", type=positive, help="longest caption in tokens (default: the model's own)")
-    caption.add_argument(
-        "--confidence", action="store_true", help="also give the probability that the first caption is right"
-    )
-    caption.add_argument(
-        "--min-confidence", type=probability, metavar="P", help="no caption rather than one right with less than this"
-    )
-    caption.set_defaults(run=run_caption)
-
-    embed = commands.add_parser(
+    caption = add_command(commands, "caption", run_caption, help="caption images", description="Captions images.")
+    add_caption_arguments(caption)
+    embed = add_command(
+        commands,
         "embed",
+        run_embed,
         help="embed images for search",
         description="Writes image embeddings: (N, D) float32, unit norm, so that a dot product is the similarity.",
-        allow_abbrev=False,
     )
     add_input_arguments(embed)
     embed.add_argument(
@@ -138,58 +127,91 @@ def create_parser() -> argparse.ArgumentParser:
         required=True,
         help="a .safetensors file (tensor image_embeds, metadata ids), or a .npy file (ids beside it, in .ids.json)",
     )
-    embed.set_defaults(run=run_embed)
-
-    export = commands.add_parser(
-        "export", help="write ONNX files", description="Writes what --backend onnx reads.", allow_abbrev=False
+    export = add_command(
+        commands, "export", run_export, help="write ONNX files", description="Writes what --backend onnx reads."
     )
     export.add_argument("--model", metavar="FOLDER", help="a TinyCap repository (default: the released checkpoint)")
-    export.add_argument("--output", metavar="FOLDER", required=True, help="where the files go")
+    export.add_argument("--output", metavar="FOLDER", required=True, help="folder for the files")
     export.add_argument(
         "--quantize", action=argparse.BooleanOptionalAction, default=True, help="also write int8 files (default: yes)"
     )
-    export.set_defaults(run=run_export)
-
-    trim = commands.add_parser(
+    trim = add_command(
+        commands,
         "trim-vocab",
+        run_trim,
         help="drop the tokens that a corpus never uses",
-        description="Makes a smaller model with the same captions from one with a big vocabulary.",
-        allow_abbrev=False,
+        description="Makes a smaller model from one with a big vocabulary; reports how many captions change.",
     )
-    trim.add_argument(
-        "images", nargs="*", help="files, folders or patterns of photos whose captions must stay the same"
+    add_trim_arguments(trim)
+    return parser
+
+
+def add_caption_arguments(parser: argparse.ArgumentParser) -> None:
+    add_input_arguments(parser)
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument(
+        "--output",
+        metavar="FILE",
+        help="a .jsonl or .csv file of rows, resumed if it exists (default: the screen)",
     )
-    trim.add_argument("--model", metavar="FOLDER", required=True, help="a TinyCap repository")
-    trim.add_argument("--output", metavar="FOLDER", required=True, help="where the smaller one goes")
-    trim.add_argument(
-        "--dataset-name", help="captioned photos as well: a name on the Hub, a folder of parquet, an imagefolder"
+    where.add_argument(
+        "--sidecar", action="store_true", help="write photo.txt beside photo.jpg; images that have one are skipped"
     )
-    trim.add_argument("--split", default="validation", help="split whose photos are captioned (default: %(default)s)")
-    trim.add_argument(
+    parser.add_argument(
+        "--shard",
+        type=shard,
+        metavar="K/N",
+        help="caption the K-th of N parts of the images; captions.jsonl becomes captions.K-of-N.jsonl",
+    )
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        help='text, or alt="..." attributes for HTML; on the screen also rows as jsonl or csv (default: text)',
+    )
+    parser.add_argument("--num-beams", type=positive, help="beams (default: the model's own number)")
+    parser.add_argument("--num-captions", type=positive, default=1, help="captions of each image (default: 1)")
+    parser.add_argument("--max-new-tokens", type=positive, help="longest caption in tokens (default: the model's own)")
+    parser.add_argument(
+        "--confidence", action="store_true", help="also give the probability that the first caption is right"
+    )
+    parser.add_argument(
+        "--min-confidence", type=probability, metavar="P", help="leave out captions with a lower confidence"
+    )
+
+
+def add_trim_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "images", nargs="*", help="files, folders or patterns of images that are captioned before and after"
+    )
+    parser.add_argument("--model", metavar="FOLDER", required=True, help="a TinyCap repository")
+    parser.add_argument("--output", metavar="FOLDER", required=True, help="folder for the smaller one")
+    parser.add_argument(
+        "--dataset-name", help="captioned images as well: a name on the Hub, a folder of parquet, an imagefolder"
+    )
+    parser.add_argument("--split", default="validation", help="split whose images are captioned (default: %(default)s)")
+    parser.add_argument(
         "--corpus",
         action="append",
         default=[],
         metavar="FILE",
         help="texts whose tokens to keep, one a line; repeatable",
     )
-    trim.add_argument(
+    parser.add_argument(
         "--corpus-split",
         action="append",
         default=[],
         metavar="SPLIT",
         help="another split of the data set whose captions' tokens to keep; repeatable",
     )
-    trim.add_argument("--max-samples", type=positive, help="caption only the first so many photos")
-    trim.add_argument("--batch-size", type=positive, default=16, help="photos run together (default: %(default)s)")
-    trim.set_defaults(run=run_trim)
-    return parser
+    parser.add_argument("--max-samples", type=positive, help="caption only the first so many images")
+    parser.add_argument("--batch-size", type=positive, default=16, help="images run together (default: %(default)s)")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command; returns its exit status. Arguments that make no sense end the process with status 2."""
     args = create_parser().parse_args(argv)
-    # Threads that spin while they wait take the CPU from those that compute where the cores are busy. Read when PyTorch
-    # loads its OpenMP library: GNU's and, on macOS and Windows, LLVM's or Intel's.
+    # Waiting threads that spin slow down computing ones on busy cores. Read when PyTorch loads its OpenMP library:
+    # GNU's and, on macOS and Windows, LLVM's or Intel's.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     try:
@@ -198,7 +220,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tinycap {args.command}: interrupted; the same command goes on from here", file=sys.stderr)
         return INTERRUPTED
     except BrokenPipeError:
-        # Whoever read the captions has seen enough; Python would complain again when it closes the stream.
+        # The reader, such as `head`, has closed the pipe; Python would raise again when it closes the stream.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
     except (ValueError, ImportError, OSError) as error:
@@ -207,74 +229,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return BAD_COMMAND
 
 
-# --- several processes ------------------------------------------------------------------------------------------------
-
-
-class Processes:
-    """This process among those that `accelerate launch` or `torchrun` started; alone where they didn't.
-
-    PyTorch and `accelerate` are imported only where there are several.
-
-    Args:
-        on_cpu: run there although there may be GPUs.
-    """
-
-    def __init__(self, on_cpu: bool = False):
-        self.index, self.count, self.state = 0, 1, None
-        started = int(os.environ.get("WORLD_SIZE", 1))
-        if started > 1:
-            import datetime
-
-            import torch
-            from accelerate import PartialState
-
-            # Shares of a big folder end hours apart, and the first waits for the last.
-            timeout = datetime.timedelta(days=7)
-            self.state = PartialState(cpu=on_cpu or not torch.accelerator.is_available(), timeout=timeout)
-            self.index, self.count = self.state.process_index, self.state.num_processes
-            if self.count != started:
-                raise ValueError(f"expected {started} processes, as WORLD_SIZE says, got {self.count} that talk")
-
-    @property
-    def is_main(self) -> bool:
-        return self.index == 0
-
-    def wait(self) -> None:
-        if self.state is not None:
-            self.state.wait_for_everyone()
-
-    def gather(self, items: list) -> list:
-        """Everybody's items, to everybody."""
-        if self.state is None:
-            return items
-        from accelerate.utils import gather_object
-
-        return gather_object(items)
-
-    @contextlib.contextmanager
-    def main_first(self) -> Iterator[None]:
-        """Others begin after the main process is through. An error of it ends the others too: their wait breaks off."""
-        if not self.is_main:
-            self.wait()
-        yield
-        if self.is_main:
-            self.wait()
-
-    def end(self) -> None:
-        """Waits for everybody's end: a launcher ends all processes when the first one fails."""
-        if self.state is not None:
-            self.wait()
-            self.state.destroy_process_group()
-
-    def device(self, given: str | None) -> str | None:
-        """The device that was asked for, or this process's own."""
-        return str(self.state.device) if given is None and self.state is not None else given
-
-
 # --- tinycap caption --------------------------------------------------------------------------------------------------
 
 
-def find_inputs(args: argparse.Namespace, processes: Processes) -> tuple[list[str], LeftOut]:
+def find_inputs(args: argparse.Namespace) -> tuple[list[str], LeftOut]:
     """The images of the command line and of `--input-list`, and what was left out of folders.
 
     Raises:
@@ -283,24 +241,36 @@ def find_inputs(args: argparse.Namespace, processes: Processes) -> tuple[list[st
     if not args.images and args.input_list is None:
         raise ValueError("expected images: files, folders, patterns, addresses, - or --input-list")
     left_out = LeftOut()
-    images = list_images(args.images, sys.stdin if processes.count == 1 else None, left_out)
+    images = list_images(args.images, left_out=left_out)
     if args.input_list is not None:
         listed = list_images(read_list(args.input_list), left_out=left_out, from_list=True)
         images = list(dict.fromkeys([*images, *listed]))
     if not images:
         raise ValueError("expected images, got an empty list")
-    if processes.is_main:
-        print_left_out(args, left_out)
+    print_left_out(args, left_out)
     return images, left_out
 
 
+def in_shard(image: str, shard: tuple[int, int]) -> bool:
+    """Whether an image belongs to shard K of N: by a hash of its name, so that images added later move no others."""
+    number, count = shard
+    return int.from_bytes(hashlib.sha256(os.fsencode(image)).digest()[:8], "big") % count == number - 1
+
+
+def shard_path(path: str, shard: tuple[int, int]) -> str:
+    """`captions.3-of-8.jsonl` for `captions.jsonl`; numbers have leading zeros, so that names sort."""
+    number, count = shard
+    stem, suffix = os.path.splitext(path)
+    return f"{stem}.{number:0{len(str(count))}}-of-{count}{suffix}"
+
+
 def print_left_out(args: argparse.Namespace, left_out: LeftOut) -> None:
-    """What folders hold beyond images; with `--quiet`, only where some can't be read."""
+    """Prints what was left out of folders; with `--quiet`, only if some can't be read."""
     if str(left_out) and (left_out.unreadable or not getattr(args, "quiet", False)):
         print(f"tinycap {args.command}: {left_out}", file=sys.stderr)
 
 
-def options_of(args: argparse.Namespace, processes: Processes) -> CaptionOptions:
+def options_of(args: argparse.Namespace) -> CaptionOptions:
     """The captioner's options.
 
     Raises:
@@ -308,101 +278,68 @@ def options_of(args: argparse.Namespace, processes: Processes) -> CaptionOptions
     """
     if args.quantized and args.backend != "onnx":
         raise ValueError("--quantized is an option of --backend onnx")
-    device = args.device
-    if args.backend == "torch":
-        device = processes.device(device)
-    captions = {}
-    if args.command == "caption":
-        names = ("num_beams", "num_captions", "max_new_tokens")
-        captions = {name: getattr(args, name) for name in names}
-        captions["confidence"] = args.confidence or args.min_confidence is not None
-    return CaptionOptions(
-        model=check_model(args.model or str(RELEASED_MODEL)),
-        batch_size=args.batch_size,
-        device=device,
-        quantized=args.quantized,
-        num_threads=args.num_threads,
-        num_workers=args.num_workers,
-        **captions,
-    )
+    options = {name: value for name, value in vars(args).items() if name in CaptionOptions.__dataclass_fields__}
+    options["model"] = check_model(args.model or str(RELEASED_MODEL))
+    options["confidence"] = args.command == "caption" and (args.confidence or args.min_confidence is not None)
+    return CaptionOptions(**options)
 
 
 def progress_bar(items: Iterable, total: int, shown: bool) -> Iterable:
-    """`items`, with a bar on the standard error while they are gone through."""
+    """`items`, with a progress bar on the standard error if `shown`."""
     if not shown:
         return items
     from tqdm import tqdm
 
-    # A log file wants a line now and then, a terminal a moving bar.
+    # Rarely in a log file, where each update is a line.
     interval = 0.2 if sys.stderr.isatty() else 10.0
     return tqdm(items, total=total, unit="image", mininterval=interval, file=sys.stderr)
 
 
-def withhold(found: Found, min_confidence: float | None) -> Found:
+def withhold(result: CaptionResult, min_confidence: float | None) -> CaptionResult:
     """The same without a caption, where the confidence is too low."""
-    if min_confidence is not None and found.confidence is not None and found.confidence < min_confidence:
-        return Found(found.image, [None], found.confidence)
-    return found
+    if min_confidence is not None and result.confidence is not None and result.confidence < min_confidence:
+        return CaptionResult(result.image, [None], result.confidence)
+    return result
 
 
-def check_format(args: argparse.Namespace) -> str:
-    """The format, with its default.
-
-    Raises:
-        ValueError: it contradicts the output.
-    """
-    if args.format in ("jsonl", "csv") and (args.sidecar or args.output is not None):
-        raise ValueError(f"--format {args.format}: is for the screen; --output says by its ending what it writes")
-    return args.format or "text"
+def create_output(args: argparse.Namespace, images: list[str], shape: RowShape) -> RowFile | Sidecars | Screen:
+    """Where the captions go, by the arguments; `images` are those of all shards."""
+    if args.output is not None:
+        return RowFile(args.output, shape)
+    if args.sidecar:
+        return Sidecars(images, args.format)
+    return Screen(sys.stdout, args.format, shape, len(images) > 1, args.confidence)
 
 
 def run_caption(args: argparse.Namespace) -> int:
     """`tinycap caption`; returns the exit status.
 
     Raises:
-        ValueError: something about the command makes no sense; says what.
+        ValueError: arguments contradict each other; says which.
     """
-    processes = Processes(on_cpu=args.backend == "onnx" or args.device == "cpu")
-    format = check_format(args)
-    images, left_out = find_inputs(args, processes)
-    options = options_of(args, processes)
-    shape = RowShape(args.num_captions, options.confidence, alt=format == "alt")
-    if args.output is not None:
-        output = RowFile(args.output, shape, processes.index, processes.count)
-    elif args.sidecar:
-        output = Sidecars(images, format)
-    elif processes.count > 1:
-        raise ValueError("several processes need --output or --sidecar: on one screen their captions would mix")
-    else:
-        output = Screen(sys.stdout, format, shape, len(images) > 1, args.confidence)
+    if args.format in ("jsonl", "csv") and (args.sidecar or args.output is not None):
+        raise ValueError(f"--format {args.format}: is for the screen; --output says by its ending what it writes")
+    if args.shard is None and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise ValueError("several processes would write the same captions; start each with its own --shard K/N")
+    args.format = args.format or "text"
+    if args.shard is not None and args.output is not None:
+        args.output = shard_path(args.output, args.shard)
+    images, left_out = find_inputs(args)
+    options = options_of(args)
+    output = create_output(args, images, RowShape(args.num_captions, options.confidence, alt=args.format == "alt"))
+    if args.shard is not None:
+        images = [image for image in images if in_shard(image, args.shard)]
     # Before the output is touched: a model that can't be loaded leaves it as it was.
     captioner = create_captioner(args.backend, options)
-    done: set[str] = set()
-    with processes.main_first():
-        if isinstance(output, RowFile):
-            if processes.is_main:
-                output.start(args.overwrite, images)
-            done = output.done()
-    if isinstance(output, Sidecars) and not args.overwrite:
-        done = output.done(images)
-    # A later process may look at the sidecars of an earlier one's captions otherwise.
-    processes.wait()
-
+    done = output.start(args.overwrite, images)
     pending = [image for image in images if image not in done]
-    bad, failed = caption_all(args, captioner, pending[processes.index :: processes.count], output, processes)
-    bad, failed = processes.gather(bad), processes.gather(failed)
-    processes.wait()
-    if isinstance(output, RowFile) and processes.count > 1 and processes.is_main:
-        output.settle()
-    if processes.is_main:
-        report(args, len(images), len(pending), bad, failed)
-    processes.end()
-    # One process's status is the command's; a launcher would report each that isn't 0.
-    return BAD_IMAGES if (bad or failed or left_out.unreadable) and processes.is_main else DONE
+    bad, failed = caption_all(args, captioner, pending, output)
+    report(args, len(images), len(pending), bad, failed)
+    return BAD_IMAGES if bad or failed or left_out.unreadable else DONE
 
 
 def caption_all(
-    args: argparse.Namespace, captioner, images: list[str], output, processes: Processes
+    args: argparse.Namespace, captioner, images: list[str], output: RowFile | Sidecars | Screen
 ) -> tuple[list[tuple[str, str]], list[tuple[str, str]]]:
     """Captions images to the output, batch by batch.
 
@@ -410,17 +347,17 @@ def caption_all(
         The images that can't be read and those whose caption can't be written, each with the reason.
     """
     bad, failed, batch = [], [], []
-    shown = processes.is_main and not args.quiet and len(images) > args.batch_size
+    shown = not args.quiet and len(images) > args.batch_size
     try:
-        for found in progress_bar(captioner(images), len(images), shown):
-            if found.error is not None:
-                bad.append((found.image, found.error))
-            batch.append(withhold(found, args.min_confidence))
+        for result in progress_bar(captioner(images), len(images), shown):
+            if result.error is not None:
+                bad.append((result.image, result.error))
+            batch.append(withhold(result, args.min_confidence))
             if len(batch) == args.batch_size:
                 failed += output.append(batch)
                 batch = []
     finally:
-        # Also what was found before an interruption.
+        # Also after an interruption: these are done.
         failed += output.append(batch)
         output.close()
     return bad, failed
@@ -433,7 +370,7 @@ def report(
     bad: list[tuple[str, str]],
     failed: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """What went wrong, always; and what was done, unless `--quiet`."""
+    """Prints failures, and the number of images done unless `--quiet`."""
     listed = args.command == "caption" and args.output is not None
     named = bad[:MAX_NAMED] if listed else bad
     for image, error in (*named, *failed):
@@ -457,14 +394,11 @@ def run_embed(args: argparse.Namespace) -> int:
     """`tinycap embed`; returns the exit status."""
     from tinycap.deploy.embeddings import EmbeddingFile
 
-    processes = Processes()
-    if processes.count > 1:
-        raise ValueError("embed runs in one process; give each process a list and an output of its own")
     output = EmbeddingFile(args.output)
     if output.path.exists() and not args.overwrite:
         raise ValueError(f"--output: {args.output} is there already; pass --overwrite to write over it")
-    images, left_out = find_inputs(args, processes)
-    captioner = create_captioner(args.backend, options_of(args, processes))
+    images, left_out = find_inputs(args)
+    captioner = create_captioner(args.backend, options_of(args))
     bad, ids, embeds = [], [], []
     shown = not args.quiet and len(images) > args.batch_size
     for image, row in progress_bar(captioner.embed(images), len(images), shown):
@@ -473,10 +407,8 @@ def run_embed(args: argparse.Namespace) -> int:
         else:
             ids.append(image)
             embeds.append(row)
-    if not ids:
-        report(args, len(images), len(images), bad)
-        return BAD_IMAGES
-    output.write(ids, embeds)
+    if ids:
+        output.write(ids, embeds)
     report(args, len(images), len(images), bad)
     return BAD_IMAGES if bad or left_out.unreadable else DONE
 

@@ -2,10 +2,10 @@
 
 import glob
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import TextIO
 
 from tinycap.processing_tinycap import IMAGE_ENDINGS
 
@@ -53,19 +53,13 @@ def _names(names: list[str]) -> str:
     return ", ".join([*names[:MAX_NAMED], *(["..."] if len(names) > MAX_NAMED else [])])
 
 
-def list_images(
-    inputs: Iterable[str],
-    standard_input: TextIO | None = None,
-    left_out: LeftOut | None = None,
-    from_list: bool = False,
-) -> list[str]:
+def list_images(inputs: Iterable[str], left_out: LeftOut | None = None, from_list: bool = False) -> list[str]:
     """The images that are meant, each once, in the order given; folders and patterns in the order of their names.
 
     Args:
         inputs: files, folders (searched with all folders below them, hidden and linked ones left out), patterns with
             `*`, `?`, `[...]` or `**`, `http(s)://` addresses; `-` stands for a list on the standard input, one a line.
             A path that exists is never a pattern, nor is an existing folder at the head of one.
-        standard_input: where `-` reads; `None` makes `-` an error.
         left_out: is told what folders hold beyond images.
         from_list: the inputs are the lines of a list: a folder or pattern without images is a bad file among others.
 
@@ -73,15 +67,13 @@ def list_images(
         Paths and addresses. A file that doesn't exist is among them: it is a bad file, not a bad command.
 
     Raises:
-        ValueError: a pattern or folder holds no image, or there is no standard input to read; names it.
+        ValueError: a pattern or folder holds no image; names it.
     """
     left_out = LeftOut() if left_out is None else left_out
     images: dict[str, None] = {}
     for entry in inputs:
         if entry == "-" and not from_list:
-            if standard_input is None:
-                raise ValueError("-: several processes can't share one standard input; give the list with --input-list")
-            images |= dict.fromkeys(_lines(getattr(standard_input, "buffer", standard_input).read()))
+            images |= dict.fromkeys(_lines(getattr(sys.stdin, "buffer", sys.stdin).read()))
             continue
         found = dict.fromkeys(_expand(entry, left_out))
         if not found and not from_list and (os.path.isdir(entry) or "*" in entry or "?" in entry):

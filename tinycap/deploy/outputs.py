@@ -1,22 +1,19 @@
-"""Where captions go: the screen, one file of rows, or a text file beside each image; and what is there already.
+"""Outputs of captions: the screen, one file of rows, or a text file beside each image.
 
-A file of rows is a log: rows are appended and flushed batch by batch, so that a stopped run has lost nothing but the
-row it was writing, and the next run goes on after the last whole one. Several processes write a part each, which are
-put into the one file at the end, or at the start of the next run.
+A file of rows is a log: rows are appended and flushed batch by batch, so that a killed run loses only the row that it
+was writing, and the next run resumes after the last whole one.
 """
 
 import csv
 import html
 import io
-import itertools
 import json
 import os
-import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TextIO
 
-from tinycap.deploy.captioners import Found
+from tinycap.deploy.captioners import CaptionResult
 
 
 FORMATS = ("text", "alt", "jsonl", "csv")
@@ -47,17 +44,17 @@ class RowShape:
         extra = [name for name in ("confidence", "alt") if getattr(self, name)]
         return ["image", *captions, *extra, "error"]
 
-    def as_dict(self, found: Found) -> dict:
+    def as_dict(self, result: CaptionResult) -> dict:
         """The row of a JSON-lines file: `image`, `caption` (None where there is none) and what else was asked for."""
-        row = {"image": found.image, "caption": found.captions[0] if found.captions else None}
+        row = {"image": result.image, "caption": result.captions[0] if result.captions else None}
         if self.num_captions > 1:
-            row["alternatives"] = found.captions[1:]
+            row["alternatives"] = result.captions[1:]
         if self.confidence:
-            row["confidence"] = None if found.confidence is None else round(found.confidence, 4)
+            row["confidence"] = None if result.confidence is None else round(result.confidence, 4)
         if self.alt:
             row["alt"] = None if row["caption"] is None else alt_attribute(row["caption"])
-        if found.error is not None:
-            row["error"] = found.error
+        if result.error is not None:
+            row["error"] = result.error
         return row
 
     def missing(self, row: dict) -> str:
@@ -68,9 +65,9 @@ class RowShape:
             missing.append(f"{self.num_captions} captions")
         return " and ".join(missing)
 
-    def as_fields(self, found: Found) -> list[str]:
+    def as_fields(self, result: CaptionResult) -> list[str]:
         """The row of a CSV file, in the order of `columns`; empty where there is nothing."""
-        row = self.as_dict(found)
+        row = self.as_dict(result)
         row.update({f"caption_{n}": text for n, text in enumerate(row.pop("alternatives", []), start=2)})
         return ["" if row.get(name) is None else str(row[name]) for name in self.columns()]
 
@@ -180,98 +177,70 @@ def read_csv(path: Path, columns: list[str]) -> Iterator[tuple[str, str, bool]]:
 
 
 class RowFile:
-    """A `.jsonl` or `.csv` file of captions that grows, run by run.
+    """A `.jsonl` or `.csv` file of captions to which runs append.
 
     Args:
         path: the file; its ending says which kind it is.
         shape: what its rows hold.
-        process_index, num_processes: which share of the images is this process's; with several, its rows go to a part.
 
     Raises:
         ValueError: the ending is neither; names it.
     """
 
-    def __init__(self, path: str | Path, shape: RowShape, process_index: int = 0, num_processes: int = 1):
-        self.path, self.shape = Path(path), shape
+    def __init__(self, path: str | Path, shape: RowShape):
+        self.path, self.shape, self.file = Path(path), shape, None
         self.kind = self.path.suffix.lower()[1:]
         if self.kind not in ("jsonl", "csv"):
             raise ValueError(f"--output: expected a name that ends in .jsonl or .csv, got {path}")
-        self.own_path = self.path
-        if num_processes > 1:
-            self.own_path = self._part_path(process_index, num_processes)
-        self.file = None
 
-    def _part_path(self, process_index: int, num_processes: int) -> Path:
-        name = f"{self.path.stem}-{process_index:05d}-of-{num_processes:05d}{self.path.suffix}"
-        return self.path.with_name(name)
-
-    def parts(self) -> list[Path]:
-        """The parts that processes, however many, have left."""
-        pattern = re.compile(re.escape(self.path.stem) + r"-\d{5}-of-\d{5}" + re.escape(self.path.suffix))
-        return sorted(path for path in self.path.parent.glob("*") if pattern.fullmatch(path.name))
-
-    def rows(self, path: Path) -> Iterator[tuple[str, str, bool]]:
-        """The whole rows of a file: text, image, whether it holds an error."""
-        if not path.exists() or path.stat().st_size == 0:
+    def rows(self) -> Iterator[tuple[str, str, bool]]:
+        """The whole rows: text, image, whether it holds an error."""
+        if not self.path.exists() or self.path.stat().st_size == 0:
             return iter(())
-        return read_jsonl(path, self.shape) if self.kind == "jsonl" else read_csv(path, self.shape.columns())
+        if self.kind == "jsonl":
+            return read_jsonl(self.path, self.shape)
+        return read_csv(self.path, self.shape.columns())
 
     def done(self) -> set[str]:
         """The images that have their rows."""
-        return {image for _, image, _ in self.rows(self.path)}
+        return {image for _, image, _ in self.rows()}
 
-    def start(self, overwrite: bool, images: Iterable[str]) -> None:
-        """Gets the file ready for this run's images, by one process before the others: gone on with, or begun anew."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        if overwrite:
-            for path in (self.path, *self.parts()):
-                path.unlink(missing_ok=True)
-        self.settle(retried=set(images))
+    def start(self, overwrite: bool, images: Iterable[str]) -> set[str]:
+        """Rewrites the file without a half-written row and without errors of this run's images, which are retried.
 
-    def settle(self, retried: Collection[str] = ()) -> None:
-        """Makes one whole file of what an earlier run left: parts are put in, and a half-written row is left out.
-
-        Run by one process while no other writes. Killed in the middle, it leaves everything as it was.
+        Killed in the middle, it leaves the file as it was.
 
         Args:
-            retried: images whose rows are left out if they hold an error.
+            overwrite: keep no row.
+            images: those of this run.
+
+        Returns:
+            The images that have their rows.
         """
-        parts = self.parts()
-        # Turn by turn, as the images were dealt out: parts of a run that went through give their order back.
-        turns = itertools.zip_longest(*map(self.rows, parts))
-        dealt = (row for turn in turns for row in turn if row is not None)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        rows, retried = () if overwrite else self.rows(), set(images)
         aside = path_aside(self.path)
-        seen: set[str] = set()
         try:
             with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
                 if self.kind == "csv":
                     file.write(csv_line(self.shape.columns()))
-                for rows, is_part in ((self.rows(self.path), False), (dealt, True)):
-                    for text, image, is_error in rows:
-                        # A part is removed after its rows are in the file: killed in between, both have them.
-                        if not (is_part and image in seen) and not (is_error and image in retried):
-                            file.write(text)
-                            seen.add(image)
+                file.writelines(text for text, image, is_error in rows if not (is_error and image in retried))
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, self.path)
         finally:
             aside.unlink(missing_ok=True)
-        for part in parts:
-            part.unlink()
+        return self.done()
 
-    def append(self, batch: Iterable[Found]) -> list[tuple[str, str]]:
-        """Adds rows and hands them to the system; none of them fails alone."""
+    def append(self, batch: Iterable[CaptionResult]) -> list[tuple[str, str]]:
+        """Appends rows and flushes them; returns no failures, since rows can't fail one by one."""
         if self.file is None:
-            new = not self.own_path.exists() or self.own_path.stat().st_size == 0
-            self.file = open(self.own_path, "a", encoding="utf-8", errors="surrogateescape", newline="")
-            if new and self.kind == "csv":
-                self.file.write(csv_line(self.shape.columns()))
-        for found in batch:
+            self.file = open(self.path, "a", encoding="utf-8", errors="surrogateescape", newline="")
+        for result in batch:
             if self.kind == "jsonl":
-                self.file.write(json_line(self.shape.as_dict(found)))
+                self.file.write(json_line(self.shape.as_dict(result)))
             else:
-                self.file.write(csv_line(self.shape.as_fields(found)))
+                self.file.write(csv_line(self.shape.as_fields(result)))
         self.file.flush()
         return []
 
@@ -309,32 +278,32 @@ class Sidecars:
     def path_of(image: str) -> Path:
         return Path(image).with_suffix(".txt")
 
-    def done(self, images: Iterable[str]) -> set[str]:
-        """The images that have a file beside them, whoever wrote it."""
+    def start(self, overwrite: bool, images: Iterable[str]) -> set[str]:
+        """The images that have a file beside them, whoever wrote it; none if they are to be overwritten."""
         # Not `Path.exists`, which raises an error on a name that is too long.
-        return {image for image in images if os.path.isfile(self.path_of(image))}
+        return set() if overwrite else {image for image in images if os.path.isfile(self.path_of(image))}
 
-    def append(self, batch: Iterable[Found]) -> list[tuple[str, str]]:
+    def append(self, batch: Iterable[CaptionResult]) -> list[tuple[str, str]]:
         """Writes the files, each aside and renamed; none where there is no caption.
 
         Returns:
             The images whose file can't be written, with the reason.
         """
         failed = []
-        for found in batch:
-            lines = [caption for caption in found.captions if caption is not None]
+        for result in batch:
+            lines = [caption for caption in result.captions if caption is not None]
             if not lines:
                 continue
             if self.format == "alt":
                 lines = [alt_attribute(line) for line in lines]
-            path = self.path_of(found.image)
+            path = self.path_of(result.image)
             aside = path_aside(path)
             try:
                 aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
                 os.replace(aside, path)
             except OSError as error:
                 aside.unlink(missing_ok=True)
-                failed.append((found.image, f"cannot write {path}: {error.strerror}"))
+                failed.append((result.image, f"cannot write {path}: {error.strerror}"))
         return failed
 
     def close(self) -> None:
@@ -366,22 +335,25 @@ class Screen:
         if format == "csv":
             stream.write(csv_line(shape.columns()))
 
-    def append(self, batch: Iterable[Found]) -> list[tuple[str, str]]:
-        for found in batch:
+    def start(self, overwrite: bool, images: Iterable[str]) -> set[str]:
+        return set()
+
+    def append(self, batch: Iterable[CaptionResult]) -> list[tuple[str, str]]:
+        for result in batch:
             if self.format == "jsonl":
-                self.stream.write(json_line(self.shape.as_dict(found)))
+                self.stream.write(json_line(self.shape.as_dict(result)))
             elif self.format == "csv":
-                self.stream.write(csv_line(self.shape.as_fields(found)))
-            elif found.error is None:
-                self._write_lines(found)
+                self.stream.write(csv_line(self.shape.as_fields(result)))
+            elif result.error is None:
+                self._write_lines(result)
         self.stream.flush()
         return []
 
-    def _write_lines(self, found: Found) -> None:
-        for caption in found.captions:
-            fields = [found.image] if self.show_names else []
+    def _write_lines(self, result: CaptionResult) -> None:
+        for caption in result.captions:
+            fields = [result.image] if self.show_names else []
             if self.show_confidence:
-                fields.append(f"{found.confidence:.2f}")
+                fields.append(f"{result.confidence:.2f}")
             text = caption or ""
             fields.append(alt_attribute(text) if self.format == "alt" and caption is not None else text)
             self.stream.write("\t".join(fields) + "\n")

@@ -1,7 +1,6 @@
 """Greedy and beam search over any function from tokens to logits, in numpy, as transformers 5.24 searches.
 
-`GenerationMixin`'s `_sample` (without sampling) and `_beam_search` say what is right here, to the order of ties: the
-tests hold these two to them.
+Results equal `GenerationMixin`'s greedy and beam search, including the order of ties; the tests compare them.
 """
 
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 
-# Log-probability of what must not be chosen: transformers' own value, which stays finite when it is added to.
+# Log-probability of what must not be chosen: transformers' own value, which stays finite in sums.
 NEVER = np.float32(-1.0e9)
 
 # step(tokens, rows) -> logits. `tokens` (N, L) are new since the last call; before them, the state's rows are replaced
@@ -20,7 +19,7 @@ Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 @dataclass
 class Sequences:
-    """What a search found for B images, R for each, the best first.
+    """The token sequences of a search for B images, R for each, the best first.
 
     Args:
         tokens: (B, R) lists of token ids, with the end token where there is one, without the prompt.
@@ -40,14 +39,14 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def greedy_search(
     step: Step, prompt: np.ndarray, eos_token_ids: list[int], max_new_tokens: int, suppress_tokens: Sequence[int] = ()
 ) -> Sequences:
-    """Takes the likeliest token until the end token or the limit.
+    """Takes the most probable token until the end token or the limit.
 
     Args:
         prompt: (B, L), the start token and what else the captions begin with.
         suppress_tokens: ids that are never taken; they count in the probabilities of the others.
     """
     batch = len(prompt)
-    found, scores = [[] for _ in range(batch)], np.zeros((batch, 1), np.float32)
+    sequences, scores = [[] for _ in range(batch)], np.zeros((batch, 1), np.float32)
     finished = np.zeros(batch, bool)
     tokens = prompt
     for _ in range(max_new_tokens):
@@ -57,14 +56,14 @@ def greedy_search(
         allowed[:, list(suppress_tokens)] = -np.inf
         best = allowed.argmax(axis=-1)
         for row in np.flatnonzero(~finished):
-            found[row].append(int(best[row]))
+            sequences[row].append(int(best[row]))
             scores[row] += log_probs[row, best[row]]
         finished |= np.isin(best, eos_token_ids)
         if finished.all():
             break
-        # What finished rows are fed with no longer matters: rows don't see each other.
+        # The input of finished rows doesn't matter: rows are independent.
         tokens = best[:, None]
-    return Sequences([[row] for row in found], scores)
+    return Sequences([[row] for row in sequences], scores)
 
 
 def beam_search(
@@ -92,12 +91,10 @@ def beam_search(
     is_top = np.arange(beams_to_keep) < num_beams
     rows = np.arange(batch)[:, None]
     running = np.zeros((batch, num_beams, max_new_tokens), np.int64)
-    # Only the first beam counts in the first step: all of them are alike.
+    # All beams are equal in the first step: only the first one counts.
     running_scores = np.full((batch, num_beams), NEVER)
     running_scores[:, 0] = 0.0
-    done, done_lengths = running.copy(), np.zeros((batch, num_beams), np.int64)
-    done_scores, done_sums = np.full((batch, num_beams), NEVER), np.full((batch, num_beams), NEVER)
-    is_done = np.zeros((batch, num_beams), bool)
+    finished = _Finished(batch, num_beams, max_new_tokens)
     can_improve = np.ones((batch, 1), bool)
     tokens, order = np.repeat(prompt, num_beams, axis=0), None
 
@@ -119,33 +116,45 @@ def beam_search(
         order = (beams[rows, kept] + rows * num_beams).flatten()
         tokens = running[:, :, length - 1].reshape(-1, 1)
 
-        # The finished captions, old and new, best first. The candidates beyond the first `num_beams` are there only
-        # so that enough go on.
-        just_done = ended & is_top
-        scores = sums / np.float32(length**length_penalty)
-        full = is_done.all(axis=1, keepdims=True) & (early_stopping is True)
-        scores = scores + (full.astype(np.float32) + ~can_improve + ~just_done) * NEVER
-        merged_scores = np.concatenate([done_scores, scores], axis=1)
-        best = _top_k(merged_scores, num_beams)
-        done_scores = merged_scores[rows, best]
-        done_sums = np.concatenate([done_sums, sums], axis=1)[rows, best]
-        done = np.concatenate([done, sequences], axis=1)[rows, best]
-        lengths = np.full_like(top, length)
-        done_lengths = np.concatenate([done_lengths, lengths], axis=1)[rows, best]
-        is_done = np.concatenate([is_done, just_done], axis=1)[rows, best]
+        # Candidates beyond the first `num_beams` only keep enough beams running.
+        just_ended = ended & is_top
+        is_full = finished.is_finished.all(axis=1, keepdims=True) & (early_stopping is True)
+        excluded = is_full.astype(np.float32) + ~can_improve + ~just_ended
+        scores = sums / np.float32(length**length_penalty) + excluded * NEVER
+        finished.add(sequences, np.full_like(top, length), scores, sums, just_ended)
 
-        hoped_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
-        hoped = running_scores[:, :1] / np.float32(hoped_length**length_penalty)
-        worst = np.where(is_done, done_scores.min(axis=1, keepdims=True), NEVER)
-        can_improve &= (hoped > worst).any(axis=1, keepdims=True)
-        if not can_improve.any() or ended.all() or (early_stopping is True and is_done.all()):
+        final_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
+        attainable = running_scores[:, :1] / np.float32(final_length**length_penalty)
+        worst = np.where(finished.is_finished, finished.scores.min(axis=1, keepdims=True), NEVER)
+        can_improve &= (attainable > worst).any(axis=1, keepdims=True)
+        if not can_improve.any() or ended.all() or (early_stopping is True and finished.is_finished.all()):
             break
 
-    found = [
-        [done[row, rank, : done_lengths[row, rank]].tolist() for rank in range(num_return_sequences)]
-        for row in range(batch)
+    best = [
+        [tokens[:length].tolist() for tokens, length in zip(*image)]
+        for image in zip(finished.tokens[:, :num_return_sequences], finished.lengths)
     ]
-    return Sequences(found, done_sums[:, :num_return_sequences])
+    return Sequences(best, finished.log_probs[:, :num_return_sequences])
+
+
+class _Finished:
+    """The best finished sequences of B images, at most `num_beams` each, the best first.
+
+    Args of `add`: tokens (B, K, max_new_tokens); lengths, scores, log_probs and is_finished (B, K).
+    """
+
+    def __init__(self, batch: int, num_beams: int, max_new_tokens: int):
+        shape = (batch, num_beams)
+        self.tokens, self.lengths = np.zeros((*shape, max_new_tokens), np.int64), np.zeros(shape, np.int64)
+        self.scores, self.log_probs = np.full(shape, NEVER), np.full(shape, NEVER)
+        self.is_finished = np.zeros(shape, bool)
+
+    def add(self, *new: np.ndarray) -> None:
+        old = (self.tokens, self.lengths, self.scores, self.log_probs, self.is_finished)
+        merged = [np.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)]
+        best = _top_k(merged[2], self.scores.shape[1])
+        rows = np.arange(len(best))[:, None]
+        self.tokens, self.lengths, self.scores, self.log_probs, self.is_finished = (part[rows, best] for part in merged)
 
 
 def _top_k(values: np.ndarray, k: int) -> np.ndarray:

@@ -9,8 +9,6 @@ from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
-from tinycap.training.arguments import MAX_WARMUP_SHARE
-
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +16,8 @@ logger = logging.getLogger(__name__)
 FEW_STEPS = 500
 
 OPTIMIZERS = ("adamw", "muon")
+# Largest share of a run's steps for a warm-up whose length isn't given.
+MAX_WARMUP_SHARE = 0.1
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:

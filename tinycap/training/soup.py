@@ -18,7 +18,6 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.training.arguments import FLAG
 from tinycap.training.logs import write_json
 from tinycap.training.repository import create_image_processor, save_repository
 from tinycap.training.run_folder import check_output_dir, clear_output_dir
@@ -41,7 +40,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--models", nargs="+", required=True, help="folders or Hub ids of two or more trained models")
     parser.add_argument("--output_dir", required=True, help="folder that becomes the model repository")
-    parser.add_argument("--overwrite_output_dir", action=FLAG, default=False, help="write over an earlier one")
+    parser.add_argument("--overwrite_output_dir", action="store_true", help="write over an earlier one")
     args = parser.parse_args(argv)
     if len(args.models) < 2:
         parser.error(f"--models: expected two or more models, got {len(args.models)}")

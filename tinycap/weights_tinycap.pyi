@@ -1,1 +1,0 @@
-from weights_tinycap import *

@@ -1,0 +1,434 @@
+"""The student ViT, which is distilled from CLIP's image encoder, and what it shares with the decoder.
+
+Shared are attention, MLP, and the base class that loads weights: it validates untrusted checkpoints before memory is
+allocated, and after.
+"""
+
+import copy
+import math
+import os
+import re
+from collections import Counter
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.utils import cached_file
+
+from .confidence_tinycap import CONFIDENCE_NAME
+from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisionConfig
+
+
+HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class TinyCapVisionOutput(BaseModelOutputWithPooling):
+    """Output of the student.
+
+    Args:
+        last_hidden_state: (B, 1 + patches, hidden_size), after the final layer norm; row 0 is `[CLS]`.
+        pooler_output: (B, projection_dim), the image embedding, of unit norm; also called `image_embeds`.
+        hidden_states, attentions: per layer, as transformers' own; the former before the final layer norm.
+    """
+
+    @property
+    def image_embeds(self) -> torch.FloatTensor | None:
+        return self.pooler_output
+
+
+# --- attention and MLP, shared with the decoder ---------------------------------------------------------------------
+
+
+def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
+    """Attention as written (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762), with its weights.
+
+    Args:
+        query: (B, heads, L, head_dim); `key` and `value`: (B, heads, S, head_dim).
+        attention_mask: (B or 1, 1, L, S), added to the scores, or bool with `False` where attention is forbidden.
+
+    Returns:
+        The output (B, L, heads, head_dim) and the weights (B, heads, L, S).
+    """
+    scores = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None and attention_mask.dtype == torch.bool:
+        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
+    elif attention_mask is not None:
+        scores = scores + attention_mask
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class TinyCapAttention(nn.Module):
+    """Multi-head self-attention over (B, L, hidden_size), causal or not, through transformers' attention interface."""
+
+    def __init__(self, config: TinyCapVisionConfig | TinyCapTextConfig, layer_idx: int, is_causal: bool = False):
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.is_causal = is_causal
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.num_key_value_groups = 1
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
+        """(B, L, hidden_size) -> (B, heads, L, head_dim)."""
+        return states.view(*states.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
+
+    def attend(self, hidden_states, key, value, attention_mask=None, output_attentions=False, **kwargs):
+        query = self.split_heads(self.q_proj(hidden_states))
+        eager = output_attentions or self.config._attn_implementation == "eager"
+        attention = eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        kwargs["dropout"] = self.config.attention_probs_dropout_prob if self.training else 0.0
+        output, weights = attention(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
+        return self.out_proj(output.flatten(2)), weights if output_attentions else None
+
+    def forward(
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, cache=None, **kwargs
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        key, value = self.split_heads(self.k_proj(hidden_states)), self.split_heads(self.v_proj(hidden_states))
+        if cache is not None:
+            key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
+        return self.attend(hidden_states, key, value, attention_mask, **kwargs)
+
+
+class TinyCapMLP(nn.Module):
+    def __init__(self, config: TinyCapVisionConfig | TinyCapTextConfig):
+        super().__init__()
+        if config.hidden_act not in ACT2FN:
+            raise ValueError(
+                f"{type(config).__name__}.hidden_act: expected one of {', '.join(sorted(ACT2FN))}, "
+                f"got {config.hidden_act!r}"
+            )
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.activation = ACT2FN[config.hidden_act]
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.activation(self.fc1(hidden_states)))
+
+
+# --- loading, saving, initial weights -------------------------------------------------------------------------------
+
+
+def stored_shapes(source: str, hub_kwargs: dict) -> dict[str, list[int]]:
+    """Shapes by name from the header of `model.safetensors`, which is downloaded; empty with several weight files.
+
+    Raises:
+        ValueError: a folder holds a pickle instead, or the header doesn't describe the file; names it.
+    """
+    folder = os.path.join(source, hub_kwargs.get("subfolder") or "")
+    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else [source]
+    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
+    if pickles and not any(file.endswith((".safetensors", ".safetensors.index.json")) for file in files):
+        raise ValueError(
+            f"{source}: expected model.safetensors, got {pickles[0]}, a pickle, which may run code when it is loaded; "
+            "convert it once, where you trust it: "
+            "weights = torch.load('pytorch_model.bin', weights_only=True); safetensors.torch.save_file("
+            "{name: value.clone() for name, value in weights.items()}, 'model.safetensors', metadata={'format': 'pt'})"
+        )
+    try:
+        path = cached_file(source, "model.safetensors", **hub_kwargs)
+    except OSError:
+        # Several files with an index, or none at all: `PreTrainedModel.from_pretrained` says which.
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name).get_shape() for name in file.keys()}
+    except SafetensorError as error:
+        raise ValueError(f"{path}: expected safetensors, got something else: {error}") from error
+
+
+def count_layers(names) -> Counter:
+    """Number of layers by stack: `layers` of the student, `decoder.layers`."""
+    matches = (re.match(r"(?:vision_model\.)?((?:decoder\.)?layers)\.(\d+)\.", name) for name in names)
+    return Counter(stack for stack, _ in {match.groups() for match in matches if match})
+
+
+def check_shapes(source: str, shapes: dict[str, list[int]], model_class: type, config) -> None:
+    """Raises `ValueError` where the stored shapes contradict the config; names the tensors."""
+    try:
+        with torch.device("meta"):
+            model = model_class(copy.deepcopy(config))
+    except RuntimeError as error:
+        # The number of a tensor's values overflows 64 bits.
+        raise ValueError(f"{source}: expected a config of possible sizes: {error}") from error
+    expected, wrong = {name: list(value.shape) for name, value in model.state_dict().items()}, []
+    for name, shape in expected.items():
+        # A student is stored alone or as part of a captioner, and loads from either into either.
+        for stored in {name, f"vision_model.{name}", name.removeprefix("vision_model.")} & shapes.keys():
+            if shapes[stored] != shape:
+                wrong.append(f"{name}: the config expects the shape {shape}, got {shapes[stored]}")
+    if wrong:
+        raise ValueError(f"{source}: {len(wrong)} tensors contradict the config: {'; '.join(wrong[:3])}")
+    stored_depths = count_layers(shapes)
+    for stack, depth in count_layers(expected).items():
+        if stored_depths[stack] not in (0, depth):
+            raise ValueError(f"{source}: {stack}.*: the config expects {depth} layers, got {stored_depths[stack]}")
+
+
+def check_finite_weights(source: str, model: nn.Module) -> None:
+    """Raises `ValueError`, naming the first such tensor, where a weight is infinite or NaN."""
+    for name, value in model.named_parameters():
+        # Only the library of a tensor subclass (quantised, distributed) can read its values.
+        if type(value) is nn.Parameter and not value.is_meta and value.is_floating_point() and value.element_size() > 1:
+            # Both extremes in one pass, without a copy; a NaN makes both NaN.
+            low, high = torch.aminmax(value.detach()) if value.numel() else (torch.zeros(()),) * 2
+            if not (math.isfinite(low) and math.isfinite(high)):
+                raise ValueError(f"{source}: {name}: expected finite weights, got values from {low} to {high}")
+
+
+def position_table(side: int, width: int) -> torch.Tensor:
+    """Initial position embeddings: sines and cosines of both coordinates, for `[CLS]` and side x side patches.
+
+    Patch embeddings sum hundreds of correlated pixels and grow ~50x larger than N(0, 0.02) positions, which then barely
+    influence attention. 2D waves as in MAE (He et al., 2022, https://arxiv.org/abs/2111.06377), with frequencies from
+    half a period across the image to half a period a patch.
+
+    Returns:
+        (1 + side * side, width), entries from -1 to 1, row 0 (`[CLS]`) zero.
+    """
+    frequencies = 0.5 * math.pi * side ** torch.linspace(0, 1, -(-width // 4))
+    angles = (torch.arange(side)[:, None] + 0.5) / side * frequencies
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1)
+    # Interleaved, so that a width that isn't a multiple of 4 truncates both coordinates alike.
+    both = torch.stack([waves[:, None].expand(side, side, -1), waves[None].expand(side, side, -1)], dim=-1)
+    return torch.cat([torch.zeros(1, width), both.flatten(2).flatten(0, 1)[:, :width]])
+
+
+class TinyCapPreTrainedModel(PreTrainedModel):
+    """Loading with validation, initial weights, and the attributes that transformers reads."""
+
+    config_class = TinyCapConfig
+    base_model_prefix = "vision_model"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["TinyCapVisionEmbeddings", "TinyCapVisionLayer", "TinyCapDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @classmethod
+    def _can_set_attn_implementation(cls) -> bool:
+        # Otherwise transformers guesses it from how the source is spelled, by rules that change with its versions.
+        return True
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """`PreTrainedModel.from_pretrained` with validation of untrusted checkpoints.
+
+        Reads safetensors only, and compares the file's header with the configuration before memory is allocated.
+
+        Raises:
+            ValueError: there is a pickle instead; header, weights and configuration contradict each other; weights are
+                infinite or NaN; some are missing, unless `output_loading_info=True` or `ignore_mismatched_sizes=True`.
+        """
+        source, shapes = pretrained_model_name_or_path, {}
+        if kwargs.get("use_safetensors") is False:
+            raise ValueError("use_safetensors: expected True or None, since nothing else is read, got False")
+        kwargs["use_safetensors"] = True
+        wants_report, tolerant = kwargs.pop("output_loading_info", False), kwargs.get("ignore_mismatched_sizes", False)
+        hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        if source is not None and kwargs.get("state_dict") is None:
+            shapes, config = stored_shapes(os.fspath(source), hub_kwargs), kwargs.get("config")
+            if shapes and not hasattr(config, "to_dict"):
+                config = cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs)
+            # A quantised checkpoint stores packed tensors of other shapes.
+            if shapes and not tolerant and getattr(config, "quantization_config", None) is None:
+                check_shapes(source, shapes, cls, config)
+        model, report = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
+        check_finite_weights(source, model)
+        head, table = model.get_output_embeddings(), model.get_input_embeddings()
+        if head is not None and model.config.tie_word_embeddings and "lm_head.weight" not in shapes:
+            # transformers 5.3 leaves the head of remote code untied. Quantised and offloaded weights are left alone.
+            if type(head.weight) is nn.Parameter and not table.weight.is_meta and not hasattr(head, "_hf_hook"):
+                head.weight = table.weight
+        if source is not None:
+            # Looked up here, because only this call knows the model's revision, token and cache.
+            quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+            model.confidence_path = cached_file(source, CONFIDENCE_NAME, **hub_kwargs, **quiet)
+        missing = sorted(report["missing_keys"])
+        # A student alone initialises a captioner, whose decoder is new.
+        is_student = bool(shapes) and not any(name.startswith(("decoder.", "vision_model.")) for name in shapes)
+        if missing and source is not None and not (wants_report or tolerant or is_student):
+            raise ValueError(
+                f"{source}: expected all weights, {len(missing)} are missing: {', '.join(missing[:5])}; "
+                "output_loading_info=True loads the others all the same"
+            )
+        return (model, report) if wants_report else model
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module):
+        std = self.config.initializer_range
+        if isinstance(module, (nn.Linear, nn.Conv2d)):
+            nn.init.trunc_normal_(module.weight, std=std)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=std)
+        elif isinstance(module, nn.LayerNorm):
+            nn.init.ones_(module.weight)
+            nn.init.zeros_(module.bias)
+        elif isinstance(module, TinyCapVisionEmbeddings):
+            nn.init.trunc_normal_(module.cls_token, std=std)
+            # transformers 5 keeps what was loaded from `nn.init`, but not from a copy.
+            if not getattr(module.position_embeddings, "_is_hf_initialized", False):
+                table = position_table(math.isqrt(module.num_patches), module.config.hidden_size)
+                module.position_embeddings.copy_(table.unsqueeze(0))
+
+    def output_flags(self, *flags: bool | None) -> list[bool]:
+        """`output_attentions`, `output_hidden_states`, `return_dict`: from the call, or else from the config."""
+        defaults = (self.config.output_attentions, self.config.output_hidden_states, self.config.return_dict)
+        return [default if flag is None else flag for flag, default in zip(flags, defaults)]
+
+
+# --- student ViT ----------------------------------------------------------------------------------------------------
+
+
+class TinyCapVisionEmbeddings(nn.Module):
+    """Pixels (B, C, H, W) -> tokens (B, 1 + patches, hidden_size), `[CLS]` first."""
+
+    def __init__(self, config: TinyCapVisionConfig):
+        super().__init__()
+        self.config = config
+        self.num_patches = (config.image_size // config.patch_size) ** 2
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
+        self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.num_patches, config.hidden_size))
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def positions(self, rows: int, columns: int) -> torch.Tensor:
+        """The position table, interpolated to a grid of `rows` x `columns` patches."""
+        side = math.isqrt(self.num_patches)
+        if (rows, columns) == (side, side):
+            return self.position_embeddings
+        cls_position, grid = self.position_embeddings[:, :1], self.position_embeddings[:, 1:]
+        grid = grid.reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        grid = F.interpolate(grid.float(), size=(rows, columns), mode="bicubic", align_corners=False).to(grid.dtype)
+        return torch.cat([cls_position, grid.flatten(2).transpose(1, 2)], dim=1)
+
+    def drop_patches(self, patches: torch.Tensor) -> torch.Tensor:
+        """Leaves out a random `patch_dropout` of each image's patches (B, patches, hidden_size)."""
+        batch, length, width = patches.shape
+        kept = max(1, round(length * (1.0 - self.config.patch_dropout)))
+        index = torch.rand(batch, length, device=patches.device).argsort(dim=1)[:, :kept]
+        return patches.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
+
+    def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
+        size, patch, channels = self.config.image_size, self.config.patch_size, self.config.num_channels
+        if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
+            raise ValueError(
+                f"pixel_values: expected (batch, {channels}, height, width), got {tuple(pixel_values.shape)}"
+            )
+        height, width = pixel_values.shape[2:]
+        if not interpolate_pos_encoding and (height, width) != (size, size):
+            raise ValueError(
+                f"pixel_values: expected {size}x{size} pixels, got {height}x{width}; "
+                "pass interpolate_pos_encoding=True to encode another size"
+            )
+        if height < patch or width < patch:
+            raise ValueError(f"pixel_values: expected at least {patch}x{patch} pixels, got {height}x{width}")
+        patches = self.patch_embedding(pixel_values.to(self.cls_token.dtype))
+        positions = self.positions(*patches.shape[2:])
+        patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]
+        if self.training and self.config.patch_dropout > 0:
+            patches = self.drop_patches(patches)
+        cls_token = (self.cls_token + positions[:, :1]).expand(patches.shape[0], -1, -1)
+        return self.dropout(torch.cat([cls_token, patches], dim=1))
+
+
+class TinyCapVisionLayer(GradientCheckpointingLayer):
+    def __init__(self, config: TinyCapVisionConfig, layer_idx: int):
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.self_attn = TinyCapAttention(config, layer_idx)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = TinyCapMLP(config)
+        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+
+    def forward(self, hidden_states: torch.Tensor, **kwargs):
+        attended, weights = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
+        hidden_states = hidden_states + self.dropout(attended)
+        hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm2(hidden_states)))
+        return hidden_states, weights
+
+
+class TinyCapVisionModel(TinyCapPreTrainedModel):
+    """The student ViT alone (Dosovitskiy et al., 2021, https://arxiv.org/abs/2010.11929, pre-norm), with a projection
+    of `[CLS]` to the teacher's width. Loads from the folder of a whole TinyCap too."""
+
+    config_class = TinyCapVisionConfig
+    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^lm_head\."]
+
+    def __init__(self, config: TinyCapVisionConfig):
+        super().__init__(config)
+        self.embeddings = TinyCapVisionEmbeddings(config)
+        self.layers = nn.ModuleList([TinyCapVisionLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.projection = nn.Linear(config.hidden_size, config.projection_dim)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.embeddings.patch_embedding
+
+    def forward(
+        self,
+        pixel_values: torch.FloatTensor,
+        interpolate_pos_encoding: bool = False,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        **kwargs,
+    ) -> TinyCapVisionOutput | tuple:
+        """Encodes images.
+
+        Args:
+            pixel_values: (B, num_channels, image_size, image_size), normalised by the image processor.
+            interpolate_pos_encoding: accept other heights and widths.
+
+        Returns:
+            `TinyCapVisionOutput`, or its values as a tuple with `return_dict=False`.
+
+        Raises:
+            ValueError: `pixel_values` has another shape; names the expected one.
+        """
+        with_attentions, with_states, return_dict = self.output_flags(
+            output_attentions, output_hidden_states, return_dict
+        )
+        if pixel_values is None:
+            raise ValueError("pixel_values: expected a tensor of images, got None")
+        hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
+        all_hidden_states, all_attentions = (hidden_states,), ()
+        for layer in self.layers:
+            hidden_states, weights = layer(hidden_states, output_attentions=with_attentions, **kwargs)
+            all_hidden_states, all_attentions = (*all_hidden_states, hidden_states), (*all_attentions, weights)
+        last_hidden_state = self.final_layer_norm(hidden_states)
+        image_embeds = self.projection(last_hidden_state[:, 0])
+        # The norm in float32: the sum of 768 squares loses too much in half precision.
+        image_embeds = F.normalize(image_embeds.float(), dim=-1).to(image_embeds.dtype)
+        output = TinyCapVisionOutput(
+            last_hidden_state=last_hidden_state,
+            pooler_output=image_embeds,
+            hidden_states=all_hidden_states if with_states else None,
+            attentions=all_attentions if with_attentions else None,
+        )
+        return output if return_dict else output.to_tuple()
+
+
+TinyCapVisionModel.register_for_auto_class("AutoModel")
+
+
+__all__ = ["TinyCapPreTrainedModel", "TinyCapVisionModel", "TinyCapVisionOutput", "position_table"]
