@@ -114,6 +114,8 @@ def test_a_prompt_that_spells_special_tokens_is_text(repository, pictures):
         ("[1, 2]", ["[1, 2]"]),
         ("[" * 5000 + "]" * 5000, ["[" * 5000 + "]" * 5000]),
         ("['open", ["['open"]),
+        ("[u'A dog .', u'A cat .']", ["A dog.", "A cat."]),
+        (r"['no escape: \x .']", [r"['no escape: \x.']"]),
     ],
 )
 def test_captions_that_were_joined_or_written_as_a_list_are_several(value, captions):

@@ -80,6 +80,7 @@ def sample_rng(seed: int, epoch: int, index: int | str) -> random.Random:
     return random.Random(f"{seed}/{epoch}/{index}")
 
 
+@dataclass(eq=False)
 class SampleMaker:
     """Makes samples of decoded rows.
 
@@ -90,24 +91,18 @@ class SampleMaker:
         seed: with the epoch and the row, fixes every draw.
     """
 
-    def __init__(
-        self,
-        image_size: int,
-        augmentation: Augmentation | None = None,
-        captions_per_image: int | None = None,
-        seed: int = 0,
-    ):
-        self.image_size = image_size
-        self.augmentation = augmentation or Augmentation()
-        self.captions_per_image = captions_per_image
-        self.seed = seed
+    image_size: int
+    augmentation: Augmentation | None = None
+    captions_per_image: int | None = None
+    seed: int = 0
+
+    def __post_init__(self):
+        self.augmentation = self.augmentation or Augmentation()
 
     def make_sample(self, row: dict, index: int | str, epoch: int, view: int) -> dict:
         """One sample: the image follows from (seed, view, index), the captions from (seed, epoch, index).
 
-        Returns:
-            dict of `pixels`, `gain` and `shift` (see `Augmentation`), `captions` (those drawn), `references` (all),
-            `image_id`.
+        It has `pixels`, `gain`, `shift` (see `Augmentation`), `captions` (those drawn), `references` (all), `image_id`.
         """
         captions = list(row["captions"])
         if self.captions_per_image is not None:
@@ -159,6 +154,7 @@ class CaptionDataset(SampleMaker, Dataset):
         sample.update(pixels=mixed.round_().to(torch.uint8), mixed=True)
 
 
+@dataclass(eq=False)
 class EpochBatchSampler(Sampler):
     """A process's share of the images of every step; yields lists of `(epoch, row)`.
 
@@ -167,37 +163,33 @@ class EpochBatchSampler(Sampler):
     epoch differ by one image at most.
 
     Args:
-        num_rows: images of the dataset.
-        batch_size: images that a process takes in a batch.
-        process_index, num_processes: whose share it is.
+        batch_size: images of a batch of one process.
         equal: drop what doesn't fill a batch of every process, for objectives that compare a batch's images.
 
     Raises:
         ValueError: there are too few images for the processes.
     """
 
-    def __init__(
-        self,
-        num_rows: int,
-        batch_size: int,
-        seed: int,
-        process_index: int = 0,
-        num_processes: int = 1,
-        equal: bool = False,
-    ):
-        step_size = batch_size * num_processes
-        if num_rows < (step_size if equal else num_processes):
-            wanted = f"a batch of {batch_size}" if equal else "one"
+    num_rows: int
+    batch_size: int
+    seed: int
+    process_index: int = 0
+    num_processes: int = 1
+    equal: bool = False
+
+    def __post_init__(self):
+        step_size = self.batch_size * self.num_processes
+        if self.num_rows < (step_size if self.equal else self.num_processes):
+            wanted = f"a batch of {self.batch_size}" if self.equal else "one"
             raise ValueError(
-                f"expected {wanted} of the training photos for each of {num_processes} processes, got {num_rows} photos"
+                f"expected {wanted} of the training photos for each of {self.num_processes} processes, "
+                f"got {self.num_rows} photos"
             )
-        # At least one image for each process.
-        self.num_batches = num_rows // step_size if equal else min(-(-num_rows // step_size), num_rows // num_processes)
-        self.num_rows = num_rows
-        self.used_rows = self.num_batches * step_size if equal else num_rows
-        self.seed = seed
-        self.process_index = process_index
-        self.num_processes = num_processes
+        self.num_batches, self.used_rows = self.num_rows // step_size, self.num_rows // step_size * step_size
+        if not self.equal:
+            # At least one image for each process.
+            self.num_batches = min(-(-self.num_rows // step_size), self.num_rows // self.num_processes)
+            self.used_rows = self.num_rows
         self.set_position(0, 0)
 
     def set_position(self, epoch: int, batch: int) -> None:

@@ -47,10 +47,14 @@ def _texts(value) -> Iterator[str]:
         listed = _parse_list(value.strip())
         yield from re.split(r"[\r\n]+", value) if listed is None else listed
     elif isinstance(value, dict):
-        yield from _texts(next((value[key] for key in TEXT_KEYS if key in value), None))
+        yield from _texts(_text_of(value))
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from _texts(entry)
+
+
+def _text_of(entry: dict):
+    return next((entry[key] for key in TEXT_KEYS if key in entry), None)
 
 
 def _parse_list(text: str) -> list[str] | None:
@@ -63,10 +67,10 @@ def _parse_list(text: str) -> list[str] | None:
         if not re.fullmatch(rf"(?:[\[\](),\s]|None|{QUOTED})*", text):
             return None
         # Not the list as a whole: NumPy writes no commas, and Python would join adjacent strings.
-        entries = [ast.literal_eval(entry) for entry in re.findall(QUOTED, text)]
-    entries = [
-        next((entry[key] for key in TEXT_KEYS if key in entry), None) if isinstance(entry, dict) else entry
-        for entry in entries
-    ]
+        try:
+            entries = [ast.literal_eval(entry) for entry in re.findall(QUOTED, text)]
+        except (ValueError, SyntaxError):
+            return None
+    entries = [_text_of(entry) if isinstance(entry, dict) else entry for entry in entries]
     texts = [entry for entry in entries if entry]
     return texts if texts and all(isinstance(entry, (str, type(None))) for entry in entries) else None

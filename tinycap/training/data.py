@@ -45,10 +45,8 @@ DECODE_VERSION = 3
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of the image, its captions and its id (`None`: its file's name or its row number).
-
-    `more_captions` are further caption columns, such as caption_1 to caption_4 beside caption_0.
-    """
+    """Names of the columns of an image, its captions (such as caption_0, and caption_1 to caption_4 as further ones)
+    and its id (`None`: its file's name or its row number)."""
 
     image: str
     caption: str
@@ -120,14 +118,12 @@ def load_splits(
 ) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset]:
     """The training and the validation split, one row for each image.
 
-    Args:
+    Args (others: see `load_split` and `resolve_columns`):
         validation_split: `None` for "validation" if there is one, else for 5 % of the training images, drawn by `seed`.
         max_train_samples, max_eval_samples: use only the first images.
         streaming: stream the training split, without merging its rows; of the validation split, `max_eval_samples` rows
             (default: 1,000) are kept, since metrics need the same images each time.
-        image_column, caption_column: see `resolve_columns`.
         num_proc: processes that hash the rows' images.
-        Others: see `load_split`.
 
     Raises:
         ValueError: a split or column is missing, a stream has no validation split, or there are too few images to hold
@@ -290,7 +286,7 @@ def merge_rows(rows: datasets.Dataset, columns: Columns, num_proc: int | None = 
     captions = [list(dict.fromkeys(usable_captions(texts))) for texts in values]
     first = [group[0] for group in groups.values()]
     replaced = [name for name in (*columns.captions, ROW_COLUMN) if name in rows.column_names]
-    # Few rows at a time: the writer holds images of several megabytes in memory.
+    # Few rows at a time: images of several megabytes are held in memory.
     merged = files.select(first).remove_columns(replaced).flatten_indices(writer_batch_size=100, num_proc=num_proc)
     merged = merged.add_column(columns.caption, captions, feature=datasets.List(TEXT)).add_column(ROW_COLUMN, first)
     return merged.cast_column(columns.image, rows.features[columns.image])
@@ -299,11 +295,8 @@ def merge_rows(rows: datasets.Dataset, columns: Columns, num_proc: int | None = 
 def hold_out(rows: datasets.Dataset, columns: Columns, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
     """The images to train on and those held out (`HELD_OUT` of them), drawn by `seed`; each in the rows' order.
 
-    Args:
-        rows: from `merge_rows`. Rows that share an id, such as two encodings of an image, stay together.
-
-    Raises:
-        ValueError: there are fewer than two images.
+    Rows (from `merge_rows`) that share an id, such as two encodings of an image, stay together. Raises `ValueError` for
+    fewer than two images.
     """
     ids = list(range(len(rows)))
     if columns.image_id and len(set(rows[columns.image_id][:]) - {None}) > 1:
@@ -403,8 +396,7 @@ def decode_dataset(
         A dataset of what `decode_row` returns, without `reason`.
 
     Raises:
-        TooManyBadRowsError, BadRowError: see `SkippedRows`.
-        ValueError: no good row is left.
+        ValueError: no good row is left, or there are too many bad ones (see `SkippedRows`).
     """
     wanted = [columns.image, *columns.captions, columns.image_id, ROW_COLUMN]
     rows = dataset.select_columns([name for name in wanted if name in dataset.column_names])
@@ -415,8 +407,7 @@ def decode_dataset(
         remove_columns=rows.column_names,
         features=datasets.Features({**DECODED_FEATURES, "digest": TEXT}),
         num_proc=num_proc,
-        # 200 images of 200 kB are held in memory before they are written.
-        writer_batch_size=200,
+        writer_batch_size=200,  # 40 MB of memory for images of 200 kB.
         desc=f"Decoding {split}",
     )
     bad = {row: reason for row, reason in enumerate(decoded["reason"][:]) if reason}

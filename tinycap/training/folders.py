@@ -76,7 +76,7 @@ def read_folder(folder: str, split: str) -> datasets.Dataset | None:
         ValueError: a file can't be read, there are images and no captions, or there is no such split; names it.
     """
     files = list(_walk(folder))
-    images = _Images(folder, [name for name in files if name.lower().endswith(IMAGE_ENDINGS)])
+    images = _Files([name for name in files if name.lower().endswith(IMAGE_ENDINGS)])
     if not images.names or any(posixpath.splitext(name)[1].lower() in SHARD_ENDINGS for name in files):
         return None
     if "README.md" in files and re.search(r"^configs:", _read_text(folder, "README.md"), re.MULTILINE):
@@ -94,11 +94,10 @@ def read_folder(folder: str, split: str) -> datasets.Dataset | None:
             f"{folder}: expected captions for {len(images.names)} images: a text file of the same name beside each "
             f"image, or a table (CSV, TSV, JSON lines, JSON) with file names and captions; got {unused or 'neither'}"
         )
-    others = [name for name in files if name not in used and not name.lower().endswith(TABLE_ENDINGS)]
-    if unused or others:
-        endings = dict(Counter(posixpath.splitext(name)[1].lower() for name in others))
+    others = (name.lower() for name in files if name not in used and not name.lower().endswith(TABLE_ENDINGS))
+    if (endings := dict(Counter(posixpath.splitext(name)[1] for name in others))) or unused:
         logger.info("%s: left out: files by ending %s, files that name no image %s", folder, endings, unused)
-    return _to_dataset(folder, rows + _uncaptioned(rows, images), split)
+    return _to_dataset(folder, rows + _uncaptioned(folder, rows, images), split)
 
 
 def find_broken_shard(folder: str) -> str | None:
@@ -143,11 +142,10 @@ def file_named(cell: Any) -> str:
     return re.sub(r"#\d+$", "", str(cell).strip()).replace("\\", "/")
 
 
-class _Images:
-    """Finds the images that tables name: by path, by file name, by file name without its ending."""
+class _Files:
+    """Finds the files that tables name: by path, by file name, by file name without its ending."""
 
-    def __init__(self, folder: str, names: list[str]):
-        self.folder = folder
+    def __init__(self, names: list[str]):
         self.names = dict.fromkeys(names)
         self.splits: dict[str, str] = {}
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
@@ -155,11 +153,11 @@ class _Images:
             self.by_name[posixpath.basename(name)].append(name)
             self.by_stem[posixpath.splitext(posixpath.basename(name))[0]].append(name)
 
-    def split_of(self, image: str) -> str | None:
-        return self.splits.get(image) or split_of(posixpath.dirname(image) + "/")
+    def split_of(self, name: str) -> str | None:
+        return self.splits.get(name) or split_of(posixpath.dirname(name) + "/")
 
     def find(self, cell: Any, base: str = "", split: str | None = None, by_stem: bool = True) -> str | None:
-        """The image that a cell of a table in the folder `base` names; `None` for none, or for several."""
+        """The file that a cell of a table in the folder `base` names; `None` for none, or for several."""
         if not isinstance(cell, (str, int)) or not (name := file_named(cell)):
             return None
         for path in (posixpath.normpath(posixpath.join(base, name)), posixpath.normpath(name)):
@@ -168,22 +166,18 @@ class _Images:
         name = posixpath.basename(name)
         found = self.by_name.get(name) or (self.by_stem.get(name, []) if by_stem else [])
         if len(found) > 1:
-            found = [image for image in found if self.split_of(image) == split]
+            found = [name for name in found if self.split_of(name) == split]
         return found[0] if len(found) == 1 else None
 
 
-def _find_sidecars(files: list[str], images: _Images) -> dict[str, str]:
+def _find_sidecars(files: list[str], images: _Files) -> dict[str, str]:
     """For each image its text file: beside it, or the only one of its name elsewhere."""
-    by_name = defaultdict(list)
-    for name in files:
-        if name.lower().endswith(SIDECAR_ENDINGS):
-            by_name[posixpath.basename(name)].append(name)
+    texts = _Files([name for name in files if name.lower().endswith(SIDECAR_ENDINGS)])
     sidecars = {}
     for image in images.names:
         beside = [base + ending for base in (posixpath.splitext(image)[0], image) for ending in SIDECAR_ENDINGS]
-        same_name = [by_name.get(posixpath.basename(name), []) for name in beside]
-        found = [name for name, texts in zip(beside, same_name) if name in texts]
-        found += [texts[0] for texts in same_name if len(texts) == 1]
+        found = [name for name in beside if name in texts.names]
+        found += filter(None, (texts.find(name, by_stem=False) for name in beside))
         if found:
             sidecars[image] = found[0]
     return sidecars
@@ -201,7 +195,7 @@ def _read_text(folder: str, name: str) -> str:
 # --- tables -----------------------------------------------------------------------------------------------------------
 
 
-def _table_rows(folder: str, names: list[str], images: _Images) -> tuple[list[Row], list[str]]:
+def _table_rows(folder: str, names: list[str], images: _Files) -> tuple[list[Row], list[str]]:
     """The rows of all tables that name images, as `_to_dataset` takes them, and the tables that name none."""
     # Flickr8k's folder holds its captions once more, lemmatised, and COCO's annotations also boxes and key points.
     tables = [name for name in names if name.lower().endswith(TABLE_ENDINGS) and not re.search(r"lemma[^/]*$", name)]
@@ -225,7 +219,7 @@ def _table_rows(folder: str, names: list[str], images: _Images) -> tuple[list[Ro
     return rows, unused
 
 
-def _file_column(rows: list[Row], base: str, split: str | None, images: _Images) -> str | None:
+def _file_column(rows: list[Row], base: str, split: str | None, images: _Files) -> str | None:
     """The column that names files: by its name where there are several."""
     ranks = {name: place for place, name in enumerate(FILE_COLUMNS)}
     names = dict.fromkeys(name for _, row in rows for name in row)
@@ -240,17 +234,18 @@ class _Path(str):
     """A further image of a row."""
 
 
-def _resolve(row: dict, where: str, column: str, base: str, table_split: str | None, images: _Images) -> Row:
-    split = row.get("split") if isinstance(row.get("split"), str) else None
-    split = (split_of(split) or split) if split else table_split
+def _resolve(row: dict, where: str, column: str, base: str, split: str | None, images: _Files) -> Row:
+    """A table's row with its `image` (a path, found or not), its `split`, and without the column of the file name."""
+    if isinstance(own := row.get("split"), str) and own:
+        split = split_of(own) or own
     image = images.find(row.get(column), base, split)
     resolved = {name: value for name, value in row.items() if name not in (column, "image", "file_name")}
     # As in an imagefolder of `datasets`: further images of the row.
     for name in [name for name in resolved if name.endswith("_file_name")]:
         other = resolved.pop(name)
         resolved[name.removesuffix("_file_name")] = _Path(images.find(other, base, split) or str(other))
-    split = split or (images.split_of(image) if image else None)
-    return where, {**resolved, "image": image or posixpath.join(base, file_named(row.get(column))), "split": split}
+    image = image or posixpath.join(base, file_named(row.get(column)))
+    return where, {**resolved, "image": image, "split": split or images.split_of(image)}
 
 
 def _read_table(folder: str, name: str) -> tuple[list[str], list[Row]]:
@@ -279,7 +274,8 @@ def _parse(text: str, where: str) -> Any:
 
 
 def _json_rows(content: Any) -> list[dict]:
-    """The rows of a list of objects, of COCO's annotations, of Karpathy's splits, or of captions by file name."""
+    """The rows of a list of objects, itself or under any key (Karpathy's splits), of COCO's annotations, or of captions
+    by file name."""
     if isinstance(content, list):
         return [row for row in content if isinstance(row, dict)]
     if not isinstance(content, dict):
@@ -291,16 +287,6 @@ def _json_rows(content: Any) -> list[dict]:
             {"file_name": names.get(row.get("image_id")), "caption": row["caption"], "image_id": row.get("image_id")}
             for row in annotations
             if "caption" in row
-        ]
-    if isinstance(images, list):
-        return [
-            {
-                "file_name": row.get("filename") or row.get("file_name"),
-                "captions": [sentence["raw"] for sentence in row["sentences"]],
-                "split": row.get("split"),
-            }
-            for row in images
-            if "sentences" in row
         ]
     for value in content.values():
         if isinstance(value, list) and value and isinstance(value[0], dict):
@@ -348,7 +334,7 @@ def _delimited_rows(text: str, path: str, ending: str) -> tuple[list[str], list[
 # --- rows to a dataset ------------------------------------------------------------------------------------------------
 
 
-def _uncaptioned(rows: list[Row], images: _Images) -> list[Row]:
+def _uncaptioned(folder: str, rows: list[Row], images: _Files) -> list[Row]:
     """Rows for images without captions in folders where others have some: decoding skips and counts them.
 
     Many of them mean that only a part of the folder was meant to be captioned: they are left out with a warning.
@@ -360,7 +346,7 @@ def _uncaptioned(rows: list[Row], images: _Images) -> list[Row]:
     beside = [image for image in left if posixpath.dirname(image) in folders]
     if left:
         shown = ", ".join((beside or left)[:5]) + ", ..." * (len(left) > 5)
-        logger.warning("%s: %d images have no captions: %s", images.folder, len(left), shown)
+        logger.warning("%s: %d images have no captions: %s", folder, len(left), shown)
     if 10 * len(beside) > len(rows):
         return []
     return [(image, {"image": image, "split": images.split_of(image)}) for image in beside]

@@ -6,9 +6,11 @@ Several captions are sampled for each image. The baseline of each one's reward i
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from transformers import PreTrainedTokenizerFast
 
 
 def labels_of(sequences: torch.Tensor, eos_token_id: int) -> torch.Tensor:
@@ -37,6 +39,7 @@ def self_critical_loss(logits: torch.Tensor, labels: torch.Tensor, advantage: to
     return (losses * advantage.repeat_interleave(rows.sum(dim=1))).mean()
 
 
+@dataclass
 class SelfCriticalObjective:
     """The losses of one step of self-critical training.
 
@@ -45,11 +48,10 @@ class SelfCriticalObjective:
         num_samples: captions sampled for an image, at least 2.
     """
 
-    def __init__(self, tokenizer, reward: Callable[..., torch.Tensor], num_samples: int, max_new_tokens: int):
-        self.tokenizer = tokenizer
-        self.reward = reward
-        self.num_samples = num_samples
-        self.max_new_tokens = max_new_tokens
+    tokenizer: PreTrainedTokenizerFast
+    reward: Callable[..., torch.Tensor]
+    num_samples: int
+    max_new_tokens: int
 
     @torch.no_grad()
     def sample(self, model, pixel_values: torch.Tensor) -> torch.Tensor:
@@ -66,7 +68,6 @@ class SelfCriticalObjective:
 
         Args:
             model: as accelerate wraps it; `unwrapped`: without the wrapper.
-            batch: of a `CaptionCollator`.
             teacher_embeds: (B, projection_dim) for the distillation loss.
 
         Returns:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -43,15 +44,14 @@ def teacher_recipe(
     if not augmentation["mixup"]:
         # Keeps the key of caches from before mixup.
         del augmentation["mixup"]
+    pixels = {"scale": teacher.scale, "shift": teacher.shift}
+    pixels |= {"image_mean": collator.image_mean, "image_std": collator.image_std}
     return {
         "version": CACHE_VERSION,
         "shard_size": SHARD_SIZE,
         "teacher": weights.hexdigest(),
         "feature": teacher.feature,
-        "scale": teacher.scale.flatten().tolist(),
-        "shift": teacher.shift.flatten().tolist(),
-        "image_mean": collator.image_mean.tolist(),
-        "image_std": collator.image_std.tolist(),
+        **{name: values.flatten().tolist() for name, values in pixels.items()},
         "image_size": dataset.image_size,
         "augmentation": augmentation,
         "seed": dataset.seed,
@@ -60,6 +60,7 @@ def teacher_recipe(
     }
 
 
+@dataclass
 class TeacherCache:
     """Embeddings by view and row, memory-mapped: 3 kB for a view of an image at width 768.
 
@@ -67,8 +68,7 @@ class TeacherCache:
         shards: for each view, its files' tensors (rows, embed_dim) in order.
     """
 
-    def __init__(self, shards: list[list[torch.Tensor]]):
-        self.shards = shards
+    shards: list[list[torch.Tensor]]
 
     @property
     def num_views(self) -> int:
