@@ -385,8 +385,39 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             )
         return (1.0 - F.cosine_similarity(image_embeds.float(), teacher_embeds.float(), dim=-1)).mean()
 
-    def prepare_cache(self, cache: EncoderDecoderCache | None, use_cache: bool | None, labels: torch.Tensor | None):
-        """The cache to decode with, or `None`, and whether to return it."""
+    def named_losses(self, hidden_states, labels, logits, image_embeds, teacher_embeds) -> dict[str, torch.Tensor]:
+        """The loss, its parts and `image_embeds`; empty, as `Seq2SeqLMOutput` for callers who index it, without one."""
+        losses, weights = {}, {"caption_loss": 1.0, "distill_loss": self.config.distill_weight}
+        if labels is not None:
+            losses["caption_loss"] = self.caption_loss(hidden_states, labels, logits)
+        if teacher_embeds is not None:
+            losses["distill_loss"] = self.distill_loss(image_embeds, teacher_embeds)
+        if not losses:
+            return {}
+        loss = sum(weights[name] * value for name, value in losses.items())
+        return {"loss": loss, "image_embeds": image_embeds, **losses}
+
+    def prepare_texts(self, input_ids, attention_mask, inputs_embeds, labels, kwargs: dict) -> tuple:
+        """The decoder's inputs, from `forward`'s arguments, a processor's names in `kwargs`, or the labels."""
+        # Not in the signature: there, GenerationMixin of transformers 4 would make an `attention_mask` for the images.
+        ids, mask, embeds = [kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "inputs_embeds")]
+        if ids is not None and labels is not None and ids.shape == labels.shape:
+            # The convention of decoder-only models; here it would teach the decoder to copy its input.
+            if bool(((ids == labels) | (labels == -100)).all()):
+                raise ValueError("labels: expected the tokens that follow input_ids, got input_ids; leave those out")
+        input_ids = ids if input_ids is None else input_ids
+        inputs_embeds = embeds if inputs_embeds is None else inputs_embeds
+        if input_ids is None and inputs_embeds is None and labels is not None:
+            input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        return input_ids, mask if attention_mask is None else attention_mask, inputs_embeds
+
+    def prepare_cache(self, cache, past_key_values, use_cache: bool | None, labels: torch.Tensor | None) -> tuple:
+        """The `EncoderDecoderCache` to decode with, or `None`, and whether to return it."""
+        if past_key_values is not None:
+            cache = past_key_values
+            if "cache" in TinyCapOutput.__dataclass_fields__:
+                # Only where `generate` doesn't use this name itself.
+                warnings.warn("`past_key_values` is deprecated, expected `cache`", FutureWarning, stacklevel=3)
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and labels is None
         if self.decoder.gradient_checkpointing and self.training and torch.is_grad_enabled():
@@ -452,60 +483,36 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: an argument has the wrong shape or is missing; names it, what was expected and what came.
         """
-        if past_key_values is not None:
-            cache = past_key_values
-            if "cache" in TinyCapOutput.__dataclass_fields__:
-                # Only where `generate` doesn't use this name itself.
-                warnings.warn("`past_key_values` is deprecated, expected `cache`", FutureWarning, stacklevel=2)
+        cache, use_cache = self.prepare_cache(cache, past_key_values, use_cache, labels)
         with_attentions, with_states, return_dict = self.output_flags(
             output_attentions, output_hidden_states, return_dict
         )
-        # Not in the signature: there, GenerationMixin of transformers 4 would make an `attention_mask` for the images.
-        input_ids, attention_mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
-        inputs_embeds = kwargs.pop("inputs_embeds", None)
-        if input_ids is not None and labels is not None and input_ids.shape == labels.shape:
-            # The convention of decoder-only models; here it would teach the decoder to copy its input.
-            if bool(((input_ids == labels) | (labels == -100)).all()):
-                raise ValueError("labels: expected the tokens that follow input_ids, got input_ids; leave those out")
-        decoder_input_ids = input_ids if decoder_input_ids is None else decoder_input_ids
-        mask = attention_mask if decoder_attention_mask is None else decoder_attention_mask
-        inputs_embeds = inputs_embeds if decoder_inputs_embeds is None else decoder_inputs_embeds
-
-        cache, use_cache = self.prepare_cache(cache, use_cache, labels)
+        texts = (decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds)
+        input_ids, attention_mask, inputs_embeds = self.prepare_texts(*texts, labels, kwargs)
         if encoder_outputs is None:
             flags = (interpolate_pos_encoding, with_attentions, with_states)
             encoder_outputs = self.vision_model(pixel_values, *flags, return_dict=True)
         memory, image_embeds = self.get_memory(encoder_outputs)
-        if decoder_input_ids is None and inputs_embeds is None:
-            if labels is not None:
-                decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-            else:
-                decoder_input_ids = memory.new_full(
-                    (len(memory), 1), self.config.decoder_start_token_id, dtype=torch.long
-                )
-        memory = self.expand_memory(memory, len(decoder_input_ids if inputs_embeds is None else inputs_embeds))
+        if input_ids is None and inputs_embeds is None:
+            input_ids = memory.new_full((memory.shape[0], 1), self.config.decoder_start_token_id, dtype=torch.long)
+        num_captions = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
         decoded = self.decoder(
-            input_ids=decoder_input_ids,
-            encoder_hidden_states=memory,
-            attention_mask=mask,
+            input_ids=input_ids,
+            encoder_hidden_states=self.expand_memory(memory, num_captions),
+            attention_mask=attention_mask,
             cache=cache,
             inputs_embeds=inputs_embeds,
             output_attentions=with_attentions,
             output_hidden_states=with_states,
             **kwargs,
         )
-
-        logits, losses = None, {}
+        logits = None
         if not skip_logits or labels is None:
             kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
             logits = self.lm_head(decoded.last_hidden_state[:, kept])
-        if labels is not None:
-            losses["caption_loss"] = self.caption_loss(decoded.last_hidden_state, labels, logits)
-        if teacher_embeds is not None:
-            losses["distill_loss"] = self.distill_loss(image_embeds, teacher_embeds)
-        weights = {"caption_loss": 1.0, "distill_loss": self.config.distill_weight}
+        losses = self.named_losses(decoded.last_hidden_state, labels, logits, image_embeds, teacher_embeds)
         output = TinyCapOutput(
-            sum(weights[name] * value for name, value in losses.items()) if losses else None,
+            losses.pop("loss", None),
             logits,
             # By position: transformers 5.24 renamed this field, and `generate` looks for its own version's name.
             cache if use_cache else None,
@@ -515,8 +522,6 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
             encoder_attentions=getattr(encoder_outputs, "attentions", None),
-            # Without a loss there are the fields of `Seq2SeqLMOutput` alone, for callers who index them.
-            image_embeds=image_embeds if losses else None,
             **losses,
         )
         return output if return_dict else output.to_tuple()

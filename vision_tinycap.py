@@ -156,6 +156,13 @@ def count_layers(names) -> Counter:
 
 def check_shapes(source: str, shapes: dict[str, list[int]], model_class: type, config) -> None:
     """Raises `ValueError` where the stored shapes contradict the config; names the tensors."""
+    # First the depths, since a model of many layers takes long to build.
+    parts = {"layers": getattr(config, "vision_config", config), "decoder.layers": getattr(config, "text_config", None)}
+    depths = count_layers(shapes)
+    for stack, part in parts.items():
+        if depths[stack] and part is not None and depths[stack] != part.num_hidden_layers:
+            expected = part.num_hidden_layers
+            raise ValueError(f"{source}: {stack}.*: the config expects {expected} layers, got {depths[stack]}")
     try:
         with torch.device("meta"):
             model = model_class(copy.deepcopy(config))
@@ -170,10 +177,6 @@ def check_shapes(source: str, shapes: dict[str, list[int]], model_class: type, c
                 wrong.append(f"{name}: the config expects the shape {shape}, got {shapes[stored]}")
     if wrong:
         raise ValueError(f"{source}: {len(wrong)} tensors contradict the config: {'; '.join(wrong[:3])}")
-    stored_depths = count_layers(shapes)
-    for stack, depth in count_layers(expected).items():
-        if stored_depths[stack] not in (0, depth):
-            raise ValueError(f"{source}: {stack}.*: the config expects {depth} layers, got {stored_depths[stack]}")
 
 
 def check_finite_weights(source: str, model: nn.Module) -> None:
