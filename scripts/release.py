@@ -1,14 +1,13 @@
-"""Puts a trained model at the repository's root, and its figures into `model_card.md`.
+"""Puts a trained model at the repository's root, and its metrics into `model_card.md`.
 
-    python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
+    python scripts/release.py --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
         --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher \\
         --stages outputs/flickr8k-112px outputs/flickr8k-112px-mixed outputs/flickr8k-224px outputs/flickr8k-decoder \\
         outputs/flickr8k-cider \\
         --agreement outputs/tokenizer_agreement --latency outputs/caption_latency
 
-The card is `docs/model_card_template.md`, filled: no figure in it is written by hand. Its front matter, which the Hub
-reads from `README.md`, goes there too, and the training's curves and what the model says to pictures that aren't photos
-go to `docs/`.
+Fills `docs/model_card_template.md` with the metrics of these folders. Copies its front matter to `README.md`, where the
+Hub reads it, and writes training curves and captions of out-of-distribution images to `docs/`.
 """
 
 import argparse
@@ -53,9 +52,7 @@ SCORES = ("cider", "bleu_1", "bleu_4", "rouge_l", "distinct_captions")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tinycap.evaluation.release", description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--model_name_or_path", required=True, help="output folder of train_distill.py or of tinycap.training.soup"
     )
@@ -290,4 +287,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"python -m tinycap.evaluation.release: error: {error}")
+        sys.exit(f"release.py: error: {error}")
