@@ -230,7 +230,7 @@ def test_a_contact_sheet_shows_every_picture(tmp_path):
     contact_sheet(pictures, captions, tmp_path / "sheet.png", references=captions, columns=2, title="Five")
     colors = {color for _, color in Image.open(tmp_path / "sheet.png").convert("RGB").getcolors(10**6)}
     assert {picture.getpixel((0, 0)) for picture in pictures} <= colors
-    with pytest.raises(ValueError, match="5 pictures, 1 captions"):
+    with pytest.raises(ValueError, match="5 images, 1 captions"):
         contact_sheet(pictures, ["one"], tmp_path / "sheet.png")
 
 

@@ -5,7 +5,7 @@ import pytest
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from tinycap.evaluation import release
+from scripts import release
 from tinycap.evaluation.__main__ import parse_args
 from tinycap.evaluation.failures import analyse
 

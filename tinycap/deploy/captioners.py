@@ -153,7 +153,7 @@ class TorchCaptioner:
         from torch.utils.data import Dataset
 
         class Images(Dataset):
-            # The pipeline reads a data set as it goes on, where it would caption a whole list first.
+            # The pipeline streams a data set, but captions a whole list before it returns.
             def __len__(self):
                 return len(images)
 
@@ -168,7 +168,7 @@ class TorchCaptioner:
                 yield CaptionResult(image, captions, confidence=entries[0].get("confidence"))
 
     def embed(self, images: Sequence[str]) -> Iterator[tuple[str, "object | str"]]:
-        """Yields for each image its embedding, a float32 numpy array (D,), unit norm; or what is wrong with it."""
+        """Yields for each image its embedding, a float32 numpy array (D,), unit norm; or its error."""
         import torch
 
         for batch in batches(images, self.options.batch_size):
@@ -181,7 +181,7 @@ class TorchCaptioner:
 
 
 def first_line(error: Exception) -> str:
-    """What an error says, without the advice that libraries add."""
+    """The first line of an error message, without the advice that libraries add."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -242,28 +242,28 @@ class OnnxRuntimeCaptioner:
 
     def __call__(self, images: Sequence[str]) -> Iterator[CaptionResult]:
         for batch in self._opened_batches(images):
-            pictures = [picture for _, picture in batch if not isinstance(picture, str)]
-            found = iter(self.captioner(pictures, **self.options.generation()) if pictures else ())
-            for image, picture in batch:
-                if isinstance(picture, str):
-                    yield CaptionResult(image, error=picture)
+            opened = [image for _, image in batch if not isinstance(image, str)]
+            results = iter(self.captioner(opened, **self.options.generation()) if opened else ())
+            for name, image in batch:
+                if isinstance(image, str):
+                    yield CaptionResult(name, error=image)
                     continue
-                captions = next(found)
+                captions = next(results)
                 confidence = None
                 if self.calibration is not None:
                     confidence = self.calibration(captions[0].score, captions[0].num_tokens, self.num_beams)
-                yield CaptionResult(image, [caption.text for caption in captions], confidence)
+                yield CaptionResult(name, [caption.text for caption in captions], confidence)
 
     def embed(self, images: Sequence[str]) -> Iterator[tuple[str, "object | str"]]:
         """As `TorchCaptioner.embed`."""
         for batch in self._opened_batches(images):
-            pictures = [picture for _, picture in batch if not isinstance(picture, str)]
-            found = iter(self.captioner.get_image_features(pictures) if pictures else ())
-            for image, picture in batch:
-                yield image, picture if isinstance(picture, str) else next(found)
+            opened = [image for _, image in batch if not isinstance(image, str)]
+            embeds = iter(self.captioner.get_image_features(opened) if opened else ())
+            for name, image in batch:
+                yield name, image if isinstance(image, str) else next(embeds)
 
     def _opened_batches(self, images: Sequence[str]) -> Iterator[list[tuple[str, "object | str"]]]:
-        """Images with their pictures, or with what is wrong with them."""
+        """Batches of names with opened images, or with errors."""
         from tinycap.processing_tinycap import load_image
 
         def read(image: str):

@@ -439,9 +439,9 @@ def run_trim(args: argparse.Namespace) -> int:
     images = list_images(args.images, left_out=left_out)[: args.max_samples]
     print_left_out(args, left_out)
     if args.dataset_name is not None:
-        captions, photos = load_corpus(args.dataset_name, args.split, args.corpus_split, args.max_samples)
+        captions, rows = load_corpus(args.dataset_name, args.split, args.corpus_split, args.max_samples)
         texts += captions
-        images += photos
+        images += rows
     report = trim_repository(args.model, args.output, texts, images, args.batch_size)
     print(json.dumps(report, indent=2))
     return DONE

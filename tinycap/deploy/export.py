@@ -53,7 +53,7 @@ class EncoderGraph(nn.Module):
         states = []
         for layer in self.model.decoder.layers:
             keys, values = layer.cross_attn.memory_states(memory, memory.shape[1], None)
-            # With one memory vector the constant stands in the keys' place, and nobody reads the values.
+            # With one memory vector the constant takes the place of the keys, and the values are unused.
             states += [keys] if memory.shape[1] == 1 else [keys, values]
         return torch.cat([state.transpose(1, 2).flatten(2) for state in states], dim=-1), encoded.image_embeds
 
@@ -264,8 +264,8 @@ def _export(module: nn.Module, inputs: dict, path: Path, input_names: list[str] 
     _strip_source(path)
     flat = [tensor for value in inputs.values() for tensor in (value if isinstance(value, list) else [value])]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    found = session.run(options["output_names"], {name: tensor.numpy() for name, tensor in zip(input_names, flat)})
-    for name, output, expected in zip(options["output_names"], found, module(**inputs)):
+    outputs = session.run(options["output_names"], {name: tensor.numpy() for name, tensor in zip(input_names, flat)})
+    for name, output, expected in zip(options["output_names"], outputs, module(**inputs)):
         difference = (torch.from_numpy(output) - expected).abs().max().item()
         if not difference <= TOLERANCE:
             raise RuntimeError(f"{path.name}: expected the model's {name}, got one that differs by {difference:.2g}")

@@ -1,4 +1,4 @@
-"""What the image processor of a TinyCap repository does, in Pillow and numpy, to the last bit.
+"""The image processor of a TinyCap repository in Pillow and numpy, equal to the last bit.
 
 `CLIPImageProcessor` on Pillow is what it equals (transformers' choice where torchvision isn't installed).
 """
@@ -18,7 +18,7 @@ HONOURED = STEPS | {"size", "crop_size", "resample", "rescale_factor", "image_me
 
 
 class ImagePreprocessor:
-    """RGB pictures -> pixel values, by the figures of a `preprocessor_config.json`.
+    """RGB images -> pixel values, by the settings of a `preprocessor_config.json`.
 
     Args:
         config: the content of that file.
@@ -59,7 +59,7 @@ class ImagePreprocessor:
         return cls(json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8")))
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
-        """RGB pictures of any sizes -> (B, 3, crop height, crop width), float32."""
+        """RGB images of any sizes -> (B, 3, crop height, crop width), float32."""
         pixel_values = np.empty((len(images), len(self.values), self.crop_height, self.crop_width), np.float32)
         for image, target in zip(images, pixel_values):
             pixels = np.asarray(self._resize_and_crop(image))

@@ -1,4 +1,4 @@
-"""Which images are meant: files, folders, patterns, addresses, lists."""
+"""Resolves the images of a command: files, folders, patterns, addresses, lists."""
 
 import glob
 import os
@@ -54,13 +54,13 @@ def _names(names: list[str]) -> str:
 
 
 def list_images(inputs: Iterable[str], left_out: LeftOut | None = None, from_list: bool = False) -> list[str]:
-    """The images that are meant, each once, in the order given; folders and patterns in the order of their names.
+    """The images of a command, each once, in the order given; folders and patterns in the order of their names.
 
     Args:
         inputs: files, folders (searched with all folders below them, hidden and linked ones left out), patterns with
             `*`, `?`, `[...]` or `**`, `http(s)://` addresses; `-` stands for a list on the standard input, one a line.
             A path that exists is never a pattern, nor is an existing folder at the head of one.
-        left_out: is told what folders hold beyond images.
+        left_out: collects what folders hold beyond images.
         from_list: the inputs are the lines of a list: a folder or pattern without images is a bad file among others.
 
     Returns:
@@ -75,12 +75,12 @@ def list_images(inputs: Iterable[str], left_out: LeftOut | None = None, from_lis
         if entry == "-" and not from_list:
             images |= dict.fromkeys(_lines(getattr(sys.stdin, "buffer", sys.stdin).read()))
             continue
-        found = dict.fromkeys(_expand(entry, left_out))
-        if not found and not from_list and (os.path.isdir(entry) or "*" in entry or "?" in entry):
+        paths = dict.fromkeys(_expand(entry, left_out))
+        if not paths and not from_list and (os.path.isdir(entry) or "*" in entry or "?" in entry):
             kind = "folder" if os.path.isdir(entry) else "pattern"
             reason = f"{entry}: expected images in this {kind}, got none"
             raise ValueError(f"{reason}; {left_out}" if str(left_out) else reason)
-        images |= found or {entry: None}
+        images |= paths or {entry: None}
     return list(images)
 
 
@@ -124,8 +124,8 @@ def _match(pattern: str) -> list[str]:
     heads = (os.sep.join(parts[:number]) for number in range(len(parts) - 1, 0, -1))
     head = next(filter(os.path.isdir, heads), "")
     rest = pattern[len(head) :]
-    found = glob.glob(glob.escape(head) + rest, recursive=True)
-    return sorted(found or glob.glob(glob.escape(head) + rest.replace("[", "[[]"), recursive=True))
+    paths = glob.glob(glob.escape(head) + rest, recursive=True)
+    return sorted(paths or glob.glob(glob.escape(head) + rest.replace("[", "[[]"), recursive=True))
 
 
 def _walk(folder: str, left_out: LeftOut) -> Iterator[str]:

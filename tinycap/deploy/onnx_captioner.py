@@ -50,7 +50,7 @@ class Caption:
         text: the caption; `None` for an image that can't be read.
         score: the sum of its tokens' log-probabilities, end token included.
         num_tokens: how many tokens that are, a prompt's not among them.
-        error: what is wrong with the image.
+        error: why the image can't be read.
     """
 
     text: str | None
@@ -67,7 +67,7 @@ class OnnxCaptioner:
         decoder: tokens and the cache of those before -> logits of the last one, and the cache.
         tokenizer: as `tokenizer.json` holds it.
         preprocessor: makes the pixel values.
-        generation_config: how to caption when a caller says nothing.
+        generation_config: defaults of the arguments.
         max_positions: tokens that the decoder has positions for.
 
     Raises:
@@ -120,7 +120,7 @@ class OnnxCaptioner:
         options = onnxruntime.SessionOptions()
         if num_threads is not None:
             options.intra_op_num_threads = num_threads
-        # A thread that waits by turning round burns the CPU that the caller may want.
+        # Spinning threads would take CPU time from the caller.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         sessions = (onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"]) for path in paths)
         config = _read_json(folder / "config.json")
@@ -170,18 +170,19 @@ class OnnxCaptioner:
         prompt_ids = self._prompt_ids(prompt)
         captions: list[list[Caption]] = []
         for start in range(0, len(images), batch_size or len(images) or 1):
-            pictures, errors = [], {}
+            opened, errors = [], {}
             batch = images[start : start + (batch_size or len(images))]
             for index, image in enumerate(batch):
                 try:
-                    pictures.append(load_image(image))
+                    opened.append(load_image(image))
                 except (ValueError, TypeError) as error:
                     if len(images) == 1:
                         raise
                     errors[index] = str(error)
-            found = iter(self._caption(pictures, prompt_ids, search) if pictures else ())
+            results = iter(self._caption(opened, prompt_ids, search) if opened else ())
             captions += [
-                [Caption(None, error=errors[index])] if index in errors else next(found) for index in range(len(batch))
+                [Caption(None, error=errors[index])] if index in errors else next(results)
+                for index in range(len(batch))
             ]
         return captions
 
@@ -216,16 +217,16 @@ class OnnxCaptioner:
 
         return step
 
-    def _caption(self, pictures: list, prompt_ids: list[int], search: Callable) -> list[list[Caption]]:
-        states, _ = self.encode(self.preprocessor(pictures))
-        prompt = np.tile(np.array(prompt_ids, np.int64), (len(pictures), 1))
-        found: Sequences = search(self.decoding_step(states), prompt)
+    def _caption(self, opened: list, prompt_ids: list[int], search: Callable) -> list[list[Caption]]:
+        states, _ = self.encode(self.preprocessor(opened))
+        prompt = np.tile(np.array(prompt_ids, np.int64), (len(opened), 1))
+        searched: Sequences = search(self.decoding_step(states), prompt)
         return [
             [
                 Caption(self._decode(prompt_ids + tokens), float(score), len(tokens))
                 for tokens, score in zip(sequences, scores)
             ]
-            for sequences, scores in zip(found.tokens, found.scores)
+            for sequences, scores in zip(searched.tokens, searched.scores)
         ]
 
     def _decode(self, tokens: list[int]) -> str:

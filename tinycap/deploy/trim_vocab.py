@@ -168,11 +168,11 @@ def token_ids_of(config: dict[str, Any]) -> set[int]:
     for name in UNSUPPORTED:
         if config.get(name):
             raise ValueError(f"generation config: {name} can't be renumbered; expected it unset")
-    found: set[int] = set()
+    ids: set[int] = set()
     for name, value in config.items():
         if name.endswith("_token_id") and value is not None:
-            found.update(value if isinstance(value, (list, tuple)) else [value])
-    return found
+            ids.update(value if isinstance(value, (list, tuple)) else [value])
+    return ids
 
 
 def renumber_config(config: dict[str, Any], numbers: dict[int, int]) -> dict[str, Any]:
@@ -261,13 +261,13 @@ def read_texts(path: str | Path) -> list[str]:
 def load_corpus(
     dataset_name: str, split: str, text_splits: Sequence[str] = (), max_samples: int | None = None
 ) -> tuple[list[str], list[dict]]:
-    """The captions of a data set's splits, and the photos of the first of them, not yet decoded.
+    """The captions of a data set's splits, and the images of the first of them, not yet decoded.
 
     Args:
         dataset_name: Hub id, folder of parquet, or imagefolder.
-        split: whose photos and captions are taken.
+        split: whose images and captions are taken.
         text_splits: whose captions are taken too.
-        max_samples: photos at most; captions are taken all.
+        max_samples: images at most; all captions are taken.
 
     Raises:
         ValueError: a split or a column isn't there. Rows without captions are left out with a warning.
@@ -277,17 +277,17 @@ def load_corpus(
         from tinycap.training.data import load_images, uncaptioned, undecoded
     except ImportError as error:
         raise ImportError(f"data sets need the package datasets: {install_command('evaluation')} ({error})") from error
-    texts, photos = [], None
+    texts, images = [], None
     for name in dict.fromkeys([split, *text_splits]):
         rows, columns = load_images(dataset_name, name)
         bad = uncaptioned(rows, columns)
         good = [number for number in range(len(rows)) if number not in bad]
         table = rows.select_columns(columns.captions)
         texts += [text for number in good for text in columns.captions_of(table[number])]
-        if photos is None:
-            photos = undecoded(rows.select_columns([columns.image]), columns.image).select(good[:max_samples])
-            photos = photos[columns.image][:]
-    return texts, photos
+        if images is None:
+            images = undecoded(rows.select_columns([columns.image]), columns.image).select(good[:max_samples])
+            images = images[columns.image][:]
+    return texts, images
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

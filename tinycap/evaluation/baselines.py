@@ -1,4 +1,4 @@
-"""What to hold a model's scores against: one constant caption, captions of other photos, and people."""
+"""What to hold a model's scores against: one constant caption, captions of other images, and people."""
 
 import math
 import random
@@ -16,23 +16,23 @@ NUM_CANDIDATES, NUM_JUDGES = 50, 300
 
 
 def most_typical_caption(references: Sequence[Sequence[str]], seed: int) -> str:
-    """The human caption that scores best as the caption of every photo.
+    """The human caption that scores best as the caption of every image.
 
     All captions are ranked by their mean similarity to all others: the cosine of TF-IDF vectors of one to four words,
     as CIDEr's but for its clipping and its penalty of other lengths. The `NUM_CANDIDATES` first of the ranking are then
-    scored by CIDEr itself as the caption of `NUM_JUDGES` photos, drawn by `seed`, and the best one wins.
+    scored by CIDEr itself as the caption of `NUM_JUDGES` images, drawn by `seed`, and the best one wins.
 
     Args:
-        references: the human captions of each photo; a training set's, for a caption that has not seen the test.
+        references: the human captions of each image; a training set's, for a caption that has not seen the test.
     """
     cooked = [cook_refs([ptb_tokenize(caption) for caption in group]) for group in references]
     document_frequency = Counter(ngram for group in cooked for ngram in set().union(*group))
-    log_photos = math.log(max(2, len(cooked)))
+    log_num_images = math.log(max(2, len(cooked)))
 
     def unit_vectors(counts: dict) -> list[dict]:
         vectors: list[dict] = [{} for _ in range(4)]
         for ngram, count in counts.items():
-            vectors[len(ngram) - 1][ngram] = count * (log_photos - math.log(document_frequency[ngram]))
+            vectors[len(ngram) - 1][ngram] = count * (log_num_images - math.log(document_frequency[ngram]))
         norms = [math.sqrt(sum(value**2 for value in vector.values())) or 1.0 for vector in vectors]
         return [{ngram: value / norm for ngram, value in vector.items()} for vector, norm in zip(vectors, norms)]
 
@@ -62,7 +62,7 @@ def most_typical_caption(references: Sequence[Sequence[str]], seed: int) -> str:
 
 
 def mean_scores(rounds: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each figure over several scorings."""
+    """The mean of each metric over several scorings."""
     return {name: sum(scores[name] for scores in rounds) / len(rounds) for name in rounds[0]}
 
 
@@ -70,8 +70,8 @@ def leave_one_out(captions: Sequence[str] | None, references: Sequence[Sequence[
     """Scores against all but one of a photo's human captions, the mean over which one is left out.
 
     Args:
-        captions: one for each photo; `None`: the human caption that is left out.
-        references: at least two human captions of each photo; those beyond the shortest list are always kept.
+        captions: one for each image; `None`: the human caption that is left out.
+        references: at least two human captions of each image; those beyond the shortest list are always kept.
     """
     rounds = []
     for left_out in range(min(map(len, references))):
@@ -92,13 +92,13 @@ def baseline_scores(
             choose and judge, where there are none.
 
     Returns:
-        `constant`: one caption for all pictures (`caption`, chosen from `chosen_from`); `shuffled`: the model's
-        captions, each at another picture. Where pictures have several human captions, also `human`: one person's
+        `constant`: one caption for all images (`caption`, chosen from `chosen_from`); `shuffled`: the model's
+        captions, each at another image. Where images have several human captions, also `human`: one person's
         caption against the other persons', and `model_leave_one_out`: the model's against the same.
     """
     constant = most_typical_caption(training_references or references, seed)
     shift = random.Random(seed).randrange(1, len(captions)) if len(captions) > 1 else 0
-    found = {
+    metrics = {
         "constant": {
             **score_captions([constant] * len(references), references),
             "caption": constant,
@@ -109,6 +109,6 @@ def baseline_scores(
     several = [index for index, group in enumerate(references) if len(group) > 1]
     if several:
         humans = [references[index] for index in several]
-        found["human"] = leave_one_out(None, humans)
-        found["model_leave_one_out"] = leave_one_out([captions[index] for index in several], humans)
-    return found
+        metrics["human"] = leave_one_out(None, humans)
+        metrics["model_leave_one_out"] = leave_one_out([captions[index] for index in several], humans)
+    return metrics

@@ -8,7 +8,7 @@ caption's tokens and on their number says how probable that is. It is judged on 
 against half, and by cross-validation; the one that is stored is fitted on all of them.
 
 Writes `confidence.json` into the model's folder, where the pipeline and the command line look for it, and to
-`--output_dir` the figures (`confidence_results.json`) and a report with its plot (`confidence.md`, `confidence.png`).
+`--output_dir` the metrics (`confidence_results.json`) and a report with its plot (`confidence.md`, `confidence.png`).
 """
 
 import argparse
@@ -37,7 +37,7 @@ from tinycap.training.logs import write_json, write_text
 logger = logging.getLogger(__name__)
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-# Below this many captions of a kind a regression says nothing, and neither does a row of the table.
+# Fewer captions of a kind are too few for a regression or for a row of the table.
 MIN_CAPTIONS = 10
 FOLDS = 10
 
@@ -65,7 +65,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--save_to_model", action=flag, default=True, help="write confidence.json into the model's folder"
     )
-    parser.add_argument("--output_dir", default="outputs/confidence", help="where figures, report and plot go")
+    parser.add_argument("--output_dir", default="outputs/confidence", help="folder for metrics, report and plot")
     return parser.parse_args(argv)
 
 
@@ -94,7 +94,7 @@ def fit_calibration(features: np.ndarray, right: np.ndarray, num_beams: int) -> 
     """
     check_captions(right)
     scaler, regression = logistic_regression().fit(features, right)
-    # Back to the features as they are, so that who reads the file needn't scale them.
+    # For unscaled features, so that readers of the file needn't scale theirs.
     coefficients = regression.coef_[0] / scaler.scale_
     intercept = regression.intercept_[0] - float(coefficients @ scaler.mean_)
     return {
@@ -111,12 +111,12 @@ def check_captions(right: np.ndarray) -> None:
         if count < 2 * MIN_CAPTIONS:
             raise ValueError(
                 f"expected at least {2 * MIN_CAPTIONS} {kind} captions to calibrate with, got {count} of {len(right)}; "
-                "more pictures, or another --human_percentile or --min_cider?"
+                "more images, or another --human_percentile or --min_cider?"
             )
 
 
 def calibrated(entry: dict, features: np.ndarray) -> np.ndarray:
-    """(N,) probabilities, by the very code that a user's pipeline runs."""
+    """(N,) probabilities, by the code that the pipeline runs."""
     calibration = ConfidenceCalibration({"calibrations": [entry]})
     return np.array([calibration(mean * tokens, round(tokens), entry["num_beams"]) for mean, tokens in features])
 
@@ -137,10 +137,10 @@ def expected_calibration_error(bins: list[dict[str, float]]) -> float:
 
 
 def judge(predicted: np.ndarray, right: np.ndarray, seed: int) -> dict:
-    """How good probabilities are on captions that they weren't fitted on.
+    """Metrics of probabilities on held-out captions.
 
     Returns:
-        `ece`; `ece_by_chance`, what perfect probabilities would show on so few captions; `auc`; `brier` and
+        `ece`; `ece_by_chance`, that of perfect probabilities on so few captions; `auc`; `brier` and
         `brier_of_base_rate`, that of one probability for all; `bins`.
     """
     from sklearn.metrics import brier_score_loss, roc_auc_score
@@ -179,13 +179,13 @@ def threshold_table(predicted: np.ndarray, right: np.ndarray, ciders: np.ndarray
 
 @dataclass
 class Decoding:
-    """What was found for one number of beams: the `entry` to store, and the `figures` of its report."""
+    """The calibration of one number of beams: the `entry` to store, and the `metrics` of its report."""
 
     entry: dict
-    figures: dict
+    metrics: dict
 
 
-def calibrate(found: Captions, ciders: np.ndarray, min_cider: float, num_beams: int, seed: int) -> Decoding:
+def calibrate(captioned: Captions, ciders: np.ndarray, min_cider: float, num_beams: int, seed: int) -> Decoding:
     """Fits and judges one way of decoding.
 
     Raises:
@@ -196,7 +196,7 @@ def calibrate(found: Captions, ciders: np.ndarray, min_cider: float, num_beams: 
     features = np.array(
         [
             [caption_features(log_prob, num_tokens)[name] for name in FEATURES]
-            for log_prob, num_tokens in zip(found.log_probs, found.num_tokens)
+            for log_prob, num_tokens in zip(captioned.log_probs, captioned.num_tokens)
         ]
     )
     right = ciders >= min_cider
@@ -206,17 +206,17 @@ def calibrate(found: Captions, ciders: np.ndarray, min_cider: float, num_beams: 
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     crossed = cross_val_predict(logistic_regression(), features, right, cv=folds, method="predict_proba")[:, 1]
     entry = fit_calibration(features, right, num_beams)
-    figures = {
+    metrics = {
         "num_beams": num_beams,
         "cider": float(ciders.mean()),
         "share_right": float(right.mean()),
         "half_against_half": judge(half.predict_proba(features[judged])[:, 1], right[judged], seed),
         "cross_validated": judge(crossed, right, seed),
         "thresholds": threshold_table(crossed, right, ciders),
-        # How far the stored one, seen by a user, is from those that were judged.
+        # How far the stored calibration is from the cross-validated ones.
         "largest_difference_to_cross_validated": float(np.abs(calibrated(entry, features) - crossed).max()),
     }
-    return Decoding(entry, figures)
+    return Decoding(entry, metrics)
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -231,23 +231,23 @@ def human_ciders(references: list[list[str]]) -> np.ndarray:
     several = [group for group in references if len(group) > 1]
     if not several:
         raise ValueError("expected several captions a photo; with one each, say from which --min_cider on one is right")
-    found = []
+    ciders = []
     for position in range(max(map(len, several))):
         groups = [group for group in several if position < len(group)]
         others = [group[:position] + group[position + 1 :] for group in groups]
-        found.extend(cider_of_each([group[position] for group in groups], others))
-    return np.array(found)
+        ciders.extend(cider_of_each([group[position] for group in groups], others))
+    return np.array(ciders)
 
 
 def weights_sha256(folder: str) -> str | None:
-    """The digest of a local model's weights, which says whose calibration it is; `None` of a model on the Hub."""
+    """The digest of a local model's weights, by which its calibration is recognised; `None` for a model on the Hub."""
     path = Path(folder) / "model.safetensors"
     return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def report(args: argparse.Namespace, results: dict) -> str:
     """The Markdown of `confidence.md`."""
-    beams = ", ".join(str(figures["num_beams"]) for figures in results["decodings"])
+    beams = ", ".join(str(metrics["num_beams"]) for metrics in results["decodings"])
     lines = [
         "# How far a caption can be trusted",
         "",
@@ -258,57 +258,56 @@ def report(args: argparse.Namespace, results: dict) -> str:
         f"A caption counts as *right* when its CIDEr is at least {results['min_cider']:.1f}: {results['right_means']}.",
         "",
         "The confidence is the probability of that, by a logistic regression on the mean log-probability of the "
-        "caption's tokens and on their number. Every figure here is on captions that the regression wasn't fitted on.",
+        "caption's tokens and on their number. All metrics here are of captions that the regression wasn't fitted on.",
         "",
         "![Reliability](confidence.png)",
         "",
         "| beams | judged on | captions | right | calibration error | by chance | AUC | Brier | of the base rate |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for figures in results["decodings"]:
+    for metrics in results["decodings"]:
         for name, label in (("half_against_half", "the other half"), ("cross_validated", f"{FOLDS} folds")):
-            found = figures[name]
+            judged = metrics[name]
             lines.append(
-                f"| {figures['num_beams']} | {label} | {found['num_captions']:,} | {found['share_right']:.1%} "
-                f"| {found['ece']:.3f} | {found['ece_by_chance']:.3f} | {found['auc']:.3f} | {found['brier']:.3f} "
-                f"| {found['brier_of_base_rate']:.3f} |"
+                f"| {metrics['num_beams']} | {label} | {judged['num_captions']:,} | {judged['share_right']:.1%} "
+                f"| {judged['ece']:.3f} | {judged['ece_by_chance']:.3f} | {judged['auc']:.3f} | {judged['brier']:.3f} "
+                f"| {judged['brier_of_base_rate']:.3f} |"
             )
     lines += [
         "",
         "*Calibration error*: the mean distance between confidence and share of right captions over ten equally full "
         "bins; *by chance*: what perfect probabilities would show on so few captions.",
     ]
-    for figures in results["decodings"]:
+    for metrics in results["decodings"]:
         lines += [
             "",
-            f"## What a threshold brings, {figures['num_beams']} beam{'s' * (figures['num_beams'] > 1)}",
+            f"## What a threshold brings, {metrics['num_beams']} beam{'s' * (metrics['num_beams'] > 1)}",
             "",
             "| `min_confidence` | captions left | their CIDEr | right among them |",
             "|---|---|---|---|",
         ]
         lines += [
             f"| {row['min_confidence']:.2f} | {row['share_left']:.1%} | {row['cider']:.1f} | {row['share_right']:.1%} |"
-            for row in figures["thresholds"]
+            for row in metrics["thresholds"]
         ]
     return "\n".join(lines) + "\n"
 
 
-def main(argv: list[str] | None = None) -> dict:
-    """Runs the calibration; returns what it writes to `confidence_results.json`.
+def calibrate_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict, dict]:
+    """Captions the images once for each number of beams and calibrates.
+
+    Returns:
+        The metrics for the report, and the content of `confidence.json`.
 
     Raises:
         ValueError: model or data don't fit, or too few captions are right or wrong.
     """
-    args = parse_args(argv)
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    logistic_regression()  # before the captions, which take minutes
-    accelerator = Accelerator()
     model, processor, dataset, columns = open_model_and_data(args)
     model.to(accelerator.device)
     skip = uncaptioned(dataset, columns)
     decodings, min_cider = [], args.min_cider
     for num_beams in sorted(set(args.num_beams or [1, model.generation_config.num_beams or 1])):
-        found = caption_dataset(
+        captioned = caption_dataset(
             model,
             processor,
             dataset,
@@ -321,56 +320,62 @@ def main(argv: list[str] | None = None) -> dict:
             num_beams=num_beams,
             do_sample=False,
         )
-        references = references_of(dataset, columns, found.rows)
+        references = references_of(dataset, columns, captioned.rows)
         if min_cider is None:
             min_cider = float(np.percentile(human_ciders(references), args.human_percentile))
-        ciders = np.array(cider_of_each(found.captions, references))
-        decodings.append(calibrate(found, ciders, min_cider, num_beams, args.seed))
-    right_means = f"chosen by --min_cider {args.min_cider}"
-    if args.min_cider is None:
-        right_means = (
-            f"what {100 - args.human_percentile:g} % of human captions reach against the other human captions "
-            "of their photo"
-        )
+        ciders = np.array(cider_of_each(captioned.captions, references))
+        decodings.append(calibrate(captioned, ciders, min_cider, num_beams, args.seed))
+    share = f"{100 - args.human_percentile:g} %"
     origin = {
         "split": args.split,
-        "num_images": len(found.rows),
+        "num_images": len(captioned.rows),
         "min_cider": min_cider,
-        "right_means": right_means,
+        "right_means": f"what {share} of human captions reach against the other human captions of their photo"
+        if args.min_cider is None
+        else f"chosen by --min_cider {args.min_cider}",
         "date": datetime.date.today().isoformat(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
     results = {
         "model": args.model_name_or_path,
-        # A report is read elsewhere: where the data lay here says nothing there.
+        # Without the path of a local folder, which means nothing on another machine.
         "dataset": Path(args.dataset_name).name if os.path.isdir(args.dataset_name) else args.dataset_name,
         **origin,
-        "num_skipped": len(found.skipped),
-        "decodings": [decoding.figures for decoding in decodings],
+        "num_skipped": len(captioned.skipped),
+        "decodings": [decoding.metrics for decoding in decodings],
     }
-    stored = {
-        "calibrations": [decoding.entry for decoding in decodings],
-        **origin,
-        "weights_sha256": weights_sha256(args.model_name_or_path),
+    digest = {"weights_sha256": weights_sha256(args.model_name_or_path)}
+    return results, {"calibrations": [decoding.entry for decoding in decodings], **origin, **digest}
+
+
+def save(args: argparse.Namespace, results: dict, stored: dict) -> None:
+    """Writes metrics, report and plot, and `confidence.json`, into the model's folder too if that is wanted."""
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    write_json(output_dir / "confidence_results.json", results)
+    write_json(output_dir / CONFIDENCE_NAME, stored)
+    text = report(args, results)
+    write_text(output_dir / "confidence.md", text)
+    bins = {
+        f"{metrics['num_beams']} beam{'s' * (metrics['num_beams'] > 1)}": metrics["cross_validated"]["bins"]
+        for metrics in results["decodings"]
     }
+    plot_reliability(bins, output_dir / "confidence.png")
+    if args.save_to_model and os.path.isdir(args.model_name_or_path):
+        write_json(Path(args.model_name_or_path) / CONFIDENCE_NAME, stored)
+    print(text)
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs the calibration; returns what it writes to `confidence_results.json`."""
+    args = parse_args(argv)
+    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
+    logistic_regression()  # Fails without scikit-learn, before the images are captioned, which takes minutes.
+    accelerator = Accelerator()
+    results, stored = calibrate_model(args, accelerator)
     if accelerator.is_main_process:
-        output_dir = Path(args.output_dir)
-        output_dir.mkdir(parents=True, exist_ok=True)
-        write_json(output_dir / "confidence_results.json", results)
-        write_json(output_dir / CONFIDENCE_NAME, stored)
-        text = report(args, results)
-        write_text(output_dir / "confidence.md", text)
-        plot_reliability(
-            {
-                f"{figures['num_beams']} beam{'s' * (figures['num_beams'] > 1)}": figures["cross_validated"]["bins"]
-                for figures in results["decodings"]
-            },
-            output_dir / "confidence.png",
-        )
-        if args.save_to_model and os.path.isdir(args.model_name_or_path):
-            write_json(Path(args.model_name_or_path) / CONFIDENCE_NAME, stored)
-        print(text)
+        save(args, results, stored)
     return results
 
 

@@ -1,10 +1,10 @@
-"""What the decoder thought of each token, and which parts of the photo the caption rests on.
+"""The probability of each token of a caption, and which parts of the image the caption rests on.
 
 The map is integrated gradients (Sundararajan, Taly and Yan, 2017, https://arxiv.org/abs/1703.01365) of the caption's
-log-probability, from a plain picture of the mean colour to the photo, summed over the pixels of each patch. A patch's
-value says by how many nats it raises the caption's log-probability; all values sum to what the photo raises it by over
-the plain picture. Attention rollout would show where `[CLS]` looks, the same for every caption, and the gradient at the
-photo alone tells less of what happens when a patch is really taken away: measured in `docs/experiments.md`.
+log-probability, from a plain image of the mean colour to the image, summed over the pixels of each patch. A patch's
+value says by how many nats it raises the caption's log-probability; all values sum to what the image raises it by over
+the plain image. Attention rollout would show where `[CLS]` looks, the same for every caption, and the gradient at the
+image alone tells less of what happens when a patch is really taken away: measured in `docs/experiments.md`.
 """
 
 import math
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 
 
-# Points on the way from the plain picture to the photo. The released model needs four, see there; one whose
+# Points on the way from the plain image to the image. The released model needs four, see there; one whose
 # probabilities jump on the way, as in the tests, needs twice as many.
 STEPS = 8
-# Rows of pictures that run through the model together: each takes a gradient.
+# Rows of images that run through the model together: each takes a gradient.
 CHUNK = 32
 
 
@@ -92,7 +92,7 @@ def saliency(model, pixel_values: torch.Tensor, tokens: Sequence[Sequence[int]],
         model: a TinyCap in eval mode; its parameters get no gradients.
         pixel_values: (N, C, H, W), normalised, so that 0 is the mean colour.
         tokens: N captions of at least one token, without the start token and padding.
-        steps: points on the way from the plain picture to the photo.
+        steps: points on the way from the plain image to the image.
 
     Returns:
         (N, rows, columns) of patches, in nats, float32.

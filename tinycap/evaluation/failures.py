@@ -1,8 +1,15 @@
 """Where captions go wrong, as far as their photos' human captions can tell.
 
+<<<<<<< HEAD
 The rules are plain and prefer silence to false alarms. Words that aren't in `word_lists.json`, written by hand for
 English captions from the 1,300 commonest words of Flickr8k's training captions, aren't judged. A claim of a caption is
 *supported* when one human caption of the image names the same thing, a related one, or a word for any of its kind.
+=======
+The rules are plain and prefer silence to false alarms. Words that aren't in `word_lists.json` aren't judged; it was
+written by hand for English captions from the 1,300 commonest words of Flickr8k's training captions. A claim of a
+caption is *supported* when one human caption of the image names the same thing, a related one, or a word for any of
+its kind.
+>>>>>>> rdeploy
 
 - **wrong object**: an unsupported being, vehicle, sport or object, where at least two human captions agree on another
   one of that kind, which the caption doesn't name.
@@ -12,7 +19,7 @@ English captions from the 1,300 commonest words of Flickr8k's training captions,
 - **invented detail**: an unsupported claim that isn't a wrong object: a thing, place or garment that nobody mentions.
 
 Human captions don't mention everything that is there, so that some "invented" details are true. `failure_rates` of a
-human caption against the others of its photo is the rate of such false alarms; that of captions put at other photos is
+human caption against the others of its image is the rate of such false alarms; that of captions put at other images is
 what the rules find where nearly everything is wrong. Both stand beside the model's.
 """
 
@@ -71,7 +78,7 @@ FAILURES = ("wrong object", "wrong count", "wrong colour", "invented detail")
 EXCLUSIVE_KINDS = ("being", "vehicle or board", "sport", "object")
 # How many human captions have to agree before a caption that differs is wrong.
 AGREEMENT = 2
-# Categories of photos: the things that more than half of the human captions name one of. `None`: a photo of children.
+# Categories of images: the things that more than half of the human captions name one of. `None`: an image of children.
 CATEGORIES = {
     "people": ("person",),
     "children": None,
@@ -91,7 +98,7 @@ CATEGORIES = {
 
 @dataclass
 class CaptionFacts:
-    """What a caption says.
+    """The claims of a caption.
 
     Args:
         words: its words, two-part ones joined by a space.
@@ -136,24 +143,24 @@ def parse_caption(caption: str) -> CaptionFacts:
             facts.genders.add(GENDER_OF_WORD[word])
         facts.children |= word in CHILD_WORDS
         for thing in set().union(*by_kind.values()):
-            found = _colors_before(words, place)
-            if found:
-                facts.colors.setdefault(thing, set()).update(found)
+            colors = _colors_before(words, place)
+            if colors:
+                facts.colors.setdefault(thing, set()).update(colors)
     _count(facts)
     return facts
 
 
 def _colors_before(words: list[str], place: int) -> set[str]:
     """The colours of a noun: "black and white" of "black and white dog", with at most one word in between."""
-    found, others = set(), 0
+    colors, others = set(), 0
     for word in reversed(words[max(0, place - 5) : place]):
         if word in COLORS_OF_WORD:
-            found |= COLORS_OF_WORD[word]
+            colors |= COLORS_OF_WORD[word]
         elif word not in ("and", ","):
             others += 1
-            if found or others > 1 or word in THINGS_OF_WORD:
+            if colors or others > 1 or word in THINGS_OF_WORD:
                 break
-    return found
+    return colors
 
 
 # Words that end a noun phrase towards its front.
@@ -225,9 +232,9 @@ def find_errors(caption: CaptionFacts, references: Sequence[CaptionFacts]) -> di
     """The failures of one caption: which of `FAILURES`, each with what speaks for it.
 
     Args:
-        caption: of the photo; references: what its human captions say.
+        caption: of the image; references: what its human captions say.
     """
-    found: dict[str, list[str]] = {}
+    errors: dict[str, list[str]] = {}
     agreed = Counter(thing for facts in references for thing in facts.named)
     agreed = {thing: number for thing, number in agreed.items() if number >= AGREEMENT}
     for word, things, kind in caption.things:
@@ -236,20 +243,20 @@ def find_errors(caption: CaptionFacts, references: Sequence[CaptionFacts]) -> di
         rivals = [thing for thing in agreed if KIND_OF[thing] == kind and thing not in caption.named]
         if kind in EXCLUSIVE_KINDS and rivals:
             rival = max(rivals, key=agreed.get)
-            found.setdefault("wrong object", []).append(f"{word} (humans: {rival})")
+            errors.setdefault("wrong object", []).append(f"{word} (humans: {rival})")
         else:
-            found.setdefault("invented detail", []).append(word)
+            errors.setdefault("invented detail", []).append(word)
     for being, (low, high) in caption.counts.items():
         theirs = [facts.counts[being] for facts in references if being in facts.counts]
         if len(theirs) >= AGREEMENT and all(_apart((low, high), other) for other in theirs):
             told = " or ".join(sorted({_range(*other) for other in theirs}))
-            found.setdefault("wrong count", []).append(f"{being}: {_range(low, high)} (humans: {told})")
+            errors.setdefault("wrong count", []).append(f"{being}: {_range(low, high)} (humans: {told})")
     for thing, colors in caption.colors.items():
         theirs = [facts.colors[thing] for facts in references if thing in facts.colors]
         if len(theirs) >= AGREEMENT and not colors & set().union(*theirs):
             told = ", ".join(sorted(set().union(*theirs)))
-            found.setdefault("wrong colour", []).append(f"{'/'.join(sorted(colors))} {thing} (humans: {told})")
-    return {name: "; ".join(dict.fromkeys(reasons)) for name, reasons in found.items()}
+            errors.setdefault("wrong colour", []).append(f"{'/'.join(sorted(colors))} {thing} (humans: {told})")
+    return {name: "; ".join(dict.fromkeys(reasons)) for name, reasons in errors.items()}
 
 
 def _apart(one: tuple[int, int | None], other: tuple[int, int | None]) -> bool:
@@ -264,13 +271,13 @@ def _range(low: int, high: int | None) -> str:
 
 
 def categories_of(references: Sequence[CaptionFacts]) -> list[str]:
-    """The categories of a photo: what more than half of its human captions name."""
-    found = []
+    """The categories of an image: what more than half of its human captions name."""
+    categories = []
     for name, things in CATEGORIES.items():
         naming = sum(_in_category(facts, things) for facts in references)
         if 2 * naming > len(references):
-            found.append(name)
-    return found
+            categories.append(name)
+    return categories
 
 
 def _in_category(facts: CaptionFacts, things: tuple[str, ...] | None) -> bool:
@@ -286,13 +293,13 @@ def gender_verdicts(caption: CaptionFacts, references: Sequence[CaptionFacts]) -
 
 def failure_rates(captions: Sequence[CaptionFacts], references: Sequence[Sequence[CaptionFacts]]) -> dict[str, float]:
     """Share (%) of captions with each failure, with any of them, and with none."""
-    found = [find_errors(caption, group) for caption, group in zip(captions, references)]
-    rates = {name: 100 * sum(name in failures for failures in found) / len(found) for name in FAILURES}
-    rates["none of these"] = 100 * sum(not failures for failures in found) / len(found)
+    errors = [find_errors(caption, group) for caption, group in zip(captions, references)]
+    rates = {name: 100 * sum(name in failures for failures in errors) / len(errors) for name in FAILURES}
+    rates["none of these"] = 100 * sum(not failures for failures in errors) / len(errors)
     return rates
 
 
-def gender_figures(captions: Sequence[CaptionFacts], references: Sequence[Sequence[CaptionFacts]]) -> dict[str, float]:
+def gender_metrics(captions: Sequence[CaptionFacts], references: Sequence[Sequence[CaptionFacts]]) -> dict[str, float]:
     """How often captions name a person's gender, and what the human captions say to that.
 
     Returns:
@@ -300,66 +307,66 @@ def gender_figures(captions: Sequence[CaptionFacts], references: Sequence[Sequen
         captions) and `<gender>_confirmed`, `_contradicted` and `_open` (% of these).
     """
     verdicts = [gender_verdicts(caption, group) for caption, group in zip(captions, references)]
-    figures = {"named": 100 * sum(map(bool, verdicts)) / len(verdicts)}
+    metrics = {"named": 100 * sum(map(bool, verdicts)) / len(verdicts)}
     for gender in ("male", "female"):
-        found = Counter(verdict[gender] for verdict in verdicts if gender in verdict)
-        figures[f"{gender}_named"] = found.total()
+        counts = Counter(verdict[gender] for verdict in verdicts if gender in verdict)
+        metrics[f"{gender}_named"] = counts.total()
         for verdict in ("confirmed", "contradicted", "open"):
-            figures[f"{gender}_{verdict}"] = 100 * found[verdict] / max(1, found.total())
-    return figures
+            metrics[f"{gender}_{verdict}"] = 100 * counts[verdict] / max(1, counts.total())
+    return metrics
 
 
 def analyse(captions: Sequence[str], references: Sequence[Sequence[str]], ciders: Sequence[float], seed: int) -> dict:
-    """All of it for the captions of N photos.
+    """Failures, genders and categories of the captions of N images.
 
     Args:
-        captions: the model's; references: the human ones of each photo.
+        captions: the model's; references: the human ones of each image.
         ciders: CIDEr of each caption.
-        seed: of the captions put at other photos.
+        seed: of the captions put at other images.
 
     Returns:
-        `failures` and `gender`, each with figures of the `model`, of a `human` caption against the others of its photo,
+        `failures` and `gender`, each with metrics of the `model`, of a `human` caption against the others of its image,
         and (failures) of the model's captions at `other_photos`; `categories`, a row for each: `photos`, mean `cider`,
-        `named`, the share (%) of its photos whose caption names it, `right`, the share of captions naming it that a
-        human caption supports, and the failure rates; and `photos`, for each photo its `failures` and `categories`.
+        `named`, the share (%) of its images whose caption names it, `right`, the share of captions naming it that a
+        human caption supports, and the failure rates; and `photos`, for each image its `failures` and `categories`.
     """
     model = [parse_caption(caption) for caption in captions]
     humans = [[parse_caption(caption) for caption in group] for group in references]
     shift = random.Random(seed).randrange(1, len(model)) if len(model) > 1 else 0
-    # Every human caption against the others of its photo.
+    # Every human caption against the others of its image.
     single, others = [], []
     for group in humans:
         for place in range(len(group) if len(group) > 1 else 0):
             single.append(group[place])
             others.append(group[:place] + group[place + 1 :])
-    photos = [
+    images = [
         {"failures": find_errors(caption, group), "categories": categories_of(group)}
         for caption, group in zip(model, humans)
     ]
-    found = {
+    analysis = {
         "failures": {
             "model": failure_rates(model, humans),
             "other_photos": failure_rates(model[shift:] + model[:shift], humans),
         },
-        "gender": {"model": gender_figures(model, humans)},
-        "categories": _category_rows(model, humans, ciders, photos),
-        "photos": photos,
+        "gender": {"model": gender_metrics(model, humans)},
+        "categories": _category_rows(model, humans, ciders, images),
+        "photos": images,
     }
     if single:
-        found["failures"]["human"] = failure_rates(single, others)
-        found["gender"]["human"] = gender_figures(single, others)
-    return found
+        analysis["failures"]["human"] = failure_rates(single, others)
+        analysis["gender"]["human"] = gender_metrics(single, others)
+    return analysis
 
 
-def _category_rows(model, humans, ciders, photos) -> list[dict]:
+def _category_rows(model, humans, ciders, images) -> list[dict]:
     rows = []
     for name, things in CATEGORIES.items():
-        members = [index for index, photo in enumerate(photos) if name in photo["categories"]]
+        members = [index for index, image in enumerate(images) if name in image["categories"]]
         naming = [index for index, facts in enumerate(model) if _in_category(facts, things)]
         right = sum(any(_in_category(facts, things) for facts in humans[index]) for index in naming)
         if not members:
             continue
-        failures = [photos[index]["failures"] for index in members]
+        failures = [images[index]["failures"] for index in members]
         rows.append(
             {
                 "category": name,

@@ -1,4 +1,4 @@
-"""What a person looks at: a contact sheet of pictures with their captions, and the curves of a training run."""
+"""Plots: a contact sheet of images with their captions, and the curves of a training run."""
 
 import json
 import logging
@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 
 logger = logging.getLogger(__name__)
 
-# Sides of a picture and of its cell, in inches at `DPI`.
+# Sides of an image and of its cell, in inches at `DPI`.
 PICTURE, TEXT_HEIGHT, DPI = 2.3, 0.95, 110
 # Losses differ in size: each of these prefixes gets a panel of its own.
 PANELS = (
@@ -70,7 +70,7 @@ def _wrap(text: str, width: int, max_lines: int) -> str:
 
 
 def _save(figure, path: str | Path) -> None:
-    # Aside and renamed, so that nobody opens half a picture.
+    # Aside and renamed, so that no reader sees half a file.
     path = Path(path)
     aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
     with warnings.catch_warnings():
@@ -89,22 +89,22 @@ def contact_sheet(
     columns: int = 4,
     title: str | None = None,
 ) -> None:
-    """Draws pictures in rows, each with the model's caption under it and a human one in grey, to a PNG.
+    """Draws images in rows, each with the model's caption under it and a human one in grey, to a PNG.
 
     Args:
-        images: the pictures; captions: the model's, one for each.
+        images: the images; captions: the model's, one for each.
         path: the PNG to write.
         references: a human caption for each, or `None`.
-        columns: pictures in a row.
+        columns: images in a row.
         title: over everything.
 
     Raises:
-        ValueError: there are more or fewer captions than pictures, or none.
+        ValueError: there are more or fewer captions than images, or none.
         ImportError: matplotlib isn't installed.
     """
     if not images or len(images) != len(captions) or (references is not None and len(references) != len(images)):
         raise ValueError(
-            f"expected a caption for each of at least one picture, got {len(images)} pictures, {len(captions)} captions"
+            f"expected a caption for each of at least one image, got {len(images)} images, {len(captions)} captions"
             + ("" if references is None else f" and {len(references)} references")
         )
     pyplot = _pyplot()
@@ -148,7 +148,7 @@ def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) ->
     for log in [metrics] if isinstance(metrics, (str, Path)) else metrics:
         stage = [json.loads(line) for line in Path(log).read_text(encoding="utf-8").splitlines()]
         if not stage:
-            raise ValueError(f"{log}: expected rows of figures, got none")
+            raise ValueError(f"{log}: expected rows of metrics, got none")
         starts.append(rows[-1]["step"] if rows else 0)
         rows += [{**row, "step": row["step"] + starts[-1]} for row in stage]
     pyplot = _pyplot()
@@ -166,7 +166,7 @@ def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) ->
         for name in found:
             points, text = series[name], name.replace("_", " ")
             if len(points) == 1:
-                # A lone dot says little without its value.
+                # A single dot needs its value beside it.
                 text += f": {points[0][1]:.3g}"
             axes.plot(*zip(*points), label=text, marker="o" if len(points) < 20 else None, markersize=3)
         for start in starts[1:]:
@@ -180,7 +180,7 @@ def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) ->
 
 
 def plot_bars(values: dict[str, float], path: str | Path, label: str) -> None:
-    """Draws one horizontal bar for each named value, with its figure, to a PNG.
+    """Draws one horizontal bar for each named value, with its number, to a PNG.
 
     Args:
         values: from top to bottom.
@@ -219,11 +219,11 @@ def plot_reliability(bins: dict[str, list[dict[str, float]]], path: str | Path) 
 
 
 def plot_groups(labels: Sequence[str], panels: dict[str, list[list[float]]], axis: str, path: str | Path) -> None:
-    """Draws groups of figures to a PNG: each figure a dot, a line through the means, one panel for each kind.
+    """Draws groups of metrics to a PNG: each value a dot, a line through the means, one panel for each kind.
 
     Args:
         labels: of the groups, along the x axis.
-        panels: by title, each group's figures; an empty group is left out.
+        panels: by title, each group's values; an empty group is left out.
         axis: what the x axis is.
         path: the PNG to write.
 

@@ -1,14 +1,13 @@
-"""Puts a trained model at the repository's root, and its figures into `model_card.md`.
+"""Puts a trained model at the repository's root, and its metrics into `model_card.md`.
 
-    python -m tinycap.evaluation.release --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
+    python scripts/release.py --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
         --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher \\
         --stages outputs/flickr8k-112px outputs/flickr8k-112px-mixed outputs/flickr8k-224px outputs/flickr8k-decoder \\
         outputs/flickr8k-cider \\
         --agreement outputs/tokenizer_agreement --latency outputs/caption_latency
 
-The card is `docs/model_card_template.md`, filled: no figure in it is written by hand. Its front matter, which the Hub
-reads from `README.md`, goes there too, and the training's curves and what the model says to pictures that aren't photos
-go to `docs/`.
+Fills `docs/model_card_template.md` with the metrics of these folders. Copies its front matter to `README.md`, where the
+Hub reads it, and writes training curves and captions of out-of-distribution images to `docs/`.
 """
 
 import argparse
@@ -53,9 +52,7 @@ SCORES = ("cider", "bleu_1", "bleu_4", "rouge_l", "distinct_captions")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m tinycap.evaluation.release", description=__doc__.split("\n\n")[0], allow_abbrev=False
-    )
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--model_name_or_path", required=True, help="output folder of train_distill.py or of tinycap.training.soup"
     )
@@ -84,8 +81,8 @@ def score_table(evaluation: dict) -> str:
     rows = []
     for name, label in SYSTEMS:
         scores = evaluation if name is None else evaluation["baselines"][name]
-        figures = [f"{scores[score]:.1f}" for score in SCORES[:-1]] + [f"{scores[SCORES[-1]]:,.0f}"]
-        rows.append(f"| {label} | " + " | ".join(figures) + " |")
+        values = [f"{scores[score]:.1f}" for score in SCORES[:-1]] + [f"{scores[SCORES[-1]]:,.0f}"]
+        rows.append(f"| {label} | " + " | ".join(values) + " |")
     return "\n".join(rows)
 
 
@@ -104,13 +101,13 @@ def category_table(categories: list[dict]) -> str:
     for row in categories:
         right = "-" if row["right"] is None else f"{row['right']:.0f}"
         rates = [f"{row[name]:.0f}" for name in ("wrong object", "wrong count")]
-        figures = (f"{row['photos']:,}", f"{row['cider']:.1f}", f"{row['named']:.0f}", right, *rates)
-        rows.append(f"| {row['category']} | " + " | ".join(figures) + " |")
+        values = (f"{row['photos']:,}", f"{row['cider']:.1f}", f"{row['named']:.0f}", right, *rates)
+        rows.append(f"| {row['category']} | " + " | ".join(values) + " |")
     return "\n".join(rows)
 
 
 def unlike_table(rows: list[dict]) -> str:
-    """Rows of Markdown: what the model says to each kind of picture that isn't a photo."""
+    """Rows of Markdown: the model's captions of each kind of out-of-distribution image."""
     return "\n".join(
         f"| {row['kind']} | {row['distinct']} of {row['pictures']} | {row['names_person_or_dog']:.0f} | "
         f"{row['token_probability']:.2f} | {row['commonest']} |"
@@ -125,9 +122,9 @@ def latency_table(latency: dict) -> str:
     for name, system in latency["systems"].items():
         if "bytes_on_disk" not in system:
             continue
-        found = turns[name if name in turns else f"{name}, from a file"]["cpu"]
+        timing = turns[name if name in turns else f"{name}, from a file"]["cpu"]
         cells = (
-            f"{found['milliseconds']:.0f}, {found['ratio_to_floor']:.2f}",
+            f"{timing['milliseconds']:.0f}, {timing['ratio_to_floor']:.2f}",
             f"{system['parameters'] / 1e6:.1f} M",
             f"{system['bytes_on_disk'] / 1e6:.1f}",
             f"{system['cpu_seconds']:.1f}",
@@ -172,16 +169,16 @@ def example_list(lines: list[dict]) -> str:
     return "\n".join(items)
 
 
-def gender_figures(genders: dict) -> dict[str, str]:
-    """The figures of `failures.gender_figures`, as the template names them: `model_male_confirmed` and so on."""
-    return {f"{who}_{name}": f"{value:.0f}" for who, found in genders.items() for name, value in found.items()}
+def gender_cells(genders: dict) -> dict[str, str]:
+    """The values of `failures.gender_metrics`, as the template names them: `model_male_confirmed` and so on."""
+    return {f"{who}_{name}": f"{value:.0f}" for who, metrics in genders.items() for name, value in metrics.items()}
 
 
 def fill_card(args: argparse.Namespace) -> str:
     """The text of `model_card.md`.
 
     Raises:
-        ValueError: a file or a figure that the template names is missing.
+        ValueError: a file or a value that the template names is missing.
     """
     evaluation = read_json(Path(args.evaluation) / "eval_results.json")
     teacher = read_json(Path(args.teacher) / "eval_results.json")
@@ -195,7 +192,7 @@ def fill_card(args: argparse.Namespace) -> str:
     failures = read_json(Path(args.evaluation) / "failures.json")
     captions = read_captions(Path(args.evaluation) / "captions.jsonl")
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
-    figures = {
+    values = {
         "parameters": f"{model.num_parameters():,}",
         "student_parameters": f"{model.vision_model.num_parameters():,}",
         "megabytes": f"{(Path(args.model_name_or_path) / 'model.safetensors').stat().st_size / 1e6:.1f}",
@@ -216,7 +213,7 @@ def fill_card(args: argparse.Namespace) -> str:
         "num_samples": min(NUM_SAMPLES, len(captions)),
         "sample_table": sample_table(captions),
         "example_list": example_list(captions),
-        **gender_figures(failures["gender"]),
+        **gender_cells(failures["gender"]),
         "teacher_hours": f"{sum(map(hours_of, [*args.earlier_teachers, args.teacher])):.1f}",
         "student_hours": f"{sum(map(hours_of, args.stages)):.1f}",
         "date": datetime.date.today().isoformat(),
@@ -234,9 +231,9 @@ def fill_card(args: argparse.Namespace) -> str:
     }
     template = Template((ROOT / "docs" / "model_card_template.md").read_text(encoding="utf-8"))
     try:
-        return template.substitute(figures)
+        return template.substitute(values)
     except KeyError as error:
-        raise ValueError(f"model_card_template.md names the figure {error}, which no given folder has") from None
+        raise ValueError(f"model_card_template.md names the value {error}, which no given folder has") from None
 
 
 def with_front_matter(text: str, card: str) -> str:
@@ -264,7 +261,7 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Fills the card, then copies the model: a figure that is missing leaves the root as it was."""
+    """Fills the card, then copies the model: a missing value leaves the root as it was."""
     args = parse_args(argv)
     if args.dataset_name is not None:
         evaluate(args)
@@ -281,7 +278,7 @@ def main(argv: list[str] | None = None) -> None:
     readme = ROOT / "README.md"
     readme.write_text(with_front_matter(readme.read_text(encoding="utf-8"), card), encoding="utf-8")
     plot_curves([Path(stage) / "metrics.jsonl" for stage in args.stages], ROOT / "docs" / "curves.png")
-    # A palette: the noise among the pictures would take hundreds of kilobytes in full colour.
+    # A palette: the noise among the images would take hundreds of kilobytes in full colour.
     with Image.open(Path(args.evaluation) / "unlike_photos.png") as sheet:
         sheet.convert("RGB").quantize(128).save(ROOT / "docs" / "unlike_photos.png", optimize=True)
 
@@ -290,4 +287,4 @@ if __name__ == "__main__":
     try:
         main()
     except ValueError as error:
-        sys.exit(f"python -m tinycap.evaluation.release: error: {error}")
+        sys.exit(f"release.py: error: {error}")
