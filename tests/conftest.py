@@ -135,7 +135,14 @@ def config_name(tmp_path_factory) -> str:
 
 
 @pytest.fixture
-def flags(photos, teacher, config_name, tmp_path) -> list[str]:
+def undrawn_figures(monkeypatch) -> None:
+    """Figures are saved as empty files: drawing them takes longer than training a tiny model."""
+    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda figure, *args, **kwargs: None)
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
+
+
+@pytest.fixture
+def flags(photos, teacher, config_name, tmp_path, undrawn_figures) -> list[str]:
     """A run of six steps, three an epoch, with dropout, augmentation and a checkpoint every second step."""
     return [
         *("--dataset_name", photos, "--teacher_name_or_path", teacher, "--config_name", config_name),

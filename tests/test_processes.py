@@ -14,44 +14,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import CAPTIONS, draw_picture, log_rows, png_bytes
+from two_ranks import TwoRanks
 
 from tinycap import train_distill
 
 
 ROOT = Path(train_distill.__file__).parent
 pytestmark = pytest.mark.slow
-
-# `train_distill.py`, which writes down what each process sees.
-WITNESS = """
-import json, os, sys
-sys.path.insert(0, sys.argv[1])
-from tinycap import train_distill
-step_before = train_distill.train_step
-def step_seen(*args):
-    step = args[-2]
-    with open(f"{sys.argv[2]}-{os.environ['RANK']}", "a") as file:
-        ids = [name for batch in step.batches for name in batch["image_ids"] if name]
-        file.write(json.dumps({"step": args[-1], "ids": ids}) + "\\n")
-    return step_before(*args)
-train_distill.train_step = step_seen
-train_distill.main(sys.argv[3:])
-"""
-
-
-def torchrun(*words: str, **environment) -> subprocess.Popen:
-    """Two processes of `words`; `accelerate launch --cpu --num_processes 2` would start one."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *map(str, words)]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **environment}
-    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **pipes)
-
-
-def finish(process: subprocess.Popen, timeout: float = 240) -> None:
-    try:
-        output, _ = process.communicate(timeout=timeout)
-    finally:
-        process.kill()
-    assert process.returncode == 0, output[-4000:]
 
 
 def without(flags: list[str], *dropped: str) -> list[str]:
@@ -68,11 +37,9 @@ def test_two_processes_come_to_the_weights_of_one_within_1e5(flags, tmp_path):
     # 23 photos by 2 x 3 x 2: the last step of an epoch is a smaller one, and captions differ in length.
     common = [*flags, "--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "20", "--learning_rate", "3e-3"]
     common += ["--gradient_accumulation_steps", "2", "--checkpointing_steps", "20"]
-    witness = tmp_path / "witness.py"
-    witness.write_text(WITNESS)
-    both = torchrun(witness, ROOT, tmp_path / "seen", *common, "--per_device_train_batch_size", "3")
+    both = TwoRanks([*common, "--per_device_train_batch_size", "3"], tmp_path / "log", tmp_path / "seen")
     train_distill.main([*common, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "one")])
-    finish(both)
+    both.finish()
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "one"))
     assert two.keys() == one.keys()
     for name in one:
@@ -86,7 +53,8 @@ def test_two_processes_come_to_the_weights_of_one_within_1e5(flags, tmp_path):
 
 def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
     cache = ("--teacher_cache_dir", tmp_path / "cache", "--teacher_views", "2")
-    finish(torchrun("train_distill.py", *flags, "--per_device_train_batch_size", "3", "--max_train_steps", "3", *cache))
+    more = ("--per_device_train_batch_size", "3", "--max_train_steps", "3")
+    TwoRanks([*flags, *more, *cache], tmp_path / "log").finish()
     out = tmp_path / "out"
     assert [row["step"] for row in log_rows(out) if "loss" in row] == [1, 2, 3]
     assert (out / "model.safetensors").exists() and (out / "checkpoint-3" / "random_states_1.pkl").exists()
@@ -96,7 +64,7 @@ def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
 def test_two_processes_train_a_patch_memory_without_a_teacher(flags, tmp_path):
     flags = without(flags, "--teacher_name_or_path")
     patches = ("--distill_weight", "0", "--memory", "patches")
-    finish(torchrun("train_distill.py", *flags, "--per_device_train_batch_size", "3", *patches))
+    TwoRanks([*flags, "--per_device_train_batch_size", "3", *patches], tmp_path / "log").finish()
     assert len([row for row in log_rows(tmp_path / "out") if "loss" in row]) == 6
 
 
@@ -127,9 +95,8 @@ def test_uneven_shards_show_every_image_once_an_epoch_also_resumed(flags, uneven
     common = [*flags, "--dataset_name", uneven, "--streaming", "--per_device_train_batch_size", "2"]
     common += ["--captions_per_image", "1", "--checkpointing_steps", "3", "--dataloader_num_workers", "1"]
     common += ["--checkpoints_total_limit", "9"]
-    witness = tmp_path / "witness.py"
-    witness.write_text(WITNESS)
-    finish(torchrun(witness, ROOT, tmp_path / "whole", *common, "--max_train_steps", "10"))
+    common += ["--max_train_steps", "10"]
+    TwoRanks(common, tmp_path / "log", tmp_path / "whole").finish()
     seen = seen_by(tmp_path / "whole")
     assert [len(share) for share in seen] in ([18, 4], [4, 18])
     assert Counter(sum(seen, [])) == {f"photo-{index}": 2 for index in range(11)}
@@ -141,7 +108,7 @@ def test_uneven_shards_show_every_image_once_an_epoch_also_resumed(flags, uneven
     state = [json.loads((checkpoint / f"process_state_{rank}.json").read_text()) for rank in range(2)]
     assert sorted(place["finished"] for place in state) == [False, True]
     resume = ("--resume_from_checkpoint", checkpoint)
-    finish(torchrun(witness, ROOT, tmp_path / "resumed", *common, "--max_train_steps", "10", *resume))
+    TwoRanks([*common, *resume], tmp_path / "log", tmp_path / "resumed").finish()
     assert seen_by(tmp_path / "resumed") == seen_by(tmp_path / "whole", after=3)
     resumed = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -151,18 +118,24 @@ def test_a_stopped_pair_of_processes_leaves_a_checkpoint_and_goes_on(flags, tmp_
     # A schedule that lets a resumed run have another length.
     common = [*flags, "--per_device_train_batch_size", "3", "--checkpointing_steps", "100000"]
     common += ["--lr_scheduler_type", "constant_with_warmup"]
-    process = torchrun("train_distill.py", *common, "--max_train_steps", "100000")
+    # The real launcher; `accelerate launch --cpu --num_processes 2` would start one process.
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    process = subprocess.Popen(
+        [*launcher, "train_distill.py", *common, "--max_train_steps", "100000"],
+        cwd=ROOT,
+        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+    )
     log = tmp_path / "out" / "metrics.jsonl"
     for _ in range(600):
         if log.exists() and log.stat().st_size:
             break
         time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=120)
+    process.wait(timeout=120)
     assert process.returncode != 0
     checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"))
     assert len(checkpoints) == 1 and not list((tmp_path / "out").glob(".checkpoint-*"))
     step = int(checkpoints[0].name.split("-")[1])
     resume = ("--resume_from_checkpoint", "latest", "--max_train_steps", str(step + 2))
-    finish(torchrun("train_distill.py", *common, *resume))
+    TwoRanks([*common, *resume], tmp_path / "log").finish()
     assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == list(range(1, step + 3))

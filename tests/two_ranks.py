@@ -1,0 +1,62 @@
+"""Two ranks of `train_distill.py` on this machine, as torchrun would start them, but forked from a server that has
+imported everything once: importing takes longer than a test's training."""
+
+import json
+import multiprocessing
+import os
+import socket
+from pathlib import Path
+
+from tinycap import train_distill
+
+
+def run_rank(rank: int, port: int, argv: list[str], log: Path, witness: Path | None) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true"
+    )
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    with open(log, "a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    if witness is not None:
+        step_before = train_distill.train_step
+
+        def step_seen(*args):
+            *_, step, number = args
+            ids = [name for batch in step.batches for name in batch["image_ids"] if name]
+            with open(f"{witness}-{rank}", "a") as file:
+                file.write(json.dumps({"step": number, "ids": ids}) + "\n")
+            return step_before(*args)
+
+        train_distill.train_step = step_seen
+    train_distill.main(argv)
+
+
+class TwoRanks:
+    """A started training.
+
+    Args:
+        argv: of `train_distill.py`.
+        log: where both ranks' output goes.
+        witness: beginning of the names of two files, to which each rank writes the ids of the images of every step.
+    """
+
+    def __init__(self, argv: list, log: Path, witness: Path | None = None):
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["tinycap.train_distill"])
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+        self.log = log
+        self.ranks = [
+            context.Process(target=run_rank, args=(rank, port, list(map(str, argv)), log, witness)) for rank in range(2)
+        ]
+        for process in self.ranks:
+            process.start()
+
+    def finish(self, timeout: float = 240) -> None:
+        for process in self.ranks:
+            process.join(timeout)
+        codes = [process.exitcode for process in self.ranks]
+        for process in self.ranks:
+            process.kill()
+        assert codes == [0, 0], self.log.read_text()[-4000:]
