@@ -306,7 +306,10 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         """`TinyCapVisionModel.forward`, under the name of CLIP's in transformers 5.
 
         The output's `pooler_output` (B, projection_dim) is the image embedding. Unlike CLIP's it has unit norm.
+        `input_ids` and `attention_mask` are ignored.
         """
+        # What a processor gives for texts comes along with `**inputs`.
+        kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
         return self.vision_model(pixel_values, **kwargs)
 
     def get_memory(self, encoder_outputs: ModelOutput | tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -403,7 +406,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         ids, mask, embeds = [kwargs.pop(name, None) for name in ("input_ids", "attention_mask", "inputs_embeds")]
         if ids is not None and labels is not None and ids.shape == labels.shape:
             # The convention of decoder-only models; here it would teach the decoder to copy its input.
-            if bool(((ids == labels) | (labels == -100)).all()):
+            if not torch.compiler.is_compiling() and bool(((ids == labels) | (labels == -100)).all()):
                 raise ValueError("labels: expected the tokens that follow input_ids, got input_ids; leave those out")
         input_ids = ids if input_ids is None else input_ids
         inputs_embeds = embeds if inputs_embeds is None else inputs_embeds
@@ -541,13 +544,18 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         Args:
             inputs: `pixel_values` (B, C, H, W); or give `pixel_values=` or `encoder_outputs=`.
             input_ids (or decoder_input_ids): (B, L), the beginning of each caption, with or without its start token,
-                padded on the left; `attention_mask` (or `decoder_attention_mask`) says where.
+                padded on the left; `attention_mask` (or `decoder_attention_mask`) says where. What is returned begins
+                with them, without columns that are padding in every row.
             kwargs: as `GenerationMixin.generate`. Captions end at `max_position_embeddings` tokens at the latest, start
                 token and prompt included.
 
         Raises:
-            ValueError: a prompt leaves no room in the position table, or under `max_length`.
+            ValueError: there are no images; a prompt leaves no room in the position table, or under `max_length`.
         """
+        if inputs is None and kwargs.get("pixel_values") is None and kwargs.get("encoder_outputs") is None:
+            raise ValueError(
+                "pixel_values: expected images, got none; pipeline('image-text-to-text') takes images=... with text=''"
+            )
         if isinstance(kwargs.get("encoder_outputs"), ModelOutput):
             # GenerationMixin repeats its tensors for every beam in place, which must not reach the caller's object.
             kwargs["encoder_outputs"] = copy.copy(kwargs["encoder_outputs"])
@@ -602,7 +610,11 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     def start_prompts(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Puts the start token right before the first real token of each row that doesn't begin with it."""
+        """Puts the start token right before the first real token of each row that doesn't begin with it.
+
+        Columns on the left that are padding in every row are left out: before them GenerationMixin would put a start
+        token of its own.
+        """
         start, length = self.config.decoder_start_token_id, input_ids.shape[1]
         mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask.to(input_ids.dtype)
         # One more column on the left: now every row has a slot before its first real token.
@@ -612,7 +624,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         started = (first <= length) & (input_ids.gather(1, first.clamp(max=length)) == start)
         slot = (torch.arange(length + 1, device=input_ids.device) == first - 1) & ~started
         input_ids, mask = input_ids.masked_fill(slot, start), mask.masked_fill(slot, 1)
-        return (input_ids, mask) if bool(mask[:, 0].any()) else (input_ids[:, 1:], mask[:, 1:])
+        padding = int(mask.any(dim=0).int().argmax())
+        return input_ids[:, padding:], mask[:, padding:]
 
 
 TinyCapForConditionalGeneration.register_for_auto_class("AutoModel")

@@ -33,7 +33,6 @@ from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.training.arguments import build_parser, check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
-from tinycap.training.batches import CaptionCollator
 from tinycap.training.checkpoints import complete_checkpoints, seed_step
 from tinycap.training.cider_reward import CiderReward
 from tinycap.training.configuration import build_config, distillation_problems, fit_config

@@ -3,6 +3,7 @@ import copy
 import accelerate
 import pytest
 import torch
+import torch.nn.functional as F
 from tiny import CACHE, static_cache, tiny_model
 from torch import nn
 from transformers import GenerationConfig, TextStreamer, generation
@@ -272,6 +273,24 @@ def test_prompts_of_different_lengths_in_a_batch_end_as_they_do_alone(pixel_valu
     second = model.generate(pixel_values[1:2], input_ids=torch.tensor([[6, 7, 8]]), **LONG)
     assert torch.equal(batch[0, 2:], first[0])
     assert torch.equal(batch[1], second[0])
+
+
+@pytest.mark.parametrize("has_start", [True, False])
+@pytest.mark.parametrize("padding", [1, 2, 13])
+def test_padding_of_every_row_changes_nothing(model, pixel_values, padding, has_start):
+    """As `pad_to_multiple_of` and `padding="max_length"` put it, up to where no position would be left."""
+    prompts = torch.tensor([[0, 1, 5], [1, 6, 7]] if has_start else [[0, 5], [6, 7]])
+    mask = (prompts > 0).long()
+    expected = model.generate(pixel_values[:2], input_ids=prompts, attention_mask=mask, **LONG)
+    padded = {"input_ids": F.pad(prompts, (padding, 0)), "attention_mask": F.pad(mask, (padding, 0))}
+    assert torch.equal(model.generate(pixel_values[:2], **padded, **LONG), expected)
+    assert (expected == 1).sum(dim=1).tolist() == [1, 1]
+
+
+@pytest.mark.parametrize("arguments", [{}, {"input_ids": torch.ones(1, 1, dtype=torch.long)}], ids=["none", "text"])
+def test_text_without_images_is_an_error(model, arguments):
+    with pytest.raises(ValueError, match="pixel_values: expected images, got none"):
+        model.generate(**arguments)
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(5, 0, dtype=torch.long), torch.ones(5, 1, dtype=torch.long)])

@@ -52,6 +52,8 @@ def test_image_features_have_the_interface_of_clips(model, pixel_values):
     assert len(output.hidden_states) == 3 and len(output.attentions) == 2
     as_tuple = model.get_image_features(pixel_values, return_dict=False)
     assert isinstance(as_tuple, tuple)
+    inputs = {"pixel_values": pixel_values, "input_ids": torch.ones(5, 1), "attention_mask": torch.ones(5, 1)}
+    torch.testing.assert_close(model.get_image_features(**inputs).pooler_output, output.pooler_output)
     torch.testing.assert_close(as_tuple[1], output.pooler_output)
 
 
@@ -553,9 +555,10 @@ def test_input_ids_as_their_own_labels_are_an_error(model, pixel_values, tokens,
     with pytest.raises(ValueError, match="expected the tokens that follow input_ids, got input_ids"):
         model(pixel_values, input_ids=tokens, labels=tokens)
     following = shift_tokens_right(tokens, 1, 0)
-    torch.testing.assert_close(
-        model(pixel_values, input_ids=following, labels=tokens).loss, model(pixel_values, labels=tokens).loss
-    )
+    for called in (model, torch.compile(model, fullgraph=True, backend="eager")):
+        torch.testing.assert_close(
+            called(pixel_values, input_ids=following, labels=tokens).loss, model(pixel_values, labels=tokens).loss
+        )
 
 
 @pytest.mark.parametrize("use_cache", [False, True])

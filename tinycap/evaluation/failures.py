@@ -1,15 +1,9 @@
 """Where captions go wrong, as far as their photos' human captions can tell.
 
-<<<<<<< HEAD
-The rules are plain and prefer silence to false alarms. Words that aren't in `word_lists.json`, written by hand for
-English captions from the 1,300 commonest words of Flickr8k's training captions, aren't judged. A claim of a caption is
-*supported* when one human caption of the image names the same thing, a related one, or a word for any of its kind.
-=======
 The rules are plain and prefer silence to false alarms. Words that aren't in `word_lists.json` aren't judged; it was
 written by hand for English captions from the 1,300 commonest words of Flickr8k's training captions. A claim of a
 caption is *supported* when one human caption of the image names the same thing, a related one, or a word for any of
 its kind.
->>>>>>> rdeploy
 
 - **wrong object**: an unsupported being, vehicle, sport or object, where at least two human captions agree on another
   one of that kind, which the caption doesn't name.

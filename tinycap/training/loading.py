@@ -18,8 +18,6 @@ from tinycap.training.loop import TrainBatches, ignore_interrupts
 from tinycap.training.scenes import scene_splits
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.streaming import StreamingCaptionDataset
-from tinycap.training.skipped_rows import SkippedRows
-from tinycap.training.streaming import StreamingCaptionDataset
 from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 
