@@ -176,13 +176,15 @@ def _find_sidecars(files: list[str], images: _Images) -> dict[str, str]:
     """For each image its text file: beside it, or the only one of its name elsewhere."""
     by_name = defaultdict(list)
     for name in files:
-        if name.lower().endswith(SIDECAR_ENDINGS):
-            by_name[posixpath.basename(name)].append(name)
+        stem, ending = posixpath.splitext(name)
+        if ending.lower() in SIDECAR_ENDINGS:
+            by_name[posixpath.basename(stem) + ending.lower()].append(name)
     sidecars = {}
     for image in images.names:
         beside = [base + ending for base in (posixpath.splitext(image)[0], image) for ending in SIDECAR_ENDINGS]
         same_name = [by_name.get(posixpath.basename(name), []) for name in beside]
-        found = [name for name, texts in zip(beside, same_name) if name in texts]
+        folder = posixpath.dirname(image)
+        found = [text for texts in same_name for text in texts if posixpath.dirname(text) == folder]
         found += [texts[0] for texts in same_name if len(texts) == 1]
         if found:
             sidecars[image] = found[0]
