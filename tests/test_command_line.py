@@ -134,6 +134,7 @@ def test_what_was_found_before_an_interruption_is_kept(run, photos, expected, tm
 def test_another_programs_file_is_left_as_it_is(run, photos, tmp_path, capsys):
     for name, content, words in (
         ("mine.jsonl", '{"picture": "x"}\n{"image": "y"}\n', "line 1"),
+        ("mine.jsonl", '{"image": ["x"]}\n', "line 1"),
         ("mine.csv", "name,text\nx,y\n", "columns"),
     ):
         (tmp_path / name).write_text(content)
@@ -371,7 +372,7 @@ def test_brackets_of_names_that_exist_are_no_pattern(photos, tmp_path):
 @pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-16-be"])
 def test_lists_are_read_as_windows_writes_them(run, photos, expected, tmp_path, encoding, monkeypatch):
     mark = "\ufeff" if encoding == "utf-16-be" else ""
-    content = (mark + "photos/a.png\r\nphotos/gone [1].png\r\nphotos/b.png\r\nnone*.png\r\n").encode(encoding)
+    content = (mark + "photos/a.png\r\nphotos/gone [1].png\r\n \t\r\nphotos/b.png\r\nnone*.png\r\n").encode(encoding)
     (tmp_path / "list.txt").write_bytes(content)
     assert run("caption", "--input-list", "list.txt", "--output", "c.jsonl") == 1
     rows = {row["image"]: row["caption"] for row in read_rows(tmp_path / "c.jsonl")}
@@ -503,6 +504,8 @@ def test_rows_without_what_is_asked_for_now_are_refused(repository, photos, tmp_
     assert cli.main([*command, *flags]) == 2
     assert f"c.jsonl, line 1: expected rows with {words}" in capsys.readouterr().err
     assert (tmp_path / "c.jsonl").read_bytes() == content
+    (tmp_path / "c.jsonl").write_text('{"image": "x", "caption": "y", "alternatives": 5}\n')
+    assert cli.main([*command, *flags]) == 2
 
 
 def test_the_version_is_said(capsys, monkeypatch):
@@ -587,6 +590,8 @@ def test_a_file_name_that_is_no_text_goes_through(run, photos, tmp_path):
         (["caption", "photos", "--model", "nowhere"], "--model nowhere: no such folder, and"),
         (["caption", "photos", "--model", "./nowhere"], "--model ./nowhere: no such folder"),
         (["export", "--model", "/no/where", "--output", "x"], "--model /no/where: no such folder"),
+        (["export", "--model", "nowhere", "--output", "x"], "--model nowhere: no such folder, and from the Hub"),
+        (["trim-vocab", "--model", "nowhere", "--output", "x"], "--model nowhere: no such folder, and from the Hub"),
         (["caption", "photos", "--device", "cuda"], "--device cuda: "),
         (["caption", "photos", "--device", "toaster"], "--device toaster: "),
         (["embed", "photos", "--output", "no/folder/e.npy"], "--output: expected a folder"),

@@ -1,9 +1,11 @@
 import json
+import sys
 from dataclasses import replace
 
 import datasets
 import pytest
 import torch
+from PIL import Image
 from tiny import CAPTIONS, draw_picture, png_bytes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
@@ -16,6 +18,7 @@ from tinycap.training.data import (
     content_fingerprint,
     decode_dataset,
     load_images,
+    load_split,
     load_splits,
     picture_of,
     resolve_columns,
@@ -264,6 +267,19 @@ def test_the_id_of_a_row_without_one_is_its_file(tmp_path):
     assert decode(rows)["image_id"][:] == ["a/0.png", "a/1.png", "a/2.png"]
 
 
+def test_heic_is_decoded_once_its_package_is_installed(tmp_path, monkeypatch):
+    heif = pytest.importorskip("pillow_heif")
+    heif.from_pillow(draw_picture(3, (64, 48))).save(tmp_path / "a.heic", format="HEIF")
+    (tmp_path / "a.txt").write_text("a dog")
+    Image.init()
+    with monkeypatch.context() as missing:
+        missing.setattr(Image, "OPEN", {name: each for name, each in Image.OPEN.items() if name != "HEIF"})
+        missing.setitem(sys.modules, "pillow_heif", None)
+        with pytest.raises(TooManyBadRowsError, match="install pillow-heif"):
+            decode(load_split(str(tmp_path), "train"))
+    assert decode(load_split(str(tmp_path), "train"))["captions"][:] == [["a dog"]]
+
+
 def test_two_processes_decode_the_same_in_the_same_order():
     rows = rows_of(23, image_7=b"")
     alone, together = (
@@ -297,7 +313,7 @@ def test_the_first_bad_row_stops_the_run_when_asked():
 
 def test_more_than_a_tenth_of_bad_rows_is_an_error():
     bad = {f"image_{index}": b"" for index in range(5)}
-    with pytest.raises(TooManyBadRowsError, match="5 of 40"):
+    with pytest.raises(TooManyBadRowsError, match="5 of 40, first: column 'image': cannot read image id-0"):
         decode(rows_of(40, **bad))
     assert len(decode(rows_of(50, **bad))) == 45
 

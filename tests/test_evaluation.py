@@ -348,6 +348,14 @@ def test_the_command_scores_a_checkpoint_and_leaves_its_reports(tinycap, reposit
         main([*flags, "--output_dir", str(tmp_path / "out")])
 
 
+@pytest.mark.parametrize("flag", ["model_name_or_path", "dataset_name"])
+def test_a_folder_that_is_not_there_is_named_as_such(flag, repository, photos, tmp_path):
+    names = {"model_name_or_path": str(repository), "dataset_name": str(photos), flag: "nowhere"}
+    argv = [word for name, value in names.items() for word in (f"--{name}", value)]
+    with pytest.raises(ValueError, match=f"--{flag}: no such folder: nowhere"):
+        main([*argv, "--output_dir", str(tmp_path / "out")])
+
+
 @pytest.mark.parametrize("command", [main, confidence.main])
 def test_evaluation_runs_no_code_of_the_models_repository(command, repository, photos, tmp_path):
     folder = shutil.copytree(repository, tmp_path / "model")

@@ -58,6 +58,7 @@ KARPATHY = {
 
 LAYOUTS = {
     "text beside": ("", {name.replace("png", "txt"): "\n".join(texts) for name, texts in TEXTS.items()}),
+    "text beside, in capitals": ("", {name.replace("png", "TXT"): "\n".join(TEXTS[name]) for name in NAMES}),
     "text beside, whole name": ("deep/er", {f"deep/er/{name}.txt": "\n".join(TEXTS[name]) for name in NAMES}),
     "texts in their own folder": ("images", {f"labels/{name[:-4]}.txt": "\r\n".join(TEXTS[name]) for name in NAMES}),
     "CSV": ("images", {"captions.csv": table(["file_name", "caption"], quoted(PAIRS))}),

@@ -105,6 +105,8 @@ def test_a_prompt_that_spells_special_tokens_is_text(repository, pictures):
         ("('A dog .', 'A cat .')", ["A dog.", "A cat."]),
         ("['A dog .' 'A cat .'\n \"It's a man .\"]", ["A dog.", "A cat.", "It's a man."]),
         ('[{"raw": "A dog ."}, {"raw": "A cat ."}]', ["A dog.", "A cat."]),
+        ("[{'raw': 'A dog .', 'sentid': 1}, {'raw': \"It's a cat .\", 'box': None}]", ["A dog.", "It's a cat."]),
+        ("[{'raw': dog}]", ["[{'raw': dog}]"]),
         (["['A dog .']", "A cat .\nA man ."], ["A dog.", "A cat.", "A man."]),
         ([{"raw": "A dog .", "sentid": 1}, {"raw": "A cat .", "sentid": 2}], ["A dog.", "A cat."]),
         ([{"caption": "A dog ."}, {"caption": None}], ["A dog."]),

@@ -11,12 +11,13 @@ command can't run with these arguments; 130, interrupted.
 """
 
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from tinycap.deploy.captioners import (
@@ -26,6 +27,7 @@ from tinycap.deploy.captioners import (
     CaptionResult,
     check_model,
     create_captioner,
+    first_line,
 )
 from tinycap.deploy.inputs import LeftOut, list_images, read_list
 from tinycap.deploy.outputs import FORMATS, RowFile, RowShape, Screen, Sidecars
@@ -413,12 +415,26 @@ def run_embed(args: argparse.Namespace) -> int:
     return BAD_IMAGES if bad or left_out.unreadable else DONE
 
 
+@contextlib.contextmanager
+def naming_model(model: str) -> Iterator[None]:
+    """For a model that isn't there: a `ValueError` that says where it was looked for, not transformers' `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        # The system's own errors have a number: an output that can't be written.
+        if os.path.isdir(model) or error.errno is not None:
+            raise
+        raise ValueError(f"--model {model}: no such folder, and from the Hub: {first_line(error)}") from error
+
+
 def run_export(args: argparse.Namespace) -> int:
     """`tinycap export`; returns the exit status."""
     model = check_model(args.model or str(RELEASED_MODEL))
     from tinycap.deploy.export import export_onnx
 
-    for path in export_onnx(model, args.output, args.quantize).values():
+    with naming_model(model):
+        paths = export_onnx(model, args.output, args.quantize)
+    for path in paths.values():
         print(f"{Path(path).stat().st_size:>12,}  {path}")
     return DONE
 
@@ -442,6 +458,7 @@ def run_trim(args: argparse.Namespace) -> int:
         captions, rows = load_corpus(args.dataset_name, args.split, args.corpus_split, args.max_samples)
         texts += captions
         images += rows
-    report = trim_repository(args.model, args.output, texts, images, args.batch_size)
+    with naming_model(args.model):
+        report = trim_repository(args.model, args.output, texts, images, args.batch_size)
     print(json.dumps(report, indent=2))
     return DONE

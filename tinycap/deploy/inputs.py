@@ -102,7 +102,7 @@ def _lines(content: bytes | str) -> list[str]:
         # What PowerShell writes, and what Notepad puts before UTF-8.
         is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
         content = content.decode("utf-16") if is_utf16 else content.decode("utf-8-sig", "surrogateescape")
-    return [line for line in (line.rstrip("\r") for line in content.split("\n")) if line]
+    return [line for line in (line.rstrip("\r") for line in content.split("\n")) if line.strip()]
 
 
 def _expand(entry: str, left_out: LeftOut) -> Iterator[str]:

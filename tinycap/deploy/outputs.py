@@ -61,7 +61,9 @@ class RowShape:
         """What a row of an earlier run lacks of what was asked for now; empty where it is nothing."""
         names = {"confidence": self.confidence, "alt": self.alt}
         missing = [name for name, wanted in names.items() if wanted and name not in row]
-        if row.get("caption") is not None and len(row.get("alternatives", ())) < self.num_captions - 1:
+        alternatives = row.get("alternatives")
+        num_captions = 1 + (len(alternatives) if isinstance(alternatives, list) else 0)
+        if row.get("caption") is not None and num_captions < self.num_captions:
             missing.append(f"{self.num_captions} captions")
         return " and ".join(missing)
 
@@ -111,13 +113,15 @@ def read_jsonl(path: Path, shape: RowShape) -> Iterator[tuple[str, str, bool]]:
             try:
                 row = json.loads(line)
                 image = row["image"]
-            except (json.JSONDecodeError, TypeError, KeyError):
+            except (ValueError, RecursionError, TypeError, KeyError):
+                image = None
+            if not isinstance(image, str):
                 if not line.endswith("\n"):
                     return
                 raise ValueError(
                     f'{path}, line {number}: expected a row with an "image", got {line.strip()[:60]!r}; '
                     "is this another program's file?"
-                ) from None
+                )
             if missing := shape.missing(row):
                 raise ValueError(
                     f"{path}, line {number}: expected rows with {missing}, got one without, which would stay so; "

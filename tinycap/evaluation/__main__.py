@@ -29,6 +29,7 @@ from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.ood_images import caption_ood_images, draw_ood_images, mean_caption_probability
 from tinycap.evaluation.reports import contact_sheet
 from tinycap.processing_tinycap import load_image, preprocess_images
+from tinycap.training.arguments import check_sources
 from tinycap.training.data import (
     Columns,
     image_ids,
@@ -67,8 +68,9 @@ def open_model_and_data(args: argparse.Namespace) -> tuple:
     """The model, its processor, the rows to caption and their `Columns`, as `add_data_arguments`'s flags say.
 
     Raises:
-        ValueError: there is no such split or column, or the model isn't a TinyCap; names what there is.
+        ValueError: there is no such folder, split or column, or the model isn't a TinyCap; names what there is.
     """
+    check_sources(args)
     args.hold_out_seed = training_seed(args.model_name_or_path) if args.seed is None else args.seed
     args.seed = args.seed or 0
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}

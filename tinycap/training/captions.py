@@ -58,18 +58,21 @@ def _text_of(entry: dict):
 
 
 def _parse_list(text: str) -> list[str] | None:
-    """The strings (or texts of JSON's objects) of a list that was written as text; `None` for any other text."""
+    """The strings (or texts of the objects) of a list that was written as text; `None` for any other text."""
     if (text[:1], text[-1:]) not in (("[", "]"), ("(", ")")):
         return None
     try:
         entries = json.loads(text)
     except (ValueError, RecursionError):
-        if not re.fullmatch(rf"(?:[\[\](),\s]|None|{QUOTED})*", text):
-            return None
-        # Not the list as a whole: NumPy writes no commas, and Python would join adjacent strings.
         try:
-            entries = [ast.literal_eval(entry) for entry in re.findall(QUOTED, text)]
-        except (ValueError, SyntaxError):
+            if re.fullmatch(rf"(?:[\[\](),\s]|None|{QUOTED})*", text):
+                # Not the list as a whole: NumPy writes no commas, and Python would join adjacent strings.
+                entries = [ast.literal_eval(entry) for entry in re.findall(QUOTED, text)]
+            elif text.startswith("[{"):
+                entries = ast.literal_eval(text)
+            else:
+                return None
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
     entries = [_text_of(entry) if isinstance(entry, dict) else entry for entry in entries]
     texts = [entry for entry in entries if entry]

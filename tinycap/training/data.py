@@ -5,6 +5,7 @@ batches are made of decoded rows in `batches.py`, of a stream in `streaming.py`.
 """
 
 import hashlib
+import importlib.util
 import json
 import logging
 import math
@@ -342,7 +343,7 @@ def cache_size(image_size: int) -> int:
     return math.ceil(image_size * 8 / 7)
 
 
-def decode_row(row: dict, index: int | str, columns: Columns, size: int, version: int = DECODE_VERSION) -> dict:
+def decode_row(row: dict, index: int | str, columns: Columns, size: int, version: tuple = ()) -> dict:
     """Checks and decodes one row; a bad one comes back with its reason and no pixels.
 
     Args:
@@ -400,10 +401,12 @@ def decode_dataset(
     """
     wanted = [columns.image, *columns.captions, columns.image_id, ROW_COLUMN]
     rows = dataset.select_columns([name for name in wanted if name in dataset.column_names])
+    # Rows that failed for want of the package are decoded again once it is installed.
+    version = (DECODE_VERSION, importlib.util.find_spec("pillow_heif") is not None)
     decoded = undecoded(rows, columns.image).map(
         decode_row,
         with_indices=True,
-        fn_kwargs={"columns": columns, "size": cache_size(image_size), "version": DECODE_VERSION},
+        fn_kwargs={"columns": columns, "size": cache_size(image_size), "version": version},
         remove_columns=rows.column_names,
         features=datasets.Features({**DECODED_FEATURES, "digest": TEXT}),
         num_proc=num_proc,

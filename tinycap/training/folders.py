@@ -172,14 +172,15 @@ class _Files:
 
 def _find_sidecars(files: list[str], images: _Files) -> dict[str, str]:
     """For each image its text file: beside it, or the only one of its name elsewhere."""
-    texts = _Files([name for name in files if name.lower().endswith(SIDECAR_ENDINGS)])
+    by_ending = {stem + ending.lower(): stem + ending for stem, ending in map(posixpath.splitext, files)}
+    texts = _Files([name for name in by_ending if name.endswith(SIDECAR_ENDINGS)])
     sidecars = {}
     for image in images.names:
         beside = [base + ending for base in (posixpath.splitext(image)[0], image) for ending in SIDECAR_ENDINGS]
         found = [name for name in beside if name in texts.names]
         found += filter(None, (texts.find(name, by_stem=False) for name in beside))
         if found:
-            sidecars[image] = found[0]
+            sidecars[image] = by_ending[found[0]]
     return sidecars
 
 

@@ -29,6 +29,7 @@ class SkippedRows:
     count: int = 0
     by_split: dict[str, int] = field(default_factory=dict)
     written: set[str] | None = None
+    first_reasons: dict[str, str] = field(default_factory=dict)
 
     def add(self, split: str, row: int | None, image_id: str, reason: str) -> None:
         """Counts one row; `row` is its number in the table it was read from, `None` in a stream.
@@ -42,6 +43,7 @@ class SkippedRows:
             raise BadRowError(f"split {split}, row {row}, id {image_id}: {reason}")
         self.count += 1
         self.by_split[split] = self.by_split.get(split, 0) + 1
+        self.first_reasons.setdefault(split, reason)
         if self.path is None:
             return
         if self.written is None:
@@ -58,6 +60,6 @@ class SkippedRows:
         bad = self.by_split.get(split, 0)
         if bad > self.max_share * total:
             raise TooManyBadRowsError(
-                f"split {split}: expected at most {self.max_share:.0%} bad rows, got {bad} of {total}"
-                + (f"; they are listed in {self.path}" if self.path else "")
+                f"split {split}: expected at most {self.max_share:.0%} bad rows, got {bad} of {total}, first: "
+                f"{self.first_reasons[split]}" + (f"; they are listed in {self.path}" if self.path else "")
             )
