@@ -795,7 +795,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if args.distill_weight > 0:
         name_or_path = args.teacher_name_or_path
         if name_or_path is None:
-            if accelerator.is_main_process:
+            # A resumed run's arguments are compared with its checkpoint's first.
+            if accelerator.is_main_process and args.resume_from_checkpoint is None:
                 open_output_dir(args)
             name_or_path = train_scene_teacher(args, accelerator, output_dir / TEACHER_FOLDER)
         statistics = (image_processor.image_mean, image_processor.image_std)

@@ -327,9 +327,10 @@ def is_news(record: logging.LogRecord) -> bool:
     """False for the libraries' warnings of what is meant to be so.
 
     Checkpoints hold tied weights once, and `load_checkpoint` ties them again. A resumed shuffle buffer is empty; a
-    stream's holds nothing, see `StreamingCaptionDataset`.
+    stream's holds nothing, see `StreamingCaptionDataset`. A tokenizer is read without the class of its model.
     """
-    return not any(text in str(record.msg) for text in ("Removed shared tensor", "shuffle buffer"))
+    expected = ("Removed shared tensor", "shuffle buffer", "You are using a model of type")
+    return not any(text in str(record.msg) for text in expected)
 
 
 def set_up_logging(accelerator: Accelerator) -> None:
@@ -347,5 +348,5 @@ def set_up_logging(accelerator: Accelerator) -> None:
         datasets.disable_progress_bars()
     for chatty in ("httpx", "accelerate"):
         logging.getLogger(chatty).setLevel(logging.WARNING)
-    for name in ("accelerate.utils.other", "datasets.iterable_dataset"):
+    for name in ("accelerate.utils.other", "datasets.iterable_dataset", "transformers.configuration_utils"):
         logging.getLogger(name).addFilter(is_news)
