@@ -88,7 +88,9 @@ def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, run:
     Raises:
         ValueError: it is there, and was trained on other scenes.
     """
-    run.open()
+    if args.resume_from_checkpoint is None:
+        # A resumed run's arguments are compared with its checkpoint's first.
+        run.open()
     folder = run.path / TEACHER_FOLDER
     # The same seed, the same splits: the validation scenes are unseen by the teacher too.
     scenes = {name: getattr(args, name) for name in ("seed", "max_train_samples", "max_eval_samples")}

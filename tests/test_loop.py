@@ -1,12 +1,15 @@
 import ast
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from tinycap import REPOSITORY
 from tinycap.training import loop
+from tinycap.training.tokenizer import load_tokenizer
 
 
 @pytest.mark.parametrize(
@@ -52,3 +55,16 @@ def test_threads_are_told_to_wait_passively_before_torch_is_imported(script):
     third_party = ("torch", "datasets", "accelerate", "transformers", "tinycap")
     imports = [i for i, node in enumerate(body) if ast.unparse(node).split()[1].startswith(third_party)]
     assert policy < min(imports)
+
+
+def test_a_checkpoints_tokenizer_is_loaded_without_a_warning(repository):
+    records, handler = [], logging.Handler()
+    handler.emit = records.append
+    library = logging.getLogger("transformers.configuration_utils")
+    loop.set_up_logging(Accelerator())
+    library.addHandler(handler)
+    try:
+        load_tokenizer(str(repository))
+    finally:
+        library.removeHandler(handler)
+    assert records == []

@@ -425,6 +425,10 @@ def scene_flags(tmp_path) -> list[str]:
 def test_a_killed_scenes_run_resumes_to_the_weights_of_a_whole_one(scene_flags, tmp_path, monkeypatch):
     train_distill.main([*scene_flags, "--output_dir", str(tmp_path / "whole")])
     die_in_step(monkeypatch, scene_flags, 4)
+    recorded = (tmp_path / "out" / "train_args.json").read_text()
+    with pytest.raises(ValueError, match="--learning_rate: expected .*, got 0.5"):
+        train_distill.main([*scene_flags, "--learning_rate", "0.5", "--resume_from_checkpoint", "latest"])
+    assert (tmp_path / "out" / "train_args.json").read_text() == recorded
     train_distill.main([*scene_flags, "--resume_from_checkpoint", "latest"])
     whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)

@@ -381,9 +381,11 @@ def is_relevant(record: logging.LogRecord) -> bool:
     """False for the libraries' warnings about intended behaviour.
 
     Checkpoints hold tied weights once, and `load_checkpoint` ties them again. A resumed shuffle buffer is empty, as
-    that of a stream always is; see `StreamingCaptionDataset`.
+    that of a stream always is; see `StreamingCaptionDataset`. A tokenizer is read
+    without the class of its model.
     """
-    return not any(text in str(record.msg) for text in ("Removed shared tensor", "shuffle buffer"))
+    expected = ("Removed shared tensor", "shuffle buffer", "You are using a model of type")
+    return not any(text in str(record.msg) for text in expected)
 
 
 def set_up_logging(accelerator: Accelerator) -> None:
@@ -401,5 +403,5 @@ def set_up_logging(accelerator: Accelerator) -> None:
         datasets.disable_progress_bars()
     for verbose in ("httpx", "accelerate"):
         logging.getLogger(verbose).setLevel(logging.WARNING)
-    for name in ("accelerate.utils.other", "datasets.iterable_dataset"):
+    for name in ("accelerate.utils.other", "datasets.iterable_dataset", "transformers.configuration_utils"):
         logging.getLogger(name).addFilter(is_relevant)
