@@ -487,13 +487,11 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             ValueError: an argument has the wrong shape or is missing; names it, what was expected and what came.
         """
         cache, use_cache = self.prepare_cache(cache, past_key_values, use_cache, labels)
-        with_attentions, with_states, return_dict = self.output_flags(
-            output_attentions, output_hidden_states, return_dict
-        )
+        attentions, states, return_dict = self.output_flags(output_attentions, output_hidden_states, return_dict)
         texts = (decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds)
         input_ids, attention_mask, inputs_embeds = self.prepare_texts(*texts, labels, kwargs)
         if encoder_outputs is None:
-            flags = (interpolate_pos_encoding, with_attentions, with_states)
+            flags = (interpolate_pos_encoding, attentions, states)
             encoder_outputs = self.vision_model(pixel_values, *flags, return_dict=True)
         memory, image_embeds = self.get_memory(encoder_outputs)
         if input_ids is None and inputs_embeds is None:
@@ -505,8 +503,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             cache=cache,
             inputs_embeds=inputs_embeds,
-            output_attentions=with_attentions,
-            output_hidden_states=with_states,
+            output_attentions=attentions,
+            output_hidden_states=states,
             **kwargs,
         )
         logits = None
