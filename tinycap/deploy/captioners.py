@@ -4,6 +4,7 @@ Both captioners take paths or addresses and yield one `CaptionResult` for each, 
 before a captioner of its kind is made.
 """
 
+import contextlib
 import os
 import re
 from collections import deque
@@ -183,6 +184,18 @@ class TorchCaptioner:
 def first_line(error: Exception) -> str:
     """The first line of an error message, without the advice that libraries add."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def naming_model(model: str) -> Iterator[None]:
+    """For a model that isn't there: a `ValueError` that says where it was looked for, not transformers' `OSError`."""
+    try:
+        yield
+    except OSError as error:
+        # The system's own errors have a number: an output that can't be written.
+        if os.path.isdir(model) or error.errno is not None:
+            raise
+        raise ValueError(f"--model {model}: no such folder, and from the Hub: {first_line(error)}") from error
 
 
 def batches(items: Sequence[str], size: int) -> Iterator[Sequence[str]]:

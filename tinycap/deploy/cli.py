@@ -11,13 +11,12 @@ command can't run with these arguments; 130, interrupted.
 """
 
 import argparse
-import contextlib
 import hashlib
 import importlib.metadata
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from tinycap.deploy.captioners import (
@@ -27,7 +26,7 @@ from tinycap.deploy.captioners import (
     CaptionResult,
     check_model,
     create_captioner,
-    first_line,
+    naming_model,
 )
 from tinycap.deploy.inputs import LeftOut, list_images, read_list
 from tinycap.deploy.outputs import FORMATS, RowFile, RowShape, Screen, Sidecars
@@ -413,18 +412,6 @@ def run_embed(args: argparse.Namespace) -> int:
         output.write(ids, embeds)
     report(args, len(images), len(images), bad)
     return BAD_IMAGES if bad or left_out.unreadable else DONE
-
-
-@contextlib.contextmanager
-def naming_model(model: str) -> Iterator[None]:
-    """For a model that isn't there: a `ValueError` that says where it was looked for, not transformers' `OSError`."""
-    try:
-        yield
-    except OSError as error:
-        # The system's own errors have a number: an output that can't be written.
-        if os.path.isdir(model) or error.errno is not None:
-            raise
-        raise ValueError(f"--model {model}: no such folder, and from the Hub: {first_line(error)}") from error
 
 
 def run_export(args: argparse.Namespace) -> int:
