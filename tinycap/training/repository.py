@@ -4,12 +4,18 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from transformers import CLIPImageProcessor, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tinycap import REPOSITORY
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
+
+try:
+    # On Pillow. By the other name, transformers 5.4 and later ask for torchvision on the screen.
+    from transformers import CLIPImageProcessorPil as CLIPImageProcessor
+except ImportError:
+    from transformers import CLIPImageProcessor
 
 # A generic class of transformers that joins an image processor and a tokenizer, so that AutoProcessor needs no remote
 # code.

@@ -12,13 +12,13 @@ import sys
 from pathlib import Path
 
 from torch.optim.swa_utils import AveragedModel
-from transformers import CLIPImageProcessor, GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.logs import write_json
-from tinycap.training.repository import create_image_processor, save_repository
+from tinycap.training.repository import CLIPImageProcessor, create_image_processor, save_repository
 from tinycap.training.run_folder import check_output_dir, clear_output_dir
 from tinycap.training.tokenizer import load_tokenizer
 

@@ -4,12 +4,12 @@ import argparse
 import copy
 
 import torch
-from transformers import CLIPImageProcessor, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.training.repository import create_image_processor
+from tinycap.training.repository import CLIPImageProcessor, create_image_processor
 from tinycap.training.tokenizer import MIN_VOCAB_SIZE, load_tokenizer
 
 
