@@ -310,6 +310,9 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         """
         # What a processor gives for texts comes along with `**inputs`.
         kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
+        if kwargs.get("return_dict") is None:
+            # This model's config counts, not the student's.
+            kwargs["return_dict"] = self.config.return_dict
         return self.vision_model(pixel_values, **kwargs)
 
     def get_memory(self, encoder_outputs: ModelOutput | tuple) -> tuple[torch.Tensor, torch.Tensor | None]:

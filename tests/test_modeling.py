@@ -57,6 +57,12 @@ def test_image_features_have_the_interface_of_clips(model, pixel_values):
     torch.testing.assert_close(as_tuple[1], output.pooler_output)
 
 
+def test_image_features_are_a_tuple_as_the_captioners_config_says(model, pixel_values):
+    model.config.return_dict = False
+    assert isinstance(model.get_image_features(pixel_values), tuple)
+    assert isinstance(model.get_image_features(pixel_values, return_dict=True), BaseModelOutputWithPooling)
+
+
 def test_image_features_of_any_norm_are_encoder_outputs(model, pixel_values, tokens):
     features = model.get_image_features(pixel_values)
     expected = logits_of(model, pixel_values, tokens)
