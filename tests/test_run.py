@@ -317,7 +317,11 @@ def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_pat
 
 
 @pytest.mark.slow
-def test_the_cards_code_runs_from_another_folder_and_names_the_base_model(flags, repository, tmp_path, capsys):
+def test_the_cards_code_runs_from_another_folder_and_names_the_base_model(
+    flags, repository, tmp_path, capsys, monkeypatch
+):
+    # Figures are drawn: the code captions one of them.
+    monkeypatch.undo()
     drop = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--patch_dropout", "--dropout")
     adapted = [*without(flags, *drop), "--model_name_or_path", str(repository), "--distill_weight", "0"]
     train_distill.main([*adapted, "--max_train_steps", "1"])
