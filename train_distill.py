@@ -274,7 +274,7 @@ def describe_run(
     logger.info(
         f"Training {num_parameters:,} parameters on {num_train_images}, {args.max_train_steps:,} steps of {batch_size} "
         f"images, {args.captions_per_image} caption(s) each, on {accelerator.device} x {accelerator.num_processes}, "
-        f"{accelerator.mixed_precision}."
+        f"{'float32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}."
     )
     return {
         "num_parameters": num_parameters,

@@ -447,7 +447,7 @@ def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(
     )
     assert {"object_accuracy", "color_accuracy", "count_accuracy", "cider", "recall_at_1"} <= set(metrics)
     screen = caplog.text + "".join(capfd.readouterr())
-    assert "left." in screen and "counts right: " in screen and f"tinycap caption IMAGE --model {tmp_path}" in screen
+    assert "left." in screen and "counts right  " in screen and f"tinycap caption IMAGE --model {tmp_path}" in screen
     for noise in ("UNEXPECTED", "Removed shared tensor", "Loading weights", "\r"):
         assert noise not in screen
     assert (tmp_path / "out" / "teacher" / "eval_results.json").exists()
