@@ -15,6 +15,8 @@ def run_rank(rank: int, port: int, argv: list[str], log: Path, witness: Path | N
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true"
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
+    # As in a process that torchrun starts: loaders' workers are forked, and import nothing anew.
+    multiprocessing.set_start_method("fork", force=True)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
