@@ -28,8 +28,7 @@ from tqdm.auto import tqdm
 
 # In a clone, `tinycap` adds the repository's root to its path: its modules import one another by the package's name.
 from tinycap import train_teacher
-from tinycap.evaluation.fidelity import distillation_fidelity
-from tinycap.evaluation.metrics import score_captions
+from tinycap.evaluation.metrics import distillation_fidelity, score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.training.arguments import build_parser, check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator

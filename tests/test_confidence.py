@@ -253,11 +253,11 @@ def test_fitting_finds_the_probabilities_that_made_the_captions_right():
     entry = confidence.fit_calibration(features[:2000], right[:2000], num_beams=1)
     predicted = confidence.calibrated(entry, features[2000:])
     assert np.abs(predicted - truth[2000:]).mean() < 0.03
-    judged = confidence.judge(predicted, right[2000:], seed=0)
+    judged = confidence.calibration_metrics(predicted, right[2000:], seed=0)
     assert judged["ece"] < 0.04 and judged["brier"] < judged["brier_of_base_rate"]
     # The same, twice as sure of itself, is caught.
     sure = 1 / (1 + ((1 - predicted) / predicted) ** 3)
-    overconfident = confidence.judge(sure, right[2000:], seed=0)
+    overconfident = confidence.calibration_metrics(sure, right[2000:], seed=0)
     assert overconfident["ece"] > 3 * judged["ece"] and overconfident["auc"] == pytest.approx(judged["auc"])
 
 
@@ -341,9 +341,8 @@ def test_log_probabilities_of_a_data_set_stay_with_their_captions(repository, ca
     captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
     rows = load_split(str(captioned), "validation").select(range(5))
-    options = {"return_log_probs": True, "num_beams": 2}
-    together = caption_dataset(captioner.model, processor, rows, batch_size=3, **options)
-    alone = caption_dataset(captioner.model, processor, rows, batch_size=1, **options)
+    together = caption_dataset(captioner.model, processor, rows, batch_size=3, num_beams=2)
+    alone = caption_dataset(captioner.model, processor, rows, batch_size=1, num_beams=2)
     assert together.captions == alone.captions and together.num_tokens == alone.num_tokens
     assert together.log_probs == pytest.approx(alone.log_probs, abs=1e-4)
 

@@ -18,12 +18,16 @@ from transformers import AutoModel, AutoProcessor
 from tinycap import REPOSITORY
 from tinycap.evaluation import caption_metrics, confidence, reports
 from tinycap.evaluation.__main__ import main
-from tinycap.evaluation.baselines import baseline_scores, leave_one_out, most_typical_caption
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
 from tinycap.evaluation.captioning import caption_dataset
-from tinycap.evaluation.fidelity import distillation_fidelity
-from tinycap.evaluation.metrics import score_captions
+from tinycap.evaluation.metrics import (
+    baseline_scores,
+    distillation_fidelity,
+    leave_one_out,
+    most_typical_caption,
+    score_captions,
+)
 from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.training.data import image_ids, load_splits, resolve_columns
 
@@ -161,7 +165,7 @@ def test_a_student_of_the_wrong_pictures_finds_nothing(cone):
 def test_recall_over_many_pictures_is_the_same_in_chunks(cone, monkeypatch):
     student = cone + 0.1 * torch.randn_like(cone)
     whole = distillation_fidelity(student, cone)
-    monkeypatch.setattr("tinycap.evaluation.fidelity.CHUNK", 7)
+    monkeypatch.setattr("tinycap.evaluation.metrics.CHUNK", 7)
     assert distillation_fidelity(student, cone) == whole and 5 < whole["recall_at_1"] < 100
 
 
@@ -202,6 +206,10 @@ def test_captions_come_in_the_data_sets_order_whatever_the_batch(tinycap, tmp_pa
     captioner = pipeline("image-to-text", model=model.name_or_path, trust_remote_code=True)
     expected = [captioner(row["image"], num_beams=2)[0]["generated_text"] for row in rows]
     assert found.captions == expected and found.rows == list(range(7))
+    assert [processor.decode(tokens, skip_special_tokens=True).strip() for tokens in found.tokens] == expected
+    end = model.generation_config.eos_token_id
+    for tokens, number in zip(found.tokens, found.num_tokens):
+        assert len(tokens) == number and end not in tokens[:-1] and (tokens[-1] == end or number == 9)
     assert found.image_embeds.shape == (7, 14) and found.teacher_embeds is None
 
 
@@ -209,7 +217,7 @@ def test_pictures_that_cannot_be_read_are_listed_and_the_others_captioned(tinyca
     found = caption_dataset(*tinycap, rows_of(tmp_path, bad=(1, 5)), batch_size=3)
     assert found.rows == [0, 2, 3, 4, 6] and [row for row, _ in found.skipped] == [1, 5]
     assert all("row" in reason for _, reason in found.skipped)
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         caption_dataset(*tinycap, rows_of(tmp_path, 2, bad=(0, 1)))
 
 
@@ -236,7 +244,7 @@ def test_a_contact_sheet_shows_every_picture(tmp_path):
 
 def sheet_fonts(monkeypatch, tmp_path, caption: str, fonts: dict[str, str]) -> list[str]:
     """The families a contact sheet's caption is drawn with, where just `fonts` are installed: letters by name."""
-    from matplotlib import figure, font_manager
+    from matplotlib import axes, figure, font_manager
 
     installed = [font_manager.FontEntry(fname=name, name=name) for name in fonts]
     monkeypatch.setattr(font_manager.fontManager, "ttflist", installed)
@@ -244,7 +252,7 @@ def sheet_fonts(monkeypatch, tmp_path, caption: str, fonts: dict[str, str]) -> l
         font_manager, "get_font", lambda name: SimpleNamespace(get_charmap=lambda: dict.fromkeys(map(ord, fonts[name])))
     )
     drawn = []
-    monkeypatch.setattr(figure.Figure, "text", lambda self, x, y, text, **options: drawn.append(options))
+    monkeypatch.setattr(axes.Axes, "text", lambda self, x, y, text, **options: drawn.append(options))
     monkeypatch.setattr(figure.Figure, "savefig", lambda self, path, **options: Path(path).touch())
     contact_sheet([Image.new("RGB", (30, 20))], [caption], tmp_path / "sheet.png")
     return drawn[0]["fontfamily"]
@@ -306,7 +314,8 @@ def test_the_constant_caption_scores_better_than_all_others():
     references.append(["a man sits", "a man waits on a chair"])
     captions = [caption for group in references for caption in group]
     scores = {caption: score_captions([caption] * 5, references)["cider"] for caption in captions}
-    assert most_typical_caption(references, seed=0) == max(scores, key=scores.get)
+    assert scores[most_typical_caption(references, seed=0)] == pytest.approx(max(scores.values()))
+    assert len({round(score, 6) for score in scores.values()}) > 2
 
 
 def test_a_human_is_scored_against_the_others_and_so_may_a_model_be():

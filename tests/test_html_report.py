@@ -83,7 +83,7 @@ def test_the_report_holds_every_photo_with_its_captions_and_scores(page, evaluat
         assert image.format == "WEBP" and image.size == (224, 224)
     assert [identity for identity, _ in page.data["skipped"]] == ["<i>4</i>"]
     titles = [table["title"] for table in page.data["tables"]]
-    assert titles == ["Scores", "Failures", "Categories", "Gender", "Pictures that aren't photos"]
+    assert titles == ["Scores", "Failures", "Categories", "Gender", "Images that aren't photos"]
     assert len(page.data["unlike_photos"]) == 28
 
 

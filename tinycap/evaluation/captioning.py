@@ -1,11 +1,19 @@
-"""Captions and embeddings for every image of a dataset."""
+"""Loads a checkpoint and a dataset by the flags that the commands of this package share, and captions every image."""
 
+import argparse
+import itertools
+import json
 import logging
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+import math
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
@@ -18,14 +26,65 @@ from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.pipeline_tinycap import caption_log_probs
 from tinycap.processing_tinycap import load_image, preprocess_images
-from tinycap.training.data import path_of, undecoded
+from tinycap.training.arguments import ArgumentParser, HelpFormatter, check_sources
+from tinycap.training.data import Columns, load_images, path_of, undecoded
 
 
 logger = logging.getLogger(__name__)
 
 
+def create_parser(module: str, description: str, output_dir: str) -> argparse.ArgumentParser:
+    """A parser for `python -m MODULE` with the flags on model, data and output."""
+    options = {"description": description, "formatter_class": HelpFormatter, "allow_abbrev": False}
+    parser = ArgumentParser(prog=f"python -m {module}", **options)
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="a TinyCap repository")
+    add("--dataset_name", required=True, help="name on the Hub, or a folder of shards or images")
+    add("--dataset_config_name", help="configuration of the dataset, where it has several")
+    add("--split", default="validation", help="split; 'validation' of a dataset without one: what training held out")
+    add("--image_column", help="column of the images; found by its type if not given")
+    add("--caption_column", help="column of the captions; found by its name if not given")
+    add("--max_samples", type=int, help="use only the first so many images")
+    add("--batch_size", type=int, default=32, help="images run through the model together")
+    add("--seed", type=int, help="of all that is drawn; if not given, 0, and the training seed for held-out images")
+    add("--output_dir", default=output_dir, help="folder for the results")
+    return parser
+
+
+def run_command(module: str, main: Callable[[], Any]) -> None:
+    """Runs `python -m MODULE`; a `ValueError` ends it with its message only."""
+    try:
+        main()
+    except ValueError as error:
+        sys.exit(f"python -m {module}: error: {error}")
+
+
+def load_model_and_data(args: argparse.Namespace) -> tuple:
+    """The model, its processor, the rows to caption and their `Columns`, as the flags of `create_parser` say.
+
+    Raises:
+        ValueError: there is no such folder, split or column, or the model isn't a TinyCap; names what there is.
+    """
+    check_sources(args)
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    dataset, columns = load_images(
+        args.dataset_name, args.split, args.dataset_config_name, hold_out_seed(args), **columns
+    )
+    if args.max_samples is not None:
+        dataset = dataset.select(range(min(args.max_samples, len(dataset))))
+    return *load_captioner(args.model_name_or_path), dataset, columns
+
+
+def hold_out_seed(args: argparse.Namespace) -> int:
+    """The seed of held-out images: as given, else that of the model's `train_args.json`, else the scripts' default."""
+    path = Path(args.model_name_or_path) / "train_args.json"
+    if args.seed is not None or not path.is_file():
+        return 42 if args.seed is None else args.seed
+    return json.loads(path.read_text(encoding="utf-8")).get("seed", 42)
+
+
 def load_captioner(name_or_path: str) -> tuple[TinyCapForConditionalGeneration, GitProcessor]:
-    """A TinyCap checkpoint and its processor, by this package's own classes: no code of the repository's is run.
+    """A TinyCap checkpoint and its processor, by this package's own classes: runs no code of the repository.
 
     Raises:
         ValueError: it isn't a TinyCap, or a part of it is missing or can't be read; names it.
@@ -41,41 +100,39 @@ def load_captioner(name_or_path: str) -> tuple[TinyCapForConditionalGeneration, 
         raise ValueError(f"model {name_or_path}: {error}") from error
 
 
+def references_of(dataset: datasets.Dataset, columns: Columns, rows: Iterable[int]) -> list[list[str]]:
+    """The human captions of the images in these rows."""
+    table = dataset.select_columns(columns.captions)
+    return [columns.captions_of(table[row]) for row in rows]
+
+
 @dataclass
 class Captions:
-    """The results of `caption_dataset`; the lists go together, row by row, in the dataset's order.
+    """The results of `caption_dataset`; the lists have an entry for each captioned image, in the dataset's order.
 
     Args:
         rows: numbers of the captioned rows.
         captions: one for each.
         tokens: of each caption, without the start token and padding, with the end token where there is one.
-        log_probs: for each caption the sum of its tokens' log-probabilities (nats), where requested.
-        num_tokens: the number of these tokens, the end token included.
+        log_probs, num_tokens: the sum of these tokens' log-probabilities (nats), and their number.
         image_embeds: (len(rows), D), the student's, unit norm.
         teacher_embeds: the same of the teacher, where there is one.
-        skipped: (row, reason) of the images that can't be read.
+        skipped: (row, reason) of the rows that are left out.
     """
 
-    rows: list[int] = field(default_factory=list)
-    captions: list[str] = field(default_factory=list)
-    tokens: list[list[int]] = field(default_factory=list)
-    log_probs: list[float] = field(default_factory=list)
-    num_tokens: list[int] = field(default_factory=list)
-    image_embeds: torch.Tensor | None = None
-    teacher_embeds: torch.Tensor | None = None
-    skipped: list[tuple[int, str]] = field(default_factory=list)
+    rows: list[int]
+    captions: list[str]
+    tokens: list[list[int]]
+    log_probs: list[float]
+    num_tokens: list[int]
+    image_embeds: torch.Tensor
+    teacher_embeds: torch.Tensor | None
+    skipped: list[tuple[int, str]]
 
-
-def tokens_of(sequences: torch.Tensor, generation_config) -> list[list[int]]:
-    """The tokens of captions as `generate` returns them, (N, T), without the start token and what follows the end."""
-    end = generation_config.eos_token_id
-    ends = set(end if isinstance(end, (list, tuple)) else [end])
-    captions = []
-    for row in sequences[:, 1:].tolist():
-        # A truncated caption has no end token, and no padding.
-        stop = next((place for place, token in enumerate(row) if token in ends), None)
-        captions.append(row if stop is None else row[: stop + 1])
-    return captions
+    @property
+    def mean_token_probability(self) -> float:
+        """Geometric mean of the decoder's probabilities of all tokens of all captions."""
+        return math.exp(sum(self.log_probs) / sum(self.num_tokens))
 
 
 @torch.inference_mode()
@@ -88,7 +145,6 @@ def caption_dataset(
     batch_size: int = 32,
     accelerator: Accelerator | None = None,
     teacher: Callable[[torch.Tensor], torch.Tensor] | None = None,
-    return_log_probs: bool = False,
     progress: bool = False,
     skip: Mapping[int, str] | None = None,
     **generate_kwargs: Any,
@@ -102,13 +158,9 @@ def caption_dataset(
         batch_size: images run through the model together.
         accelerator: whose device and processes to use.
         teacher: embeds the same pixels to (B, D), unit norm.
-        return_log_probs: also return the captions' log-probabilities.
         progress: show a bar.
-        skip: rows to leave out, by number, with the reason; they are listed in `skipped`.
+        skip: rows to leave out, by number, with the reason.
         generate_kwargs: for `generate()`, over the model's generation config.
-
-    Returns:
-        `Captions`. Images that can't be read are listed in `skipped`.
 
     Raises:
         ValueError: no image can be read; gives the first reason.
@@ -118,72 +170,54 @@ def caption_dataset(
     if isinstance(dataset, datasets.Dataset):
         dataset = undecoded(dataset, image_column)
     model.eval()
-    if return_log_probs:
-        generate_kwargs.update(return_dict_in_generate=True, output_logits=True)
-    parts: list[Captions] = []
     skipped: list[tuple[int, str]] = []
-    batch: list[tuple[int, Image.Image]] = []
 
-    def run() -> None:
-        if batch:
-            parts.append(_caption_batch(batch, model, processor, teacher, device, generate_kwargs))
-            batch.clear()
+    def readable_images() -> Iterator[tuple[int, Image.Image]]:
+        total = len(dataset) if hasattr(dataset, "__len__") else None
+        rows = tqdm(enumerate(dataset), total=total, desc="Captioning", disable=not progress or process != 0)
+        for index, row in rows:
+            if index % processes != process:
+                continue
+            if skip and index in skip:
+                skipped.append((index, skip[index]))
+                continue
+            path = path_of(row[image_column])
+            try:
+                image = load_image(row[image_column], name=f"of row {index}" + (f" ({path})" if path else ""))
+            except (ValueError, TypeError) as error:
+                skipped.append((index, str(error)))
+            else:
+                yield index, image
 
-    total = len(dataset) if hasattr(dataset, "__len__") else None
-    rows = tqdm(enumerate(dataset), total=total, desc="Captioning", disable=not progress or process != 0)
-    for index, row in rows:
-        if index % processes != process:
-            continue
-        if skip and index in skip:
-            skipped.append((index, skip[index]))
-            continue
-        path = path_of(row[image_column])
-        try:
-            image = load_image(row[image_column], name=f"of row {index}" + (f" ({path})" if path else ""))
-            batch.append((index, image))
-        except (ValueError, TypeError) as error:
-            skipped.append((index, str(error)))
-        if len(batch) == batch_size:
-            run()
-    run()
+    captioned, images = [], readable_images()
+    while batch := list(itertools.islice(images, batch_size)):
+        captioned += _caption_batch(batch, model, processor, teacher, device, generate_kwargs)
     if processes > 1:
-        parts, skipped = gather_object(parts), gather_object(skipped)
-    return _merge_parts(parts, sorted(skipped))
-
-
-def _caption_batch(batch: list[tuple], model, processor, teacher, device, generate_kwargs: dict) -> Captions:
-    """Captions (row, image) pairs."""
-    rows, images = map(list, zip(*batch))
-    pixels = preprocess_images(processor.image_processor, images).to(device)
-    encoded = model.get_encoder()(pixels, return_dict=True)
-    output = model.generate(encoder_outputs=encoded, **generate_kwargs)
-    sequences = output if isinstance(output, torch.Tensor) else output.sequences
-    texts = processor.batch_decode(sequences, skip_special_tokens=True)
-    if len(texts) != len(batch):
-        raise ValueError(f"expected one caption an image, got num_return_sequences={len(texts) // len(batch)}")
-    captions = Captions(rows, [text.strip() for text in texts], tokens_of(sequences, model.generation_config))
-    if output is not sequences:
-        captions.log_probs, captions.num_tokens = (part.tolist() for part in caption_log_probs(model, output))
-    captions.image_embeds = encoded.image_embeds.float().cpu()
-    if teacher is not None:
-        captions.teacher_embeds = teacher(pixels).float().cpu()
-    return captions
-
-
-def _merge_parts(parts: list[Captions], skipped: list[tuple[int, str]]) -> Captions:
-    """The captions of all batches, in the dataset's order."""
-    if not parts:
+        captioned, skipped = gather_object(captioned), gather_object(skipped)
+    skipped.sort()
+    if not captioned:
         reason = skipped[0][1] if skipped else "the dataset has no rows"
-        raise ValueError(f"expected at least one picture that can be read, got none: {reason}")
+        raise ValueError(f"expected at least one image that can be read, got none: {reason}")
     if skipped:
         logger.warning("%d rows were left out; the first: %s", len(skipped), skipped[0][1])
-    merged = Captions(skipped=skipped)
-    order = sorted((row, place) for place, row in enumerate(row for part in parts for row in part.rows))
-    order = [place for _, place in order]
-    for name in ("rows", "captions", "tokens", "log_probs", "num_tokens"):
-        values = [value for part in parts for value in getattr(part, name)]
-        setattr(merged, name, [values[place] for place in order] if values else [])
-    merged.image_embeds = torch.cat([part.image_embeds for part in parts])[order]
-    if parts[0].teacher_embeds is not None:
-        merged.teacher_embeds = torch.cat([part.teacher_embeds for part in parts])[order]
-    return merged
+    *lists, image_embeds, teacher_embeds = map(list, zip(*sorted(captioned, key=itemgetter(0))))
+    teacher_embeds = torch.from_numpy(np.stack(teacher_embeds)) if teacher is not None else None
+    return Captions(*lists, torch.from_numpy(np.stack(image_embeds)), teacher_embeds, skipped)
+
+
+def _caption_batch(batch: list[tuple], model, processor, teacher, device, generate_kwargs: dict) -> list[tuple]:
+    """Captions (row, image) pairs; returns a tuple for each, in the order of the fields of `Captions`."""
+    rows, images = zip(*batch)
+    pixels = preprocess_images(processor.image_processor, list(images)).to(device)
+    encoded = model.get_encoder()(pixels, return_dict=True)
+    options = {"return_dict_in_generate": True, "output_logits": True, **generate_kwargs}
+    output = model.generate(encoder_outputs=encoded, **options)
+    texts = [text.strip() for text in processor.batch_decode(output.sequences, skip_special_tokens=True)]
+    if len(texts) != len(batch):
+        raise ValueError(f"expected one caption an image, got num_return_sequences={len(texts) // len(batch)}")
+    log_probs, num_tokens = (values.tolist() for values in caption_log_probs(model, output))
+    tokens = [row[1 : 1 + number] for row, number in zip(output.sequences.tolist(), num_tokens)]
+    image_embeds, teacher_embeds = encoded.image_embeds.float().cpu().numpy(), [None] * len(batch)
+    if teacher is not None:
+        teacher_embeds = teacher(pixels).float().cpu().numpy()
+    return list(zip(rows, texts, tokens, log_probs, num_tokens, image_embeds, teacher_embeds))

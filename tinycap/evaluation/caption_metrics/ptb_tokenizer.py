@@ -1,13 +1,10 @@
 """Penn-Treebank-style tokenisation of captions in Python, so that scoring them needs no Java.
 
 The published caption scores are computed on the output of Stanford's `PTBTokenizer` (CoreNLP 3.4.1, with
-`-preserveLines -lowerCase`), from which `pycocoevalcap` then drops 17 punctuation tokens. What is here was written
-from what that program answers, not from its grammar: on captions, and on brute-force lists of short strings.
-`benchmarks/tokenizer_agreement.py` measures how often the two agree and by how much the scores move.
-
-Worth knowing, because it looks wrong and is not: brackets survive as the words `-lrb-` and `-rrb-` (they are
-lower-cased before the list that would drop `-LRB-` is applied), `?!` and `!!` survive (the list holds single marks
-only), and emoji vanish.
+`-preserveLines -lowerCase`), from which `pycocoevalcap` drops punctuation. This was written from that program's output
+on captions and on brute-force lists of short strings; `benchmarks/tokenizer_agreement.py` measures the agreement.
+Brackets survive as the words `-lrb-` and `-rrb-` (they are lower-cased before `-LRB-` would be dropped), `?!` and `!!`
+survive (only single marks are dropped), and emoji vanish, as there.
 
 Other languages than English: text is normalised to NFC, combining marks belong to their word, and scripts without
 spaces between words (Chinese, Japanese, Thai, Lao, Burmese, Khmer) are cut into characters, as sacreBLEU cuts Chinese.
@@ -75,7 +72,10 @@ _SLASHED = rf"{_ALNUM}+(?:{_HYPHEN}{_ALNUM}+){{0,2}}"
 
 # Each alternative with the name of what it finds, in the order that makes the first match the longest one, which is
 # what the original takes. Case matters to some of them, so that lower-casing comes after.
+_JOINED = _one_of(list(JOINED_WORDS))
 _KINDS = {
+    # Most of a caption: found first, because it is quick to find.
+    "plain": rf"(?!(?i:{_JOINED})(?:\s|$))[a-zA-Z]+(?=\s|$)",
     "entity": r"&(?:amp|lt|gt|quot|nbsp);",
     "tag": r"</?[A-Za-z!?][\w:.-]*(?:\s[^<>]*)?/?>",
     "url": r"https?://[^\s\"<>|()]*[^\s\"<>|().,;:!?'-]",
@@ -91,7 +91,7 @@ _KINDS = {
     "eliding": rf"[yY]'(?=[^\W_])|(?:[oO]l|[dDjJlL])'{_END}|[cC]'(?:est|mon){_END}|[eE]'er{_END}",
     # An apostrophe between vowels joins: "ma'am", "ne'er".
     "vowels": rf"{_LETTER}+(?<=[aeiouyAEIOUY])'[aeiouAEIOU]{_LETTER}*",
-    "joined": rf"(?i:{_one_of(list(JOINED_WORDS))})(?![^\W_]|['-])",
+    "joined": rf"(?i:{_JOINED})(?![^\W_]|['-])",
     # Full stops that belong to the word.
     "degree": r"[pP][hH]\.[dD]\.",
     "before_number": rf"(?i:{_one_of(NUMBER_ABBREVIATIONS)})\.(?=\s?\d)",
@@ -116,71 +116,35 @@ _KINDS = {
     "other": r"\S",
 }
 _TOKEN = re.compile("|".join(f"(?P<{kind}>{pattern})" for kind, pattern in _KINDS.items()))
-# Most of a caption is plain words, which need none of the above.
-_PLAIN = re.compile(r"[a-zA-Z]+(?=\s|$)")
 _SPELLED = re.compile("|".join(re.escape(text) for text in SPELLED))
 # Beyond the basic plane (emoji), or without width: the original has no rule for them and skips them.
 _SKIPPED = re.compile("[\U00010000-\U0010ffff\u200b-\u200f\u2028-\u202e\ufe00-\ufe0f\ufeff\ufffd]")
 
 
-def ptb_words(text: str) -> list[str]:
-    """Cuts a text into lower-cased Penn Treebank tokens, punctuation included.
-
-    Args:
-        text: one caption; line breaks count as spaces.
-
-    Returns:
-        The tokens; [] for a text without any.
-    """
+def ptb_tokenize(text: str) -> str:
+    """What `pycocoevalcap`'s `PTBTokenizer` makes of a caption: lower-cased tokens without punctuation, joined by
+    single spaces; "" when there is none. Line breaks count as spaces."""
     text = unicodedata.normalize("NFC", text)
     text = _SPELLED.sub(lambda match: SPELLED[match[0]], text)
     text = UNSPACED.sub(r" \g<0> ", text)
     text = _SKIPPED.sub(" ", text)
-    words = []
-    position, end = 0, len(text)
-    while position < end:
-        if text[position].isspace():
-            position += 1
-            continue
-        match = _PLAIN.match(text, position)
-        if match and match[0].lower() not in JOINED_WORDS:
-            words.append(match[0].lower())
-        else:
-            match = _TOKEN.match(text, position)
-            words.extend(_spell(match.lastgroup, match[0].lower()))
-        position = match.end()
-    return words
+    tokens = [token for match in _TOKEN.finditer(text) for token in _spell(match.lastgroup, match[0].lower())]
+    return " ".join(token for token in tokens if token not in PUNCTUATION)
 
 
 def _spell(kind: str, token: str) -> list[str]:
     """How a lower-cased token of this kind (see `_KINDS`) is written: nearly always as it is."""
     if kind == "joined":
         return [token[: JOINED_WORDS[token]], token[JOINED_WORDS[token] :]]
-    if kind == "bracket":
-        return [BRACKETS[token]]
     if kind == "entity":
         return ENTITIES[token].split()
+    if kind == "bracket":
+        return [BRACKETS[token]]
     if kind in ("emoticon", "phone"):
         token = token.replace("(", BRACKETS["("]).replace(")", BRACKETS[")"])
     if kind in ("mixed_number", "tag", "phone"):
         # One token with a no-break space inside, at which the scorers cut it nevertheless, as they do the original's.
         return ["\u00a0".join(token.split())]
-    if kind == "dots":
-        return ["..."]
     if kind == "dashes":
         return ["-" if len(token) == 1 else "--" if len(token) < 5 else token]
-    if token == '"':
-        return ["''"]
-    return [token]
-
-
-def ptb_tokenize(text: str) -> str:
-    """What `pycocoevalcap`'s `PTBTokenizer` makes of one caption: lower-cased tokens, punctuation left out.
-
-    Args:
-        text: one caption.
-
-    Returns:
-        The tokens joined by single spaces; "" when there is none.
-    """
-    return " ".join(word for word in ptb_words(text) if word not in PUNCTUATION)
+    return ["..." if kind == "dots" else "''" if token == '"' else token]
