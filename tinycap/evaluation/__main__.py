@@ -17,7 +17,7 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from tinycap.evaluation import captioning, failures, html_report, metrics, ood_images
-from tinycap.evaluation.caption_metrics.caption_metrics import JAVA_METRICS, cider_of_each, metric_caveats
+from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each, metric_caveats
 from tinycap.evaluation.reports import contact_sheet
 from tinycap.processing_tinycap import load_image
 from tinycap.training.data import image_ids, load_splits, resolve_columns, uncaptioned
@@ -39,7 +39,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_new_tokens", type=int, help="longest caption in tokens")
     add("--teacher_name_or_path", help="also compare the student's embeddings with this teacher's")
     add("--teacher_feature", choices=FEATURES, default="pooled", help="which of its embeddings")
-    add("--java_metrics", nargs="*", choices=JAVA_METRICS, default=[], help="further metrics, which need Java")
     add("--baselines", **switch, help="what a constant, a shuffled, a human caption scores")
     add("--baseline_split", help="split to choose the constant caption from; 'train' if there is one, else the same")
     add("--failures", **switch, help="find errors by English word lists of everyday photos; caption drawings")
@@ -98,7 +97,7 @@ class Evaluation:
         results = {
             **{"model": args.model_name_or_path, "dataset": args.dataset_name, "split": args.split},
             **{"num_images": len(captioned.rows), "num_skipped": len(captioned.skipped)},
-            **metrics.score_captions(captioned.captions, self.references, tuple(args.java_metrics)),
+            **metrics.score_captions(captioned.captions, self.references),
         }
         if caveats := metric_caveats(self.references):
             results["caveats"] = caveats
@@ -140,7 +139,7 @@ class Evaluation:
         analysis = None
         if self.args.failures:
             analysis = failures.analyse(captioned.captions, self.references, ciders, self.seed)
-            analysis["token_probability"] = captioned.mean_token_probability
+            analysis["token_probability"] = captioned.mean_token_probability()
             analysis["unlike_photos"] = ood_images.caption_ood_images(
                 self.model, self.processor, self.seed, **self.generation
             )
@@ -171,6 +170,7 @@ class Evaluation:
             tokens = [self.captioned.tokens[position] for position in positions]
             items = html_report.explain_images(self.model, self.processor, self.images(positions), tokens)
             for position, item in zip(positions, items):
+                item["mean_token_probability"] = self.captioned.mean_token_probability(position)
                 photos.append({**records[position], "id": str(records[position]["image_id"]), **item})
         drawings, tables = [], [html_report.score_table(results)]
         if analysis is not None:

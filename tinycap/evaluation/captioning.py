@@ -129,10 +129,9 @@ class Captions:
     teacher_embeds: torch.Tensor | None
     skipped: list[tuple[int, str]]
 
-    @property
-    def mean_token_probability(self) -> float:
-        """Geometric mean of the decoder's probabilities of all tokens of all captions."""
-        return math.exp(sum(self.log_probs) / sum(self.num_tokens))
+    def mean_token_probability(self, position: int | slice = slice(None)) -> float:
+        """Geometric mean of the decoder's probabilities of all tokens of a caption, or of several together."""
+        return math.exp(np.sum(self.log_probs[position]) / np.sum(self.num_tokens[position]))
 
 
 @torch.inference_mode()

@@ -69,12 +69,7 @@ def logistic_regression():
 
 
 def fit_calibration(features: np.ndarray, right: np.ndarray, num_beams: int) -> dict:
-    """An entry of `confidence.json`'s `calibrations`.
-
-    Args:
-        features: (N, len(FEATURES)), in their order.
-        right: (N,) bool.
-    """
+    """An entry of `confidence.json`'s `calibrations`, from (N, len(FEATURES)) features and (N,) bool."""
     scaler, regression = logistic_regression().fit(features, right)
     # For unscaled features, so that readers of the file needn't scale theirs.
     coefficients = regression.coef_[0] / scaler.scale_
@@ -91,10 +86,8 @@ def calibrated(entry: dict, features: np.ndarray) -> np.ndarray:
 def reliability(predicted: np.ndarray, right: np.ndarray, num_bins: int = 10) -> list[dict[str, float]]:
     """Bins of equally many captions: their mean `confidence`, the `share` of them that is right, and their `count`."""
     bins = np.array_split(np.argsort(predicted, kind="stable"), min(num_bins, len(predicted)))
-    return [
-        {"confidence": float(predicted[bin].mean()), "share": float(right[bin].mean()), "count": len(bin)}
-        for bin in bins
-    ]
+    means = [(float(predicted[bin].mean()), float(right[bin].mean())) for bin in bins]
+    return [{"confidence": mean, "share": share, "count": len(bin)} for bin, (mean, share) in zip(bins, means)]
 
 
 def expected_calibration_error(bins: list[dict[str, float]]) -> float:
@@ -137,8 +130,7 @@ def calibrate(
 ) -> tuple[dict, dict]:
     """The calibration of one number of beams: its entry of `confidence.json`, and its metrics.
 
-    Raises:
-        ValueError: too few captions are right, or wrong.
+    Raises `ValueError` where too few captions are right, or wrong.
     """
     right = ciders >= min_cider
     for kind, count in {"right": right.sum(), "wrong": (~right).sum()}.items():
@@ -167,16 +159,10 @@ def calibrate(
 
 
 def human_ciders(references: list[list[str]]) -> np.ndarray:
-    """CIDEr of every human caption against the other ones of its image.
-
-    Raises:
-        ValueError: no image has several captions.
-    """
+    """CIDEr of every human caption against the other ones of its image; `ValueError` where all images have one."""
     several = [group for group in references if len(group) > 1]
     if not several:
-        raise ValueError(
-            "expected several captions an image; with one each, give the CIDEr of a right one: --min_cider"
-        )
+        raise ValueError("expected several captions an image; with one each, set a right one's CIDEr by --min_cider")
     ciders = []
     for position in range(max(map(len, several))):
         groups = [group for group in several if position < len(group)]
@@ -194,11 +180,8 @@ def weights_sha256(folder: str | Path) -> str | None:
 def calibrate_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict, dict]:
     """Captions the images once for each number of beams and calibrates.
 
-    Returns:
-        The metrics for the report, and the content of `confidence.json`.
-
-    Raises:
-        ValueError: model or data don't fit, or too few captions are right or wrong.
+    Returns the content of `confidence_results.json` and that of `confidence.json`. Raises `ValueError` where model or
+    data don't fit, or too few captions are right or wrong.
     """
     model, processor, dataset, columns = captioning.load_model_and_data(args)
     model.to(accelerator.device)

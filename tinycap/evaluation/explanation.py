@@ -1,6 +1,5 @@
 """The probability of each token of a caption, and the contribution of each part of the image to it."""
 
-import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,10 +8,9 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 
-# Steps of integrated gradients. Four are enough for the released model (docs/experiments.md); one whose probabilities
-# change more abruptly along the path, as in the tests, needs twice as many.
+# Steps of integrated gradients: the released model needs four (docs/experiments.md), a tiny one twice as many.
 STEPS = 8
-# Images that run through the model together: each takes a gradient.
+# Images that run through the model together with gradients.
 CHUNK = 32
 
 
@@ -23,12 +21,6 @@ class TokenProbability(NamedTuple):
     token_id: int
     probability: float
     alternatives: list[tuple[int, float]]
-
-
-def mean_token_probability(tokens: Sequence[TokenProbability]) -> float:
-    """Geometric mean of the probabilities."""
-    # A probability may be too small for float32.
-    return math.exp(sum(math.log(max(token.probability, 1e-30)) for token in tokens) / len(tokens))
 
 
 def _labels(tokens: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
@@ -58,11 +50,11 @@ def token_probabilities(
     """
     all_tokens, of_labels = _log_probabilities(model, pixel_values, _labels(tokens, pixel_values.device))
     values, indices = all_tokens.exp().topk(num_alternatives, dim=-1)
-    places = zip(of_labels.exp().tolist(), indices.tolist(), values.tolist())
-    return [
-        [TokenProbability(token, own, list(zip(*best))) for token, own, *best in zip(caption, *place)]
-        for caption, place in zip(tokens, places)
-    ]
+    captions = []
+    for caption, *columns in zip(tokens, of_labels.exp().tolist(), indices.tolist(), values.tolist()):
+        places = zip(caption, *columns)
+        captions.append([TokenProbability(token, own, list(zip(ids, best))) for token, own, ids, best in places])
+    return captions
 
 
 def saliency(model, pixel_values: torch.Tensor, tokens: Sequence[Sequence[int]], steps: int = STEPS) -> torch.Tensor:

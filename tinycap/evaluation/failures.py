@@ -69,23 +69,18 @@ for _one, _other in WORDS["related"]:
 
 @dataclass
 class CaptionFacts:
-    """What a caption says.
+    """What a caption says."""
 
-    Args:
-        things: (word, things it may mean, kind) of every thing that it names.
-        general: kinds of which it names an unspecified one.
-        colors: thing -> the colours it gives to it.
-        counts: being -> (at least, at most) so many; infinity for no upper limit.
-        genders: of the persons that it names.
-        children: whether it names a child.
-    """
-
+    # Being -> (at least, at most) so many; infinity for no upper limit.
+    counts: dict[str, tuple[float, float]]
+    # (word, things it may mean, kind) of every thing that it names.
     things: list[tuple[str, list[str], str]] = field(default_factory=list)
+    # Kinds of which it names an unspecified thing.
     general: set[str] = field(default_factory=set)
+    # Thing -> the colours it gives to it.
     colors: dict[str, set[str]] = field(default_factory=dict)
-    counts: dict[str, tuple[float, float]] = field(default_factory=dict)
     genders: set[str] = field(default_factory=set)
-    children: bool = False
+    names_child: bool = False
 
     @property
     def named(self) -> set[str]:
@@ -94,7 +89,7 @@ class CaptionFacts:
 
     def is_about(self, category: str) -> bool:
         things = CATEGORIES[category]
-        return self.children if things is None else not self.named.isdisjoint(things)
+        return self.names_child if things is None else not self.named.isdisjoint(things)
 
 
 def parse_caption(caption: str) -> CaptionFacts:
@@ -105,7 +100,7 @@ def parse_caption(caption: str) -> CaptionFacts:
             words[-1] += f" {word}"
         else:
             words.append(word)
-    facts = CaptionFacts(counts=_counts(words))
+    facts = CaptionFacts(_counts(words))
     for place, word in enumerate(words):
         by_kind: dict[str, list[str]] = {}
         colors = _colors_before(words, place)
@@ -116,7 +111,7 @@ def parse_caption(caption: str) -> CaptionFacts:
         facts.things += [(word, things, kind) for kind, things in by_kind.items()]
         facts.general.update(GENERAL_OF_WORD.get(word, ()))
         facts.genders.update(GENDERS_OF_WORD.get(word, ()))
-        facts.children |= word in CHILD_WORDS
+        facts.names_child |= word in CHILD_WORDS
     return facts
 
 
@@ -219,21 +214,21 @@ def gender_verdicts(caption: CaptionFacts, references: Sequence[CaptionFacts]) -
     return {gender: "confirmed" if gender in named else otherwise for gender in caption.genders}
 
 
-def _share(conditions: Iterable[bool]) -> float:
+def _percent(conditions: Iterable[bool]) -> float:
     conditions = [*conditions]
     return 100 * sum(conditions) / len(conditions)
 
 
-def _failure_rates(errors: Sequence[dict[str, str]]) -> dict[str, float]:
-    return {name: _share(name in found for found in errors) for name in FAILURES}
+def _failure_rates(errors_of_captions: Sequence[dict[str, str]]) -> dict[str, float]:
+    return {name: _percent(name in errors for errors in errors_of_captions) for name in FAILURES}
 
 
 def _metrics(captions: Sequence[CaptionFacts], references: Sequence[Sequence[CaptionFacts]]) -> tuple[dict, dict]:
     """The failures and genders of some captions, see `analyse`."""
-    errors = [find_errors(*pair) for pair in zip(captions, references)]
-    failures = {**_failure_rates(errors), "none of these": _share(not found for found in errors)}
+    all_errors = [find_errors(*pair) for pair in zip(captions, references)]
+    failures = {**_failure_rates(all_errors), "none of these": _percent(not errors for errors in all_errors)}
     verdicts = [gender_verdicts(*pair) for pair in zip(captions, references)]
-    genders = {"named": _share(map(bool, verdicts))}
+    genders = {"named": _percent(map(bool, verdicts))}
     for gender in ("male", "female"):
         counts = Counter(verdict[gender] for verdict in verdicts if gender in verdict)
         genders[f"{gender}_named"] = counts.total()
@@ -274,9 +269,9 @@ def analyse(captions: Sequence[str], references: Sequence[Sequence[str]], ciders
         if members:
             row = {"category": name, "photos": len(members)}
             row["cider"] = sum(ciders[index] for index in members) / len(members)
-            row["named"] = _share(index in naming for index in members)
+            row["named"] = _percent(index in naming for index in members)
             row["named_in"] = len(naming)
             right = [any(facts.is_about(name) for facts in humans[index]) for index in naming]
-            row["right"] = _share(right) if right else None
+            row["right"] = _percent(right) if right else None
             categories.append(row | _failure_rates([images[index]["failures"] for index in members]))
     return {"failures": failures, "gender": gender, "categories": categories, "photos": images}

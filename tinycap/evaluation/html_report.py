@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from tinycap.evaluation.explanation import mean_token_probability, saliency, token_probabilities
+from tinycap.evaluation.explanation import saliency, token_probabilities
 from tinycap.evaluation.failures import FAILURES
 from tinycap.processing_tinycap import preprocess_images
 from tinycap.training.logs import write_text
@@ -38,12 +38,7 @@ def encode_map(values: torch.Tensor) -> dict:
 
 
 def explain_images(model, processor, images: Sequence[Image.Image], tokens: Sequence[Sequence[int]]) -> list[dict]:
-    """Thumbnail, token probabilities and saliency of captioned images, as the page takes them.
-
-    Args:
-        model: a TinyCap in eval mode; processor: of the same folder.
-        tokens: of the caption of each image, as `caption_dataset` gives them.
-    """
+    """Thumbnail, token probabilities and saliency of images with their captions' tokens, as the page takes them."""
     tokenizer = processor.tokenizer
 
     def text(token_id: int) -> str:
@@ -54,7 +49,6 @@ def explain_images(model, processor, images: Sequence[Image.Image], tokens: Sequ
     items = []
     for image, caption, map_ in zip(images, probabilities, maps):
         item = {"image": thumbnail(image), "map": encode_map(map_)}
-        item["mean_token_probability"] = mean_token_probability(caption)
         item["tokens"] = [
             [text(token_id), probability, [[text(other), share] for other, share in alternatives]]
             for token_id, probability, alternatives in caption
@@ -133,12 +127,7 @@ def failure_tables(analysis: dict) -> list[dict]:
 
 
 def write_report(path: str | Path, data: dict) -> None:
-    """Writes the page.
-
-    Args:
-        path: of the HTML file.
-        data: `title`, `about`, `tables`, `photos`, `unlike_photos`, `skipped`, as `report_template.html` reads them.
-    """
+    """Writes the page; `data`: as `report_template.html` reads it."""
     # Inside a script element, "<" alone could end it.
     text = json.dumps(data, ensure_ascii=False, allow_nan=False).replace("<", "\\u003c")
     head, tail = TEMPLATE.read_text(encoding="utf-8").split("__DATA__")

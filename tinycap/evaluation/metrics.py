@@ -58,11 +58,8 @@ def most_typical_caption(references: Sequence[Sequence[str]], seed: int) -> str:
     """The human caption that scores best as the caption of every image.
 
     Ranks all captions by their mean similarity to all others (the cosine of TF-IDF vectors of one to four words). Of
-    the first `NUM_CANDIDATES`, returns the one with the best CIDEr as the caption of `NUM_SCORED_IMAGES` images.
-
-    Args:
-        references: the human captions of each image, of a training set if there is one.
-        seed: of the images.
+    the first `NUM_CANDIDATES`, returns the one with the best CIDEr as the caption of `NUM_SCORED_IMAGES` images, drawn
+    by `seed`.
     """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
@@ -93,9 +90,7 @@ def captions_of_other_images(captions: list, seed: int) -> list:
 def leave_one_out(captions: Sequence[str] | None, references: Sequence[Sequence[str]]) -> dict[str, float]:
     """The mean of the scores against all but one of an image's human captions, over which one is left out.
 
-    Args:
-        captions: one for each image; `None`: the human caption that is left out.
-        references: at least two human captions of each image; those beyond the shortest list are always kept.
+    `captions` of `None` are the ones left out. References beyond the shortest list are always kept.
     """
     rounds = []
     for left_out in range(min(map(len, references))):

@@ -111,6 +111,6 @@ def caption_ood_images(model, processor, seed: int, **generate_kwargs) -> list[d
         row["share"] = 100 * number / len(images)
         named = [parse_caption(caption).named for caption in captioned.captions]
         row["names_person_or_dog"] = 100 * sum(not names.isdisjoint(("person", "dog")) for names in named) / len(images)
-        row["token_probability"] = captioned.mean_token_probability
+        row["token_probability"] = captioned.mean_token_probability()
         rows.append({**row, "captions": captioned.captions, "tokens": captioned.tokens, "images": images})
     return rows

@@ -33,8 +33,10 @@ def _subplots(width: float, height: float, rows: int = 1, columns: int = 1, **op
     return figure, figure.subplots(rows, columns, squeeze=False, gridspec_kw=options).ravel()
 
 
-def _save(figure, path: str | Path) -> None:
+def _save(figure, path: str | Path, tight: bool = False) -> None:
     """Writes a PNG aside and renames it, so that no reader sees half a file."""
+    if tight:
+        figure.tight_layout()
     path = Path(path)
     aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
     with warnings.catch_warnings():
@@ -82,8 +84,7 @@ def contact_sheet(
 ) -> None:
     """Draws images in rows of `columns`, each with the model's caption under it and a human one in grey, to a PNG.
 
-    Raises:
-        ValueError: there are more or fewer captions or references than images, or no images.
+    Raises `ValueError` where captions or references are more or fewer than the images, or there are none.
     """
     if not images or len(images) != len(captions) or (references is not None and len(references) != len(images)):
         raise ValueError(
@@ -114,13 +115,8 @@ def contact_sheet(
 def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) -> None:
     """Draws every loss, the learning rate and the validation scores of a `metrics.jsonl` against the step, to a PNG.
 
-    Args:
-        metrics: the log of a run; of several runs, each continued from the one before, one after the other, with a line
-            where a new one begins.
-        path: the PNG to write.
-
-    Raises:
-        ValueError: a file has no rows, or none a finite value.
+    The logs of several runs, each continued from the one before, are drawn one after the other, with a line between.
+    Raises `ValueError` where a file has no rows, or none a finite value.
     """
     series, start, starts = {}, 0, []
     for log in [metrics] if isinstance(metrics, (str, Path)) else metrics:
@@ -147,12 +143,10 @@ def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) ->
             axes.plot(*zip(*points), label=label, marker="o" if len(points) < 20 else None, markersize=3)
         for start in starts[:-1]:
             axes.axvline(start, color="0.6", linewidth=0.8, linestyle="--")
-        axes.set_xlabel("step")
-        axes.set_title(title, fontsize=10)
+        axes.set(xlabel="step", title=title)
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
-    figure.tight_layout()
-    _save(figure, path)
+    _save(figure, path, tight=True)
 
 
 def plot_bars(values: dict[str, float], path: str | Path, label: str) -> None:
@@ -161,17 +155,15 @@ def plot_bars(values: dict[str, float], path: str | Path, label: str) -> None:
     bars = axes.barh(list(values), list(values.values()), color="0.45")
     axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
     axes.invert_yaxis()
-    axes.set_xlabel(label)
+    axes.set(xlabel=label)
     axes.margins(x=0.12)
-    figure.tight_layout()
-    _save(figure, path)
+    _save(figure, path, tight=True)
 
 
 def plot_reliability(bins: dict[str, list[dict[str, float]]], path: str | Path) -> None:
-    """Draws the share of right captions against their confidence, a line for each name, to a PNG.
+    """Draws the share of right captions against their confidence, with one binomial standard error, to a PNG.
 
-    Args:
-        bins: by name, see `tinycap.evaluation.confidence.reliability`; bars are one binomial standard error.
+    `bins`: for each line of the plot, see `tinycap.evaluation.confidence.reliability`.
     """
     figure, [axes] = _subplots(4.6, 4.4)
     axes.plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1, label="perfect")
@@ -182,16 +174,13 @@ def plot_reliability(bins: dict[str, list[dict[str, float]]], path: str | Path) 
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share of right captions")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    figure.tight_layout()
-    _save(figure, path)
+    _save(figure, path, tight=True)
 
 
 def plot_groups(labels: Sequence[str], panels: dict[str, list[list[float]]], axis: str, path: str | Path) -> None:
-    """Draws groups of metrics to a PNG: each value a dot, a line through the means, one panel for each kind.
+    """Draws groups of metrics to a PNG: each value a dot, a line through the means.
 
-    Args:
-        labels: of the groups, along the x axis, which is named `axis`.
-        panels: by title, each group's values; an empty group is left out.
+    The groups' `labels` stand along the x axis, which is named `axis`; `panels` are each group's values by title.
     """
     figure, all_axes = _subplots(4 * len(panels), 3.2, columns=len(panels))
     for axes, (title, groups) in zip(all_axes, panels.items()):
@@ -200,7 +189,5 @@ def plot_groups(labels: Sequence[str], panels: dict[str, list[list[float]]], axi
         for position, group in points:
             axes.scatter([position] * len(group), group, color="C1", zorder=3)
         axes.set_xticks(range(len(labels)), labels)
-        axes.set_xlabel(axis)
-        axes.set_title(title)
-    figure.tight_layout()
-    _save(figure, path)
+        axes.set(xlabel=axis, title=title)
+    _save(figure, path, tight=True)

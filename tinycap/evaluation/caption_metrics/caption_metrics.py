@@ -3,12 +3,9 @@
     metric = evaluate.load("tinycap/evaluation/caption_metrics")
     metric.compute(predictions=["a dog runs"], references=[["a dog is running", "a brown dog runs"]])
 
-Tokenisation is Penn Treebank style, in Python (`ptb_tokenizer.py`), so that Java isn't needed. METEOR and SPICE run
-Java programs; they are computed only if requested.
+Tokenisation is Penn Treebank style, in Python (`ptb_tokenizer.py`), so that Java isn't needed.
 """
 
-import importlib
-import shutil
 import warnings
 
 import datasets
@@ -18,9 +15,6 @@ from pycocoevalcap.cider.cider import Cider
 from pycocoevalcap.rouge.rouge import Rouge
 
 from .ptb_tokenizer import UNSPACED, ptb_tokenize
-
-
-JAVA_METRICS = ("meteor", "spice")
 
 
 def metric_caveats(references: list[list[str]]) -> list[str]:
@@ -56,22 +50,19 @@ def _tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict
     return {index: list(map(ptb_tokenize, captions)) for index, captions in enumerate(references)}, candidates
 
 
-def score_captions(
-    predictions: list[str], references: list[list[str]], extra: tuple[str, ...] = ()
-) -> dict[str, float]:
+def score_captions(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
     """Scores N captions.
 
     Args:
         predictions: one caption of each image; may be empty strings.
         references: all human captions of each image.
-        extra: further metrics, which need Java: "meteor", "spice".
 
     Returns:
-        `bleu_1` to `bleu_4`, `rouge_l`, `cider` and the extra ones, all times 100 as they are published,
-        `distinct_captions` (how many differ) and `mean_length` (words).
+        `bleu_1` to `bleu_4`, `rouge_l` and `cider`, all times 100 as they are published, `distinct_captions` (how many
+        differ) and `mean_length` (words).
 
     Raises:
-        ValueError: the lists don't match, an image has no reference, or an extra metric is unknown or can't be run.
+        ValueError: the lists don't match, or an image has no reference.
     """
     truths, candidates = _tokenize(predictions, references)
     scorer = BleuScorer(n=4)
@@ -83,13 +74,6 @@ def score_captions(
     scores = {f"bleu_{n}": 100 * float(bleu[n - 1]) if all(matches[:n]) else 0.0 for n in range(1, 5)}
     scores["rouge_l"] = 100 * float(Rouge().compute_score(truths, candidates)[0])
     scores["cider"] = 100 * float(Cider().compute_score(truths, candidates)[0])
-    for name in extra:
-        if name not in JAVA_METRICS:
-            raise ValueError(f"extra: expected metrics among {', '.join(JAVA_METRICS)}, got {name!r}")
-        if shutil.which("java") is None:
-            raise ValueError(f"extra: {name} needs Java, and there is no java on the PATH")
-        java_scorer = getattr(importlib.import_module(f"pycocoevalcap.{name}.{name}"), name.capitalize())()
-        scores[name] = 100 * float(java_scorer.compute_score(truths, candidates)[0])
     scores["distinct_captions"] = len(set(predictions))
     scores["mean_length"] = sum(len(caption.split()) for caption in predictions) / len(predictions)
     return scores
@@ -114,5 +98,5 @@ class CaptionMetrics(evaluate.Metric):
             reference_urls=["https://github.com/salaniz/pycocoevalcap"],
         )
 
-    def _compute(self, predictions, references, extra=()):
-        return score_captions(list(predictions), [list(captions) for captions in references], tuple(extra))
+    def _compute(self, predictions, references):
+        return score_captions(list(predictions), [list(captions) for captions in references])
