@@ -1,4 +1,5 @@
 import contextlib
+import importlib
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ from PIL import Image
 from tiny import CAPTIONS, draw_picture
 from transformers import AutoModel, AutoProcessor
 
-from tinycap import REPOSITORY
+from tinycap import REPOSITORY, evaluation
 from tinycap.evaluation import caption_metrics, confidence, reports
 from tinycap.evaluation.__main__ import main
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
@@ -430,6 +431,12 @@ def test_without_a_validation_split_what_training_held_out_is_scored(given, repo
     assert all(len(line["references"]) == 2 for line in lines) and results["num_images"] == 2
     assert "2 of its 25 training images are held out, drawn by seed 4" in caplog.text
     assert results["baselines"]["constant"]["chosen_from"] == "training captions"
+
+
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=r"needs accelerate: pip install 'tinycap\[evaluation\]'"):
+        importlib.reload(evaluation)
 
 
 @pytest.mark.slow
