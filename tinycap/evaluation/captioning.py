@@ -26,7 +26,7 @@ from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.pipeline_tinycap import caption_log_probs
 from tinycap.processing_tinycap import load_image, preprocess_images
-from tinycap.training.arguments import ArgumentParser, HelpFormatter, check_sources
+from tinycap.training.arguments import ArgumentParser, check_sources
 from tinycap.training.data import Columns, load_images, path_of, undecoded
 
 
@@ -35,8 +35,8 @@ logger = logging.getLogger(__name__)
 
 def create_parser(module: str, description: str, output_dir: str) -> argparse.ArgumentParser:
     """A parser for `python -m MODULE` with the flags on model, data and output."""
-    options = {"description": description, "formatter_class": HelpFormatter, "allow_abbrev": False}
-    parser = ArgumentParser(prog=f"python -m {module}", **options)
+    options = {"formatter_class": argparse.ArgumentDefaultsHelpFormatter, "allow_abbrev": False}
+    parser = ArgumentParser(prog=f"python -m {module}", description=description, **options)
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="a TinyCap repository")
     add("--dataset_name", required=True, help="name on the Hub, or a folder of shards or images")
