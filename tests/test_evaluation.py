@@ -313,8 +313,7 @@ def test_the_constant_caption_scores_better_than_all_others():
     references.append(["a man sits", "a man waits on a chair"])
     captions = [caption for group in references for caption in group]
     scores = {caption: score_captions([caption] * 5, references)["cider"] for caption in captions}
-    assert scores[most_typical_caption(references, seed=0)] == pytest.approx(max(scores.values()))
-    assert len({round(score, 6) for score in scores.values()}) > 2
+    assert most_typical_caption(references, seed=0) == max(scores, key=scores.get)
 
 
 def test_a_human_is_scored_against_the_others_and_so_may_a_model_be():

@@ -59,10 +59,7 @@ def main(argv: list[str] | None = None) -> dict:
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if any(output_dir.iterdir()) and not args.overwrite_output_dir:
-        raise ValueError(
-            f"--output_dir: expected an empty folder, got {output_dir}, which isn't; "
-            "pass --overwrite_output_dir to write over it"
-        )
+        raise ValueError(f"--output_dir {output_dir}: expected an empty folder; --overwrite_output_dir writes over it")
     evaluation = Evaluation(args, accelerator)
     results = evaluation.score()
     if accelerator.is_main_process:
@@ -179,8 +176,7 @@ class Evaluation:
                 images, tokens = (row[name][: 2 * SHOWN_OF_A_KIND] for name in ("images", "tokens"))
                 items = html_report.explain_images(self.model, self.processor, images, tokens)
                 drawings += [{**item, "kind": row["kind"]} for item in items]
-        about = f"{args.model_name_or_path} on {results['num_images']} images of {args.dataset_name}, "
-        about += f"split {args.split}"
+        about = f"{args.model_name_or_path} on {len(records)} images of {args.dataset_name}, split {args.split}"
         if len(shown) < len(records):
             about += f"; {len(shown)} of them are shown, drawn by seed {self.seed}"
         decoding = ", ".join(f"{name} {value}" for name, value in results["decoding"].items() if value is not None)
@@ -195,14 +191,9 @@ def training_references(args: argparse.Namespace) -> list[list[str]] | None:
     if split == args.split:
         return None
     columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    options = {"train_split": split, "seed": captioning.hold_out_seed(args), **columns}
     try:
-        dataset, _ = load_splits(
-            args.dataset_name,
-            args.dataset_config_name,
-            train_split=split,
-            seed=captioning.hold_out_seed(args),
-            **columns,
-        )
+        dataset, _ = load_splits(args.dataset_name, args.dataset_config_name, **options)
     except ValueError:
         if args.baseline_split is not None:
             raise

@@ -66,10 +66,8 @@ def load_model_and_data(args: argparse.Namespace) -> tuple:
         ValueError: there is no such folder, split or column, or the model isn't a TinyCap; names what there is.
     """
     check_sources(args)
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    dataset, columns = load_images(
-        args.dataset_name, args.split, args.dataset_config_name, hold_out_seed(args), **columns
-    )
+    source = (args.dataset_name, args.split, args.dataset_config_name, hold_out_seed(args))
+    dataset, columns = load_images(*source, image_column=args.image_column, caption_column=args.caption_column)
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
     return *load_captioner(args.model_name_or_path), dataset, columns

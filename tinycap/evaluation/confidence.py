@@ -125,14 +125,11 @@ def threshold_table(predicted: np.ndarray, right: np.ndarray, ciders: np.ndarray
     return rows
 
 
-def calibrate(
-    captioned: captioning.Captions, ciders: np.ndarray, min_cider: float, beams: int, seed: int
-) -> tuple[dict, dict]:
+def calibrate(captioned: captioning.Captions, ciders: np.ndarray, right: np.ndarray, beams: int, seed: int) -> tuple:
     """The calibration of one number of beams: its entry of `confidence.json`, and its metrics.
 
     Raises `ValueError` where too few captions are right, or wrong.
     """
-    right = ciders >= min_cider
     for kind, count in {"right": right.sum(), "wrong": (~right).sum()}.items():
         if count < 2 * MIN_CAPTIONS:
             raise ValueError(
@@ -194,7 +191,7 @@ def calibrate_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple
         if min_cider is None:
             min_cider = float(np.percentile(human_ciders(references), args.human_percentile))
         ciders = np.array(cider_of_each(captioned.captions, references))
-        entry, metrics = calibrate(captioned, ciders, min_cider, num_beams, args.seed or 0)
+        entry, metrics = calibrate(captioned, ciders, ciders >= min_cider, num_beams, args.seed or 0)
         entries.append(entry)
         decodings.append(metrics)
     right_means = f"chosen by --min_cider {args.min_cider}"

@@ -71,14 +71,10 @@ for _one, _other in WORDS["related"]:
 class CaptionFacts:
     """What a caption says."""
 
-    # Being -> (at least, at most) so many; infinity for no upper limit.
-    counts: dict[str, tuple[float, float]]
-    # (word, things it may mean, kind) of every thing that it names.
-    things: list[tuple[str, list[str], str]] = field(default_factory=list)
-    # Kinds of which it names an unspecified thing.
-    general: set[str] = field(default_factory=set)
-    # Thing -> the colours it gives to it.
-    colors: dict[str, set[str]] = field(default_factory=dict)
+    counts: dict[str, tuple[float, float]]  # being -> (at least, at most) so many
+    things: list[tuple[str, list[str], str]] = field(default_factory=list)  # (word, things it may mean, their kind)
+    general: set[str] = field(default_factory=set)  # kinds of which it names an unspecified thing
+    colors: dict[str, set[str]] = field(default_factory=dict)  # thing -> the colours it gives to it
     genders: set[str] = field(default_factory=set)
     names_child: bool = False
 
@@ -265,13 +261,11 @@ def analyse(captions: Sequence[str], references: Sequence[Sequence[str]], ciders
     categories = []
     for name in CATEGORIES:
         members = [index for index, image in enumerate(images) if name in image["categories"]]
-        naming = {index for index, facts in enumerate(model) if facts.is_about(name)}
         if members:
-            row = {"category": name, "photos": len(members)}
-            row["cider"] = sum(ciders[index] for index in members) / len(members)
-            row["named"] = _percent(index in naming for index in members)
-            row["named_in"] = len(naming)
-            right = [any(facts.is_about(name) for facts in humans[index]) for index in naming]
-            row["right"] = _percent(right) if right else None
+            row = {"category": name, "photos": len(members), "cider": sum(ciders[i] for i in members) / len(members)}
+            row["named"] = _percent(model[index].is_about(name) for index in members)
+            naming = [human for facts, human in zip(model, humans) if facts.is_about(name)]
+            right = [any(facts.is_about(name) for facts in human) for human in naming]
+            row |= {"named_in": len(naming), "right": _percent(right) if right else None}
             categories.append(row | _failure_rates([images[index]["failures"] for index in members]))
     return {"failures": failures, "gender": gender, "categories": categories, "photos": images}

@@ -1,12 +1,13 @@
 """Metrics: caption scores, baselines for them, and how well the student reproduces its teacher's embeddings."""
 
+import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_test
+from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 
 from tinycap.evaluation.caption_metrics.caption_metrics import score_captions
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
@@ -57,28 +58,33 @@ def distillation_fidelity(student_embeds: torch.Tensor, teacher_embeds: torch.Te
 def most_typical_caption(references: Sequence[Sequence[str]], seed: int) -> str:
     """The human caption that scores best as the caption of every image.
 
-    Ranks all captions by their mean similarity to all others (the cosine of TF-IDF vectors of one to four words). Of
-    the first `NUM_CANDIDATES`, returns the one with the best CIDEr as the caption of `NUM_SCORED_IMAGES` images, drawn
-    by `seed`.
+    Ranks all captions by their mean similarity to all others (the cosine of TF-IDF vectors of one to four words, as in
+    CIDEr, without its clipping and length penalty). Of the first `NUM_CANDIDATES`, returns the one with the best CIDEr
+    as the caption of `NUM_SCORED_IMAGES` images, drawn by `seed`.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    words = {caption: ptb_tokenize(caption) or "<empty>" for group in references for caption in group}
-    vectorizer = TfidfVectorizer(tokenizer=str.split, token_pattern=None, ngram_range=(1, 4))
-    vectors = vectorizer.fit_transform([words[caption] for group in references for caption in group])
-    similarity = vectorizer.transform(words.values()) @ np.asarray(vectors.mean(axis=0)).ravel()
-    captions = list(words)
-    candidates = [captions[index] for index in np.argsort(-similarity, kind="stable")[:NUM_CANDIDATES]]
+    cooked = [cook_refs([ptb_tokenize(caption) for caption in group]) for group in references]
+    document_frequency = Counter(ngram for group in cooked for ngram in set().union(*group))
+    log_num_images = math.log(max(2, len(cooked)))
+    mean, vectors = Counter(), {}
+    for group, captions in zip(cooked, references):
+        for counts, caption in zip(group, captions):
+            weights = {ngram: n * (log_num_images - math.log(document_frequency[ngram])) for ngram, n in counts.items()}
+            squares = Counter()
+            for ngram, weight in weights.items():
+                squares[len(ngram)] += weight**2
+            vector = {ngram: weight / (math.sqrt(squares[len(ngram)]) or 1.0) for ngram, weight in weights.items()}
+            vectors.setdefault(caption, vector)
+            mean.update(vector)
+    typical = {text: sum(value * mean[ngram] for ngram, value in vector.items()) for text, vector in vectors.items()}
     scorer = CiderScorer()
-    for group in random.Random(seed).sample(list(references), min(NUM_SCORED_IMAGES, len(references))):
-        scorer += (None, [words[caption] for caption in group])
+    scorer.crefs = random.Random(seed).sample(cooked, min(NUM_SCORED_IMAGES, len(cooked)))
     scorer.compute_doc_freq()
 
     def cider(caption: str) -> float:
-        scorer.ctest = [cook_test(words[caption])] * len(scorer.crefs)
+        scorer.ctest = [cook_test(ptb_tokenize(caption))] * len(scorer.crefs)
         return sum(scorer.compute_cider())
 
-    return max(candidates, key=cider)
+    return max(sorted(typical, key=typical.get, reverse=True)[:NUM_CANDIDATES], key=cider)
 
 
 def captions_of_other_images(captions: list, seed: int) -> list:
