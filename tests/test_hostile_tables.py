@@ -184,7 +184,7 @@ def with_captions(number, value):
         (None, lambda text: "", ["metadata.jsonl", "no rows"]),
         (with_captions(7, 5), None, ["metadata.jsonl", "line 8", "'captions'", "number"]),
         (with_captions(7, "one"), None, ["metadata.jsonl", "line 8", "'captions'", "string"]),
-        (with_captions(7, ["one", 5]), None, ["metadata.jsonl", "line 8", "'captions'", "number"]),
+        (with_captions(7, ["one", 5]), None, ["metadata.jsonl", "line 8", "'captions'", "int"]),
         (with_captions(7, ["\ud800"]), None, ["metadata.jsonl", "line 8", "'captions'", "surrogate"]),
     ],
     ids=["cut", "no json", "no object", "empty", "number", "string", "mixed list", "surrogate"],
@@ -236,7 +236,8 @@ def test_damage_inside_a_parquet_file_is_an_error_that_names_it(tmp_path):
 def test_damage_inside_a_streamed_parquet_file_ends_the_stream_with_an_error(tmp_path):
     folder = parquet(tmp_path, lambda data: data[:200] + bytes(300) + data[500:])
     stream = load_split(folder, "train", streaming=True)
-    rows = StreamingCaptionDataset(stream, resolve_columns(stream), 24, SkippedRows(), "train")
+    columns = resolve_columns(stream)
+    rows = StreamingCaptionDataset(stream, 24, columns=columns, skipped=SkippedRows(), split="train")
     with pytest.raises(ValueError, match="split train: cannot be read after 0 rows"):
         list(rows)
 
