@@ -52,21 +52,11 @@ class Augmentation:
                 left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
                 return left, top, left + crop_width, top + crop_height
         side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return left, top, left + side, top + side
-
-    def color_gain_and_shift(self, rng: random.Random) -> tuple[list[float], list[float]]:
-        """Per channel (gain, shift), to be applied as `pixel * gain + shift` to pixels from 0 to 1."""
-        if not self.color_jitter:
-            return [1.0] * 3, [0.0] * 3
-        vary = self.color_jitter
-        brightness, contrast = rng.uniform(1 - vary, 1 + vary), rng.uniform(1 - vary, 1 + vary)
-        gains = [brightness * contrast * rng.uniform(1 - vary / 2, 1 + vary / 2) for _ in range(3)]
-        # Contrast scales about the middle grey.
-        return gains, [0.5 * (1 - contrast)] * 3
+        return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
     def __call__(self, row: dict, image_size: int, rng: random.Random) -> dict:
-        """A decoded row's `pixels` (image_size, image_size, 3) uint8, cropped and mirrored, its `gain` and `shift`."""
+        """A decoded row's `pixels` (image_size, image_size, 3) uint8, cropped and mirrored; per channel its `gain` and
+        `shift`, to be applied as `pixel * gain + shift` to pixels from 0 to 1."""
         box = self.crop_box(row["width"], row["height"], rng)
         size = (image_size, image_size)
         image = picture_of(row).resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
@@ -74,7 +64,12 @@ class Augmentation:
         mirrored = rng.random() < 0.5 and not any(map(SIDE_WORDS.search, row["captions"]))
         if self.horizontal_flip and mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        gain, shift = self.color_gain_and_shift(rng)
+        gain, shift = [1.0] * 3, [0.0] * 3
+        if vary := self.color_jitter:
+            brightness, contrast = rng.uniform(1 - vary, 1 + vary), rng.uniform(1 - vary, 1 + vary)
+            gain = [brightness * contrast * rng.uniform(1 - vary / 2, 1 + vary / 2) for _ in range(3)]
+            # Contrast scales about the middle grey.
+            shift = [0.5 * (1 - contrast)] * 3
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, 3)
         return {"pixels": pixels, "gain": gain, "shift": shift}
 

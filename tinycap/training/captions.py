@@ -15,15 +15,11 @@ QUOTED = r"""[uU]?(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
 
 
 def clean_captions(value: str | list | dict | None) -> list[str]:
-    """The usable captions of one row: control characters and whitespace folded, no space before closing punctuation,
-    captions without a visible character left out.
+    """The usable captions of one caption, one a line, a list, such a list written as text (JSON, Python's or NumPy's),
+    or a list of objects such as COCO's `{"raw": ...}`.
 
-    Args:
-        value: one caption, one caption a line, a list of captions, such a list written as text (JSON, Python's or
-            NumPy's), or a list of objects such as COCO's `{"raw": ...}`.
-
-    Raises:
-        ValueError: no usable caption is left; shows `value`.
+    Control characters and whitespace are folded, spaces before closing punctuation and captions without a visible
+    character left out. Raises `ValueError` where no caption is left.
     """
     captions = usable_captions([value])
     if not captions:

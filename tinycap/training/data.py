@@ -1,7 +1,4 @@
-"""Captioned images: from a dataset on disk or on the Hub to decoded rows, one for each image.
-
-Samples and batches are made of decoded rows in `batches.py`, of a stream in `streaming.py`.
-"""
+"""Captioned images: from a dataset on disk or on the Hub to decoded rows, one for each image."""
 
 import hashlib
 import importlib.util
@@ -263,10 +260,7 @@ def merge_rows(rows: Dataset, columns: Columns, num_proc: int | None = None) -> 
 
 
 def hold_out(rows: Dataset, columns: Columns, seed: int) -> tuple[Dataset, Dataset]:
-    """The images to train on and those held out, drawn by `seed`; each in the rows' order.
-
-    Rows (from `merge_rows`) that share an id, such as two encodings of an image, stay together.
-    """
+    """The images to train on and those held out, drawn by `seed`; rows that share an id stay together."""
     ids = list(range(len(rows)))
     if columns.image_id and len(set(names := rows[columns.image_id][:]) - {None}) > 1:
         ids = [number if name is None else f"id {name}" for number, name in enumerate(names)]
@@ -310,17 +304,16 @@ def cache_size(image_size: int) -> int:
 
 
 def decode_row(row: dict, index: int | str, columns: Columns, size: int, version: tuple = ()) -> dict:
-    """Checks and decodes one row; a bad one comes back with its reason and no pixels.
+    """Checks and decodes one row with an undecoded image.
 
     Args:
-        row: a row with an undecoded image.
         index: the id where the dataset has neither ids nor file names.
         size: shorter side of the decoded image, pixels; smaller images keep their size.
         version: only part of the cache key.
 
     Returns:
         dict of `pixels` (height x width x 3 bytes, RGB), `height`, `width`, `captions`, `image_id`, `digest`, `reason`
-        ("" for a good row).
+        ("" for a good row; a bad one has no pixels).
     """
     image_id, path = str(columns.id_of(row, row.get(ROW_COLUMN, index))), path_of(row[columns.image])
     decoded = {"pixels": b"", "height": 0, "width": 0, "captions": [], "image_id": image_id, "reason": ""}
@@ -342,17 +335,13 @@ def decode_row(row: dict, index: int | str, columns: Columns, size: int, version
 def decode_dataset(
     dataset: Dataset, columns: Columns, image_size: int, skipped: SkippedRows, split: str, num_proc: int | None = None
 ) -> Dataset:
-    """Decodes every image once, with `num_proc` processes, and leaves the bad rows out.
+    """Decodes every image once, with `num_proc` processes, for models that see squares of `image_size` pixels.
 
     The result is `datasets`' own Arrow cache, keyed by the dataset's fingerprint, the columns and the size; it takes
     about 3 x (8/7 x image_size)^2 bytes an image (200 kB at 224) and is memory-mapped, so that processes share it.
 
-    Args:
-        image_size: side of the images that the model will see, pixels.
-        split: the split's name, for the report.
-
     Returns:
-        A dataset of what `decode_row` returns, without `reason`.
+        What `decode_row` returns for the good rows, without `reason`.
 
     Raises:
         ValueError: no good row is left, or there are too many bad ones (see `SkippedRows`).
@@ -391,10 +380,7 @@ def row_digest(row: dict) -> str:
 
 
 def content_fingerprint(rows: Dataset) -> str:
-    """A hash of everything that decoded rows hold: equal on any machine, different if a single pixel changes.
-
-    `datasets`' own fingerprint depends on paths and file times, a shared cache and a resumed run should not.
-    """
+    """A hash of all that decoded rows hold: unlike `datasets`' own fingerprint, independent of paths and file times."""
     digests = rows["digest"][:] if "digest" in rows.column_names else map(row_digest, rows)
     return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
