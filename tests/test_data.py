@@ -65,7 +65,7 @@ def test_columns_are_found_by_type_and_by_their_usual_names():
 
 
 @pytest.mark.parametrize("flag, name", [("image_column", "picture"), ("caption_column", "words")])
-def test_a_column_that_is_not_there_is_an_error_that_names_it_and_those_there_are(flag, name):
+def test_a_missing_column_is_an_error_that_names_it_and_those_there_are(flag, name):
     with pytest.raises(ValueError) as error:
         resolve_columns(rows_of(2), **{flag: name})
     assert all(word in str(error.value) for word in (flag, name, "captions", "image_id"))
@@ -244,7 +244,7 @@ def test_bad_rows_are_skipped_counted_and_listed_with_their_ids(tmp_path):
     assert not {"id-3", "id-7", "id-9", "id-11"} & set(decoded["image_id"])
 
 
-def test_a_skipped_row_of_a_held_out_split_has_its_file_and_its_number_in_the_table(tmp_path):
+def test_a_skipped_row_of_a_held_out_split_has_its_file_and_row_number(tmp_path):
     lines = []
     for index in range(40):
         (tmp_path / f"{index}.png").write_bytes(png(index)[: 60 if index in (7, 21) else None])
@@ -398,7 +398,7 @@ def test_a_mixed_picture_is_two_photos_in_one_and_has_no_captions(tokenizer):
     assert len(others) > 25, "every photo meets every other one"
 
 
-def test_mixing_follows_from_seed_view_and_row_and_leaves_the_rest_of_the_draws_alone():
+def test_mixup_follows_from_seed_view_and_row_and_changes_no_other_draw():
     rows = decode(rows_of(6))
     augmentation = Augmentation(0.3, True, 0.4)
     plain = CaptionDataset(rows, 24, augmentation, 1, seed=5)
@@ -507,7 +507,7 @@ def test_a_stream_comes_in_another_order_each_epoch():
 
 
 @pytest.mark.parametrize("seen", [0, 1, 3, 4, 8, 10])
-def test_a_stream_goes_on_at_its_place_and_reads_nothing_again_but_the_block_it_was_in(seen, monkeypatch):
+def test_a_resumed_stream_reads_only_the_block_it_was_in_again(seen, monkeypatch):
     whole = told(varied_stream(20, 4, 2, shuffle_block=4, num_processes=2))
     stream = varied_stream(20, 4, 2, shuffle_block=4, num_processes=2)
     samples = iter(stream)

@@ -121,7 +121,7 @@ def load_splits(
         validation = load_split(dataset_name, validation_split or "validation", dataset_config_name, streaming)
     except NoSplitError as error:
         if streaming or validation_split is not None:
-            raise NoSplitError(f"{error}; name a split to validate on by --validation_split") from None
+            raise NoSplitError(f"{error} A split to validate on is named by --validation_split.") from None
         train, validation = hold_out(merge_rows(train, columns, num_proc), columns, seed)
         logger.info(
             "dataset %s has no validation split: %d of its %d training images are held out, drawn by seed %d",

@@ -80,8 +80,11 @@ def read_folder(folder: str, split: str) -> datasets.Dataset | None:
     if "README.md" in files and re.search(r"^configs:", _read_text(folder, "README.md"), re.MULTILINE):
         return None
     texts = _Files([name for name in files if name.lower().endswith(SIDECAR_ENDINGS)])
-    found = ((image, texts.find(posixpath.splitext(image)[0]) or texts.find(image)) for image in images.names)
-    sidecars = {image: text for image, text in found if text}
+    sidecars = {}
+    for image in images.names:
+        own = images.split_of(image)
+        if text := texts.find(posixpath.splitext(image)[0], split=own) or texts.find(image, split=own):
+            sidecars[image] = text
     used = {*images.names, *sidecars.values()}
     others = [name for name in files if name not in used]
     rows, unused = _read_tables(folder, others, images)
@@ -178,6 +181,8 @@ class _Files:
 def _read_text(folder: str, name: str) -> str:
     path = os.path.join(folder, name)
     try:
+        if not os.path.isfile(path):
+            raise OSError("not a regular file")
         with open(path, encoding="utf-8-sig", newline="") as file:
             return file.read()
     except (OSError, UnicodeDecodeError) as error:
