@@ -177,6 +177,14 @@ def test_a_named_pipe_for_a_text_file_is_an_error(name, tmp_path):
         load_split(str(tmp_path), "train")
 
 
+def test_unusual_file_names_keep_their_own_text_files(tmp_path):
+    names = ["a.png", "a .png", " a.png", "a #1.png", "a.b#2.png", "1.png"]
+    images(tmp_path, names)
+    for index, name in enumerate(names):
+        write(tmp_path, f"{name[:-4]}.txt", f"number {index}")
+    assert read(tmp_path) == {name: [f"number {index}"] for index, name in enumerate(names)}
+
+
 def test_text_files_in_folders_of_the_same_names_belong_to_their_images_split(tmp_path):
     images(tmp_path, [f"images/{split}/{name}" for split in ("train", "val") for name in NAMES])
     for split in ("train", "val"):

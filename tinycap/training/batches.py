@@ -74,11 +74,6 @@ class Augmentation:
         return {"pixels": pixels, "gain": gain, "shift": shift}
 
 
-def sample_rng(seed: int, epoch: int, index: int | str) -> random.Random:
-    """The random numbers of one row in one epoch, equal in every worker and process."""
-    return random.Random(f"{seed}/{epoch}/{index}")
-
-
 @dataclass(eq=False)
 class SampleMaker:
     """Makes samples of rows (decoded, or of a stream).
@@ -100,7 +95,7 @@ class SampleMaker:
         index); `references` are all captions."""
         captions = list(row["captions"])
         if self.captions_per_image is not None:
-            sample_rng(self.seed, epoch, index).shuffle(captions)
+            random.Random(f"{self.seed}/{epoch}/{index}").shuffle(captions)
             captions = [captions[i % len(captions)] for i in range(self.captions_per_image)]
         image = self.augmentation(row, self.image_size, random.Random(f"picture/{self.seed}/{view}/{index}"))
         return {**image, "captions": captions, "references": row["captions"], "image_id": row["image_id"]}
@@ -183,7 +178,7 @@ class EpochBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = list(range(self.num_rows))
-        sample_rng(self.seed, self.epoch, -1).shuffle(order)
+        random.Random(f"{self.seed}/{self.epoch}/-1").shuffle(order)
         shares = self.num_batches * self.num_processes
         for batch in range(self.first_batch, self.num_batches):
             share = batch * self.num_processes + self.process_index

@@ -145,7 +145,7 @@ def _walk(folder: str) -> Iterator[str]:
 
 def _file_named(cell: Any) -> str:
     """The file name in a cell such as `images\\a.jpg` or Flickr8k's `a.jpg#0`."""
-    return re.sub(r"(\.[a-zA-Z]\w*)#\d+$", r"\1", str(cell).strip()).replace("\\", "/")
+    return re.sub(r"#\d+$", "", str(cell).strip()).replace("\\", "/") if isinstance(cell, (str, int)) else ""
 
 
 class _Files:
@@ -162,10 +162,10 @@ class _Files:
     def split_of(self, name: str) -> str | None:
         return self.splits.get(name) or split_of(posixpath.dirname(name) + "/")
 
-    def find(self, cell: Any, base: str = "", split: str | None = None, by_stem: bool = True) -> str | None:
-        """The file that a cell of a table in the folder `base` names: by its path, or the only one of its name, or of
-        those the one beside the table or in its split; `None` for none."""
-        if not isinstance(cell, (str, int)) or not (name := _file_named(cell)):
+    def find(self, name: str, base: str = "", split: str | None = None, by_stem: bool = True) -> str | None:
+        """The file that a table in the folder `base` names: by its path, or the only one of its name, or of those the
+        one beside the table or in its split; `None` for none."""
+        if not name:
             return None
         for path in (posixpath.normpath(posixpath.join(base, name)), posixpath.normpath(name)):
             if path in self.names or (os.path.isabs(path) and os.path.isfile(path)):
@@ -216,7 +216,7 @@ def _file_column(rows: list[Row], base: str, split: str | None, images: _Files) 
     names = dict.fromkeys(name for _, row in rows for name in row)
     for by_stem in (False, True):
         for name in sorted(names, key=lambda name: ranks.get(name.lower(), len(ranks))):
-            if any(images.find(row.get(name), base, split, by_stem) for _, row in rows):
+            if any(images.find(_file_named(row.get(name)), base, split, by_stem) for _, row in rows):
                 return name
     return None
 
@@ -228,8 +228,9 @@ def _resolve(row: dict, where: str, column: str, base: str, split: str | None, i
     values = {name: value for name, value in row.items() if name not in (column, "image", "file_name")}
     for name in values:
         if name.endswith(MORE_IMAGES):
-            values[name] = images.find(values[name], base, split) or str(values[name])
-    image = images.find(row.get(column), base, split) or posixpath.join(base, _file_named(row.get(column)))
+            values[name] = images.find(_file_named(values[name]), base, split) or str(values[name])
+    name = _file_named(row.get(column))
+    image = images.find(name, base, split) or posixpath.join(base, name)
     return where, {**values, "image": image, "split": split}
 
 

@@ -2,9 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 
 import datasets
@@ -13,6 +11,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
+from tinycap.training.captions import usable_captions
 from tinycap.training.data import Columns, content_fingerprint, decode_dataset, load_splits, resolve_columns
 from tinycap.training.loop import TrainBatches, ignore_interrupts
 from tinycap.training.scenes import scene_splits
@@ -46,19 +45,17 @@ class Data:
     stream: datasets.IterableDataset | None = None
     scenes: list[str] | None = None
 
-    @cached_property
+    @property
     def fingerprint(self) -> str | None:
         """The `content_fingerprint` of `train`; `None` for a stream."""
         return None if self.train is None else content_fingerprint(self.train)
 
-    def captions(self, num_streamed: int = 100_000) -> Iterator[str]:
-        """The captions to train a tokenizer on: all of a data set, or those of the first rows of a stream."""
+    def captions(self) -> Iterator[str]:
+        """The captions to train a tokenizer on: all of a data set, or those of a stream's first 100,000 rows."""
         if self.train is not None:
-            yield from chain.from_iterable(self.train["captions"])
-            return
-        for row in self.stream.select_columns(self.columns.captions).take(num_streamed):
-            with suppress(ValueError):
-                yield from self.columns.captions_of(row)
+            return chain.from_iterable(self.train["captions"])
+        rows = self.stream.select_columns(self.columns.captions).take(100_000)
+        return (caption for row in rows for caption in usable_captions(row.values()))
 
 
 def load_data(

@@ -6,14 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 
-class TooManyBadRowsError(ValueError):
-    """The share of unusable rows is above the tolerated one."""
-
-
-class BadRowError(ValueError):
-    """A row is unusable, and the run stops at the first such row."""
-
-
 @dataclass
 class SkippedRows:
     """Counts the rows that are left out and lists them in a file.
@@ -40,7 +32,7 @@ class SkippedRows:
         A line that the file holds already, from an earlier epoch or the resumed run, is not written again.
         """
         if self.on_bad_row == "error":
-            raise BadRowError(f"split {split}, row {row}, id {image_id}: {reason}")
+            raise ValueError(f"split {split}, row {row}, id {image_id}: {reason}")
         self.reasons[split].append(reason)
         if self.path is None:
             return
@@ -54,10 +46,10 @@ class SkippedRows:
                 file.write(line + "\n")
 
     def check(self, split: str, total: int) -> None:
-        """Raises `TooManyBadRowsError` if more than `max_share` of the split's `total` rows so far were bad."""
+        """Raises `ValueError` if more than `max_share` of the split's `total` rows so far were bad."""
         bad = self.reasons[split]
         if len(bad) > self.max_share * total:
-            raise TooManyBadRowsError(
+            raise ValueError(
                 f"split {split}: expected at most {self.max_share:.0%} bad rows, got {len(bad)} of {total}, first: "
                 f"{bad[0]}" + (f"; they are listed in {self.path}" if self.path else "")
             )

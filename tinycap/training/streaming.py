@@ -1,6 +1,7 @@
 """Samples from a dataset too large for the disk: decoded on the fly, shuffled block by block."""
 
 import copy
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -8,7 +9,7 @@ from itertools import islice
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
-from tinycap.training.batches import SampleMaker, sample_rng
+from tinycap.training.batches import SampleMaker
 from tinycap.training.data import Columns, cache_size, decode_row, undecoded
 from tinycap.training.folders import UNREADABLE
 from tinycap.training.skipped_rows import SkippedRows
@@ -84,7 +85,7 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
         stream = iter(self.rows)
         while rows := self._next_rows(stream, start["block"] * self.shuffle_block):
             order = list(range(len(rows)))
-            sample_rng(self.seed, self.epoch, f"{share}/block {start['block']}").shuffle(order)
+            random.Random(f"{self.seed}/{self.epoch}/{share}/block {start['block']}").shuffle(order)
             for place in range(start["given"], len(rows)):
                 self.position = {**start, "given": place + 1}
                 index = start["block"] * self.shuffle_block + order[place]
