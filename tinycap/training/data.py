@@ -16,7 +16,7 @@ from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from tinycap.processing_tinycap import load_image
-from tinycap.training.captions import TEXT_KEYS, clean_captions, usable_captions
+from tinycap.training.captions import clean_captions, text_of, usable_captions
 from tinycap.training.folders import UNREADABLE, NoSplitError, find_broken_shard, read_folder
 from tinycap.training.skipped_rows import SkippedRows
 
@@ -212,7 +212,7 @@ def _holds_files(kind: object) -> bool:
 def _holds_text(kind: object, is_list: bool = False) -> bool:
     # Strings, lists of strings, or lists of objects with a text each.
     if isinstance(kind, dict):
-        inner = next((kind[key] for key in TEXT_KEYS if key in kind), None)
+        inner = text_of(kind)
         return _holds_text(inner) and (is_list or not isinstance(inner, datasets.Value))
     return _is_value(kind, "string") or (hasattr(kind, "feature") and _holds_text(kind.feature, is_list=True))
 
