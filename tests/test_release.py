@@ -38,7 +38,7 @@ LATENCY = {
 
 @pytest.fixture
 def folders(repository, tmp_path, monkeypatch):
-    """The folders that a release is made of, and a root to put it in."""
+    """The input folders of a release, and a root for its output."""
     (tmp_path / "root" / "docs").mkdir(parents=True)
     shutil.copy(release.ROOT / "docs" / "model_card_template.md", tmp_path / "root" / "docs")
     (tmp_path / "root" / "README.md").write_text("---\nlicense: old\n---\n\n# The readme\n\n---\n\nText.\n")
@@ -117,7 +117,7 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "teacher 1.5 hours, student 2.0 hours" in card, "both stages of each"
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
-    assert "$" not in card.split("```bash")[0] and "@" not in card
+    assert "{{" not in card and "{%" not in card and "@" not in card
     assert Image.open(root / "docs" / "curves.png").width > 300
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
 
@@ -140,7 +140,7 @@ def test_the_card_shows_what_is_wrong_with_evidence(folders):
     assert "| photo-2 | A boy \\| with a \\$5 ball. | A boy with a kite. | 33 |" in card and "photo-9" not in card
     assert "| dogs | 1 | 11.0 | 100 | 100 | 0 | 0 |" in card
     assert "67 % of the captions name a person's gender" in card
-    assert "| noise | 3 of 20 | 100 | 0.43 | A dog runs. |" in card and "is 0.39 on photos" in card
+    assert "| noise | 3 of 20 | 100 | 0.43 | A dog runs. |" in card and "is 0.39 on validation images" in card
 
 
 def test_the_hub_finds_the_results_in_card_and_readme(folders):
@@ -154,7 +154,7 @@ def test_the_hub_finds_the_results_in_card_and_readme(folders):
     readme = (folders / "root" / "README.md").read_text()
     assert readme.endswith("---\n\n# The readme\n\n---\n\nText.\n") and "old" not in readme
     release.main(flags(folders))
-    assert (folders / "root" / "README.md").read_text() == readme, "once, however often"
+    assert (folders / "root" / "README.md").read_text() == readme, "a second release changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +167,7 @@ def test_the_hub_finds_the_results_in_card_and_readme(folders):
         ("evaluation/unlike_photos.png", "--failures"),
     ],
 )
-def test_a_missing_figure_leaves_the_root_as_it_was(folders, name, words):
+def test_a_missing_file_leaves_the_root_unchanged(folders, name, words):
     (folders / name).unlink()
     with pytest.raises(ValueError, match=words):
         release.main(flags(folders))
@@ -204,5 +204,5 @@ def test_an_evaluation_without_baselines_is_an_error(folders):
     content = json.loads(path.read_text())
     del content["baselines"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="expected an evaluation with baselines"):
+    with pytest.raises(ValueError, match="baselines.*was the evaluation run with"):
         release.main(flags(folders))
