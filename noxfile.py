@@ -7,6 +7,7 @@
 """
 
 import platform
+import re
 from datetime import date
 from pathlib import Path
 from xml.etree import ElementTree
@@ -74,7 +75,7 @@ def import_torchvision(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def table(session: nox.Session) -> None:
-    """Writes docs/versions.md from the JUnit files in `RESULTS`."""
+    """Writes the date and the table of docs/versions.md from the JUnit files in `RESULTS`."""
     rows = []
     for path in RESULTS.glob("*.xml"):
         transformers, torch, torchvision = path.stem.split()
@@ -87,21 +88,8 @@ def table(session: nox.Session) -> None:
         order = (*map(int, torch.split(".")), *map(int, transformers.split(".")), torchvision)
         columns = [transformers, torch, torchvision, outcome, recorded.get("image_processor", ""), *differences]
         rows.append((order, f"| {' | '.join(columns)} |\n"))
-    text = TABLE.format(date=date.today(), machine=platform.platform(), python=platform.python_version())
-    Path("docs", "versions.md").write_text(text + "".join(row for _, row in sorted(rows)), encoding="utf-8")
-
-
-TABLE = """# Versions
-
-Written by `nox -s table` on {date}, from the sessions of `noxfile.py` on {machine}, Python {python}.
-
-Each session loads the released checkpoint in every documented way from an unrelated directory and runs the pipeline,
-greedy and beam search, a prompt, a static cache, `save_pretrained` with reloading, and two training steps. The captions
-of twenty images, greedy and with three beams, must equal those of `tests/golden_captions.json`.
-
-transformers 5 resizes with torchvision if it is installed. The last columns are the maximum and mean differences of the
-images' normalised pixel values from Pillow's (one grey level is about 0.015).
-
-| transformers | torch | torchvision | outcome | image processor | max | mean |
-|---|---|---|---|---|---|---|
-"""
+    page = Path("docs", "versions.md")
+    head, separator, _ = page.read_text(encoding="utf-8").partition("|---|---|---|---|---|---|---|\n")
+    run = f"on {date.today()} with Python {platform.python_version()} on {platform.platform()}"
+    head = re.sub(r"on \d{4}-.*", f"{run}.", head, count=1)
+    page.write_text(head + separator + "".join(row for _, row in sorted(rows)), encoding="utf-8")

@@ -8,7 +8,6 @@ tinycap.evaluation`, take precedence over those of its last validation. Writes `
 and, with `--plot_over`, `compare_runs.png`.
 """
 
-import argparse
 import statistics
 import sys
 from pathlib import Path
@@ -30,13 +29,6 @@ METRICS = {
 PLOTTED = ("cider", "centered_cosine", "recall_at_5")
 # Flags in which the runs of a recipe may differ.
 IGNORED = {"seed", "output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
-
-
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = benchmark_parser(__doc__, "compare_runs")
-    parser.add_argument("--runs", nargs="+", required=True, help="'label=folder,folder': the runs of a recipe")
-    parser.add_argument("--plot_over", help="a flag with numbers, the x axis of the plot")
-    return parser.parse_args(argv)
 
 
 def read_recipe(text: str) -> dict:
@@ -80,7 +72,10 @@ def cell(values: list[float], digits: int) -> str:
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = benchmark_parser(__doc__, "compare_runs")
+    parser.add_argument("--runs", nargs="+", required=True, help="'label=folder,folder': the runs of a recipe")
+    parser.add_argument("--plot_over", help="a flag with numbers, the x axis of the plot")
+    args = parser.parse_args(argv)
     recipes = [read_recipe(text) for text in args.runs]
     flag, output_dir = args.plot_over, args.output_dir
     for value in [recipe["arguments"][0].get(flag) for recipe in recipes if flag is not None]:
