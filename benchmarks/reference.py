@@ -1,6 +1,6 @@
 """Two plain implementations of TinyCap's architecture, on a TinyCap's weights, that the benchmarks compare with.
 
-`Floor` is greedy decoding by hand: no modules, masks or stopping criteria, only the arithmetic (`caption_latency.py`).
+`Floor` is greedy decoding by hand: no module calls in its loops, no masks or stopping criteria (`caption_latency.py`).
 `ReferenceCaptioner` and `reference_losses` are the published training loop (`training_throughput.py`): a pair of image
 and caption is a sample, so that an image is encoded once for each of its captions; the teacher runs in every step; and
 logits over the whole vocabulary are computed for every position, padding included.
@@ -43,12 +43,8 @@ class Floor:
 
     @staticmethod
     def layer_weights(layer: nn.Module) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        cross = getattr(layer, "cross_attn", None)
-        parts = {"norm1": layer.layer_norm1, "out": layer.self_attn.out_proj}
-        parts |= {"fc1": layer.mlp.fc1, "fc2": layer.mlp.fc2}
-        parts["mlp_norm"] = layer.layer_norm2 if cross is None else layer.layer_norm3
-        if cross is not None:
-            parts |= {"cross_v": cross.v_proj, "cross_out": cross.out_proj}
+        parts = {"norm": layer.layer_norm1, "out": layer.self_attn.out_proj, "fc1": layer.mlp.fc1, "fc2": layer.mlp.fc2}
+        parts["mlp_norm"] = layer.layer_norm3 if hasattr(layer, "cross_attn") else layer.layer_norm2
         weights = {name: (part.weight, part.bias) for name, part in parts.items()}
         return {**weights, "qkv": fuse_projections(layer.self_attn)}
 
@@ -66,36 +62,32 @@ class Floor:
         states = embed_patches(self.vision.embeddings, pixel_values)
         batch, length, width = states.shape
         for layer in self.vision_layers:
-            qkv = F.linear(self.norm(states, layer["norm1"], eps), *layer["qkv"]).view(batch, length, 3, heads, -1)
+            qkv = F.linear(self.norm(states, layer["norm"], eps), *layer["qkv"]).view(batch, length, 3, heads, -1)
             attended = F.scaled_dot_product_attention(*qkv.permute(2, 0, 3, 1, 4))
             states = states + F.linear(attended.transpose(1, 2).reshape(batch, length, width), *layer["out"])
             states = states + self.mlp(states, layer, eps)
-        final, projection = self.vision.final_layer_norm, self.vision.projection
-        cls = self.norm(states[:, 0], (final.weight, final.bias), eps)
-        return F.normalize(F.linear(cls, projection.weight, projection.bias), dim=-1)
+        return F.normalize(self.vision.projection(self.vision.final_layer_norm(states[:, 0])), dim=-1)
 
     @torch.inference_mode()
     def __call__(self, pixel_values: torch.Tensor, num_tokens: int) -> torch.Tensor:
         """(B, 3, H, W) -> the start token and `num_tokens` more, (B, 1 + num_tokens)."""
-        text, config = self.text, self.text.config
-        heads, eps = config.num_attention_heads, config.layer_norm_eps
+        text, heads, eps = self.text, self.text.config.num_attention_heads, self.text.config.layer_norm_eps
         tokens, positions = text.embed_tokens.weight, text.embed_positions.weight
-        projection, final = text.memory_projection, (text.final_layer_norm.weight, text.final_layer_norm.bias)
-        memory = F.linear(self.encode(pixel_values) * text.memory_scale, projection.weight, projection.bias)
+        memory = text.memory_projection(self.encode(pixel_values) * text.memory_scale)
         # Cross-attention to a single vector doesn't depend on the query.
-        constants = [F.linear(F.linear(memory, *layer["cross_v"]), *layer["cross_out"]) for layer in self.text_layers]
+        constants = [layer.cross_attn.out_proj(layer.cross_attn.v_proj(memory)) for layer in text.layers]
         batch, width = memory.shape
         cache = memory.new_empty(len(constants), 2, batch, heads, num_tokens, width // heads)
         sequences = torch.full((batch, 1 + num_tokens), self.start)
         for index in range(num_tokens):
             states = tokens[sequences[:, index]] + positions[index]
             for layer, constant, (keys, values) in zip(self.text_layers, constants, cache):
-                qkv = F.linear(self.norm(states, layer["norm1"], eps), *layer["qkv"]).view(batch, 3, heads, 1, -1)
+                qkv = F.linear(self.norm(states, layer["norm"], eps), *layer["qkv"]).view(batch, 3, heads, 1, -1)
                 keys[:, :, index], values[:, :, index] = qkv[:, 1, :, 0], qkv[:, 2, :, 0]
                 attended = F.scaled_dot_product_attention(qkv[:, 0], keys[:, :, : index + 1], values[:, :, : index + 1])
                 states = states + F.linear(attended.view(batch, width), *layer["out"]) + constant
                 states = states + self.mlp(states, layer, eps)
-            sequences[:, index + 1] = (self.norm(states, final, eps) @ self.head).argmax(dim=-1)
+            sequences[:, index + 1] = (text.final_layer_norm(states) @ self.head).argmax(dim=-1)
         return sequences
 
 
