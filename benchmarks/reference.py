@@ -91,19 +91,22 @@ class Floor:
         return sequences
 
 
+def copy_attention(ours: nn.Module, theirs: nn.MultiheadAttention) -> None:
+    """Copies a `TinyCapAttention`'s four projections to torch's fused layout."""
+    weight, bias = fuse_projections(ours)
+    output = {f"out_proj.{name}": value for name, value in ours.out_proj.state_dict().items()}
+    theirs.load_state_dict({"in_proj_weight": weight, "in_proj_bias": bias, **output})
+
+
 def torch_layer(layer: nn.Module, config, layer_class: type[nn.Module]) -> nn.Module:
     """torch's own transformer layer with the weights of a TinyCap's layer."""
     sizes = (config.hidden_size, config.num_attention_heads, config.intermediate_size)
     built = layer_class(*sizes, dropout=0.0, activation="gelu", batch_first=True, norm_first=True)
     pairs = [(built.linear1, layer.mlp.fc1), (built.linear2, layer.mlp.fc2)]
     pairs += [(getattr(built, f"norm{i}"), norm) for i in (1, 2, 3) if (norm := getattr(layer, f"layer_norm{i}", None))]
-    attentions = [(built.self_attn, layer.self_attn)]
+    copy_attention(layer.self_attn, built.self_attn)
     if hasattr(layer, "cross_attn"):
-        attentions.append((built.multihead_attn, layer.cross_attn))
-    for theirs, ours in attentions:
-        weight, bias = fuse_projections(ours)
-        theirs.load_state_dict({"in_proj_weight": weight, "in_proj_bias": bias}, strict=False)
-        pairs.append((theirs.out_proj, ours.out_proj))
+        copy_attention(layer.cross_attn, built.multihead_attn)
     for theirs, ours in pairs:
         theirs.load_state_dict(ours.state_dict())
     return built

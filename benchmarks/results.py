@@ -22,7 +22,7 @@ def benchmark_parser(doc: str, name: str) -> argparse.ArgumentParser:
     return parser
 
 
-def run_info() -> dict[str, str]:
+def run_facts() -> dict[str, str]:
     """The command, date, machine and library versions of this run."""
     return {
         "command": " ".join(["python", *sys.argv]),
@@ -48,7 +48,7 @@ def save_results(output_dir: Path, name: str, results: dict, lines: list[str]) -
     """Writes `<name>.json` and `<name>.md` to `output_dir` and prints the latter."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    content = json.dumps({**run_info(), **results}, indent=2, ensure_ascii=False, default=str)
+    content = json.dumps({**run_facts(), **results}, indent=2, ensure_ascii=False, default=str)
     (output_dir / f"{name}.json").write_text(content + "\n", encoding="utf-8")
     (output_dir / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))
