@@ -23,8 +23,7 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import cached_file
 
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
-from tinycap.configuration_tinycap import TinyCapConfig
-from tinycap.deploy.captioners import install_command
+from tinycap.deploy.captioners import extra_missing, load_model
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
 
@@ -48,8 +47,7 @@ class EncoderGraph(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = self.model.get_encoder()(pixel_values, return_dict=True)
-        memory, _ = self.model.get_memory(encoded)
-        memory = self.model.decoder.project_memory(memory)
+        memory = self.model.decoder.project_memory(self.model.get_memory(encoded)[0])
         states = []
         for layer in self.model.decoder.layers:
             keys, values = layer.cross_attn.memory_states(memory, memory.shape[1], None)
@@ -105,13 +103,8 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"exporting needs onnx, onnxscript and onnxruntime: {install_command('export')} ({error})"
-        ) from error
-    model_type = TinyCapConfig.get_config_dict(model_name_or_path)[0].get("model_type")
-    if model_type != TinyCapConfig.model_type:
-        raise ValueError(f"{model_name_or_path}: expected model_type {TinyCapConfig.model_type}, got {model_type}")
-    model = TinyCapForConditionalGeneration.from_pretrained(model_name_or_path, dtype=torch.float32).eval()
+        raise extra_missing("exporting needs onnx, onnxscript and onnxruntime", "export", error) from error
+    model = load_model(str(model_name_or_path))[0].float()
     output_dir = Path(output_dir)
     (output_dir / "onnx").mkdir(parents=True, exist_ok=True)
     for name in (*COMPANIONS, CONFIDENCE_NAME):
@@ -122,14 +115,16 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
         elif Path(source).resolve() != (output_dir / name).resolve():
             shutil.copyfile(source, output_dir / name)
 
-    paths = {name: output_dir / "onnx" / f"{name}.onnx" for name in ("encoder_model", "decoder_model_merged")}
-    _export_encoder(model, paths["encoder_model"])
-    _export_decoder(model, paths["decoder_model_merged"])
-    if quantize:
-        for name, quantize_graph in (("encoder_model", quantize_encoder), ("decoder_model_merged", quantize_decoder)):
-            quantized_path = paths[name].with_name(f"{name}_quantized.onnx")
-            quantize_graph(paths[name], quantized_path)
-            paths[f"{name}_quantized"] = quantized_path
+    paths = {}
+    for name, export, quantize_graph in (
+        ("encoder_model", _export_encoder, quantize_encoder),
+        ("decoder_model_merged", _export_decoder, quantize_decoder),
+    ):
+        paths[name] = output_dir / "onnx" / f"{name}.onnx"
+        export(model, paths[name])
+        if quantize:
+            paths[f"{name}_quantized"] = output_dir / "onnx" / f"{name}_quantized.onnx"
+            quantize_graph(paths[name], paths[f"{name}_quantized"])
     return paths
 
 
@@ -142,14 +137,8 @@ def quantize_encoder(path: Path, quantized_path: Path) -> None:
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     with _prepared(path, quantized_path) as prepared:
-        quantize_dynamic(
-            prepared,
-            quantized_path,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-        )
+        options = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
+        quantize_dynamic(prepared, quantized_path, op_types_to_quantize=["MatMul", "Gemm"], **options)
 
 
 def quantize_decoder(path: Path, quantized_path: Path) -> None:
@@ -192,29 +181,20 @@ def _halve_table(model) -> None:
 
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    index, gather = next(
-        (index, node)
-        for index, node in enumerate(graph.node)
-        if node.op_type == "Gather" and node.input[0] in weights and node.input[1] == "input_ids"
-    )
+    gather = next(node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids")
     table = weights[gather.input[0]]
     table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table).astype("float16"), table.name))
     wide, narrow = gather.output[0], f"{gather.output[0]}_half"
     gather.output[0] = narrow
-    graph.node.insert(index + 1, helper.make_node("Cast", [narrow], [wide], to=TensorProto.FLOAT))
+    cast = helper.make_node("Cast", [narrow], [wide], to=TensorProto.FLOAT)
+    graph.node.insert(list(graph.node).index(gather) + 1, cast)
 
 
 def _export_encoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     vision = model.config.vision_config
-    pixel_values = torch.randn(2, vision.num_channels, vision.image_size, vision.image_size)
-    batch = torch.export.Dim("batch")
-    _export(
-        EncoderGraph(model),
-        {"pixel_values": pixel_values},
-        path,
-        output_names=["last_hidden_state", "image_embeds"],
-        dynamic_shapes={"pixel_values": {0: batch}},
-    )
+    inputs = {"pixel_values": torch.randn(2, vision.num_channels, vision.image_size, vision.image_size)}
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    _export(EncoderGraph(model), inputs, path, list(inputs), ["last_hidden_state", "image_embeds"], shapes)
 
 
 def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
@@ -227,45 +207,36 @@ def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     past = [torch.randn(2, heads, 3, head_dim) for _ in range(2 * len(layers))]
     names = [f"{index}.decoder.{part}" for index in range(len(layers)) for part in ("key", "value")]
     batch, new, before = (torch.export.Dim(name) for name in ("batch", "sequence_length", "past_sequence_length"))
-    _export(
-        DecoderGraph(model),
-        {"input_ids": torch.tensor([[1, 2], [2, 1]]), "encoder_hidden_states": states, "past_key_values": past},
-        path,
-        input_names=["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)],
-        output_names=["logits", *(f"present.{name}" for name in names)],
-        dynamic_shapes={
-            "input_ids": {0: batch, 1: new},
-            "encoder_hidden_states": {0: batch},
-            "past_key_values": [{0: batch, 2: before}] * len(past),
-        },
-    )
+    inputs = {"input_ids": torch.tensor([[1, 2], [2, 1]]), "encoder_hidden_states": states, "past_key_values": past}
+    shapes = {
+        "input_ids": {0: batch, 1: new},
+        "encoder_hidden_states": {0: batch},
+        "past_key_values": [{0: batch, 2: before}] * len(past),
+    }
+    input_names = ["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)]
+    output_names = ["logits", *(f"present.{name}" for name in names)]
+    _export(DecoderGraph(model), inputs, path, input_names, output_names, shapes)
 
 
 @torch.no_grad()
-def _export(module: nn.Module, inputs: dict, path: Path, input_names: list[str] | None = None, **options) -> None:
-    """Exports a module and holds the graph to it on its example inputs."""
+def _export(
+    module: nn.Module, inputs: dict, path: Path, input_names: list[str], output_names: list[str], shapes: dict
+) -> None:
+    """Exports a module; raises `RuntimeError` unless the graph gives its outputs for the example inputs."""
     import onnxruntime
 
-    input_names = input_names or list(inputs)
+    names = {"input_names": input_names, "output_names": output_names, "dynamic_shapes": shapes}
     with warnings.catch_warnings():
         # Two inputs share an axis, which is what was asked for.
         warnings.filterwarnings("ignore", message="# The axis name")
         warnings.filterwarnings("ignore", category=FutureWarning)
-        torch.onnx.export(
-            module.eval(),
-            kwargs=inputs,
-            f=path,
-            input_names=input_names,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            **options,
-        )
+        options = {"dynamo": True, "external_data": False, "verbose": False}
+        torch.onnx.export(module.eval(), kwargs=inputs, f=path, **names, **options)
     _strip_source(path)
     flat = [tensor for value in inputs.values() for tensor in (value if isinstance(value, list) else [value])]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    outputs = session.run(options["output_names"], {name: tensor.numpy() for name, tensor in zip(input_names, flat)})
-    for name, output, expected in zip(options["output_names"], outputs, module(**inputs)):
+    outputs = session.run(output_names, {name: tensor.numpy() for name, tensor in zip(input_names, flat)})
+    for name, output, expected in zip(output_names, outputs, module(**inputs)):
         difference = (torch.from_numpy(output) - expected).abs().max().item()
         if not difference <= TOLERANCE:
             raise RuntimeError(f"{path.name}: expected the model's {name}, got one that differs by {difference:.2g}")
@@ -275,9 +246,8 @@ def _strip_source(path: Path) -> None:
     """Takes out what the exporter notes of the source files of each node, the paths of this machine among it."""
     import onnx
 
-    graph = onnx.load(path)
-    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+    model = onnx.load(path)
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
         del part.metadata_props[:]
-    for part in (*graph.graph.input, *graph.graph.output):
-        del part.metadata_props[:]
-    onnx.save(graph, path)
+    onnx.save(model, path)

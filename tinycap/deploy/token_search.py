@@ -94,7 +94,10 @@ def beam_search(
     # All beams are equal in the first step: only the first one counts.
     running_scores = np.full((batch, num_beams), NEVER)
     running_scores[:, 0] = 0.0
-    finished = _Finished(batch, num_beams, max_new_tokens)
+    # The best finished sequences of each image: tokens, lengths, scores, log-probabilities, whether there is one.
+    shape = (batch, num_beams)
+    finished = [np.zeros_like(running), np.zeros(shape, np.int64), np.full(shape, NEVER), np.full(shape, NEVER)]
+    finished.append(np.zeros(shape, bool))
     can_improve = np.ones((batch, 1), bool)
     tokens, order = np.repeat(prompt, num_beams, axis=0), None
 
@@ -118,43 +121,26 @@ def beam_search(
 
         # Candidates beyond the first `num_beams` only keep enough beams running.
         just_ended = ended & is_top
-        is_full = finished.is_finished.all(axis=1, keepdims=True) & (early_stopping is True)
+        *_, is_finished = finished
+        is_full = is_finished.all(axis=1, keepdims=True) & (early_stopping is True)
         excluded = is_full.astype(np.float32) + ~can_improve + ~just_ended
         scores = sums / np.float32(length**length_penalty) + excluded * NEVER
-        finished.add(sequences, np.full_like(top, length), scores, sums, just_ended)
+        new = (sequences, np.full_like(top, length), scores, sums, just_ended)
+        merged = [np.concatenate(pair, axis=1) for pair in zip(finished, new)]
+        best = _top_k(merged[2], num_beams)
+        finished = [part[rows, best] for part in merged]
+        _, _, finished_scores, _, is_finished = finished
 
         final_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
         attainable = running_scores[:, :1] / np.float32(final_length**length_penalty)
-        worst = np.where(finished.is_finished, finished.scores.min(axis=1, keepdims=True), NEVER)
+        worst = np.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
         can_improve &= (attainable > worst).any(axis=1, keepdims=True)
-        if not can_improve.any() or ended.all() or (early_stopping is True and finished.is_finished.all()):
+        if not can_improve.any() or ended.all() or (early_stopping is True and is_finished.all()):
             break
 
-    best = [
-        [tokens[:length].tolist() for tokens, length in zip(*image)]
-        for image in zip(finished.tokens[:, :num_return_sequences], finished.lengths)
-    ]
-    return Sequences(best, finished.log_probs[:, :num_return_sequences])
-
-
-class _Finished:
-    """The best finished sequences of B images, at most `num_beams` each, the best first.
-
-    Args of `add`: tokens (B, K, max_new_tokens); lengths, scores, log_probs and is_finished (B, K).
-    """
-
-    def __init__(self, batch: int, num_beams: int, max_new_tokens: int):
-        shape = (batch, num_beams)
-        self.tokens, self.lengths = np.zeros((*shape, max_new_tokens), np.int64), np.zeros(shape, np.int64)
-        self.scores, self.log_probs = np.full(shape, NEVER), np.full(shape, NEVER)
-        self.is_finished = np.zeros(shape, bool)
-
-    def add(self, *new: np.ndarray) -> None:
-        old = (self.tokens, self.lengths, self.scores, self.log_probs, self.is_finished)
-        merged = [np.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)]
-        best = _top_k(merged[2], self.scores.shape[1])
-        rows = np.arange(len(best))[:, None]
-        self.tokens, self.lengths, self.scores, self.log_probs, self.is_finished = (part[rows, best] for part in merged)
+    tokens, lengths, _, log_probs, _ = (part[:, :num_return_sequences] for part in finished)
+    captions = [[row[:length].tolist() for row, length in zip(*image)] for image in zip(tokens, lengths)]
+    return Sequences(captions, log_probs)
 
 
 def _top_k(values: np.ndarray, k: int) -> np.ndarray:
