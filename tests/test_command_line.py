@@ -529,14 +529,15 @@ def test_a_second_writer_of_an_output_is_refused(run, photos, expected, tmp_path
 
     def meets_another(self, images):
         for number, result in enumerate(call(self, images)):
-            if number == 2:
-                statuses.append(run("caption", "photos/deep/e.png", "--output", link, "--overwrite"))
+            if number > 2:
+                name = output if number == 3 else link
+                statuses.append(run("caption", "photos/deep/e.png", "--output", name, "--overwrite"))
             yield result
 
     monkeypatch.setattr(captioners.TorchCaptioner, "__call__", meets_another)
     assert run("caption", "photos", "--output", output, "--batch-size", 1) == 0
     assert {row["image"]: row["caption"] for row in read_rows(output)} == expected
-    assert statuses == [3] and f"c.{kind}: another process is writing to it" in capsys.readouterr().err
+    assert statuses == [3, 3] and f"c.{kind}: another process is writing to it" in capsys.readouterr().err
     assert not list(tmp_path.glob(".*")) and link.is_symlink()
     assert run("caption", "photos/a.png", "--output", link, "--overwrite") == 0
     assert len(read_rows(output)) == 1

@@ -129,14 +129,9 @@ def png_with_clear_color(change: Callable) -> Callable[[Image.Image], bytes]:
 class Seed:
     """A flavour of a format.
 
-    Args:
-        kind: format, as Pillow calls it.
-        change: from the RGB image to the one to save, or to the bytes of its file.
-        show: from the RGB image to what a viewer would show; if not given, what `change` made, over white.
-        tolerance: mean difference of the channels, of 255, that the format's losses explain (lossy WebP halves the
-            resolution of colours; a frame that should not be shown differs by more than 100).
-        frames: whether two more frames follow, the image's negative.
-        options: of `Image.save`.
+    Its RGB image is changed to the one to save, or to the bytes of its file, and a viewer shows `show` of it, or else
+    what is saved over white. Channels may differ by `tolerance` of 255 on average, by the format's losses (lossy WebP
+    halves the resolution of colours; a wrong frame differs by more than 100). With `frames`, two negatives follow.
     """
 
     kind: str
@@ -384,7 +379,7 @@ class Outcome:
     peak_mb: float | None = None
 
     def attempt(self, name: str, named: str, function: Callable, *args):
-        """Calls a door; returns what it gives, and its error's text. What isn't a `ValueError` is a problem."""
+        """Calls a function; returns its result and its error's text. What isn't a `ValueError` is a problem."""
         started = time.process_time()
         try:
             return function(*args), None
@@ -406,12 +401,8 @@ class Outcome:
 def drive(batch: list[Case], captioner, folder: Path, also: tuple[Callable[[Path], str], ...] = ()) -> list[Outcome]:
     """Opens each case by the image loader, by the training data's decoder and by the pipeline, and judges the outcome.
 
-    The pipeline gets all files as one list and then, one by one, those that it couldn't read.
-
-    Args:
-        captioner: the project's pipeline.
-        folder: where the files are written; they stay there until the next call.
-        also: further ways, each from a path to a caption, a `ValueError` for a file that can't be read.
+    The pipeline gets all files as one list and then, one by one, those that it couldn't read. They stay in `folder`
+    until the next call. `also`: further ways, from a path to a caption, with a `ValueError` for what can't be read.
     """
     for old in folder.glob("case-*"):
         old.unlink()

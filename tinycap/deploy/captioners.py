@@ -159,7 +159,7 @@ class TorchCaptioner(Captioner):
 
         # The pipeline streams a data set, but captions a whole list before it returns.
         rows = KeyDataset([{"image": image} for image in images], "image")
-        for image, entries in zip(images, self.pipeline(rows, **self.arguments)):
+        for image, entries in zip(images, self.pipeline(rows, **self.arguments) if images else ()):
             captions = [entry["generated_text"] for entry in entries if "error" not in entry]
             yield ImageResult(image, captions, entries[0].get("confidence"), entries[0].get("error"))
 
@@ -198,7 +198,6 @@ class OnnxRuntimeCaptioner(Captioner):
         self.options = options
         self.num_beams = options.resolve_num_beams(self.captioner.generation_config.get("num_beams"))
         self.calibration = ConfidenceCalibration.from_file(options.model) if options.confidence else None
-
         self.embed_batch = self.captioner.get_image_features
 
     def __call__(self, images: Sequence[str]) -> Iterator[ImageResult]:

@@ -13,8 +13,6 @@ others.
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -116,61 +114,43 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
             shutil.copyfile(source, output_dir / name)
 
     paths = {}
-    for name, export, quantize_graph in (
-        ("encoder_model", _export_encoder, quantize_encoder),
-        ("decoder_model_merged", _export_decoder, quantize_decoder),
-    ):
+    for name, export in (("encoder_model", _export_encoder), ("decoder_model_merged", _export_decoder)):
         paths[name] = output_dir / "onnx" / f"{name}.onnx"
         export(model, paths[name])
         if quantize:
             paths[f"{name}_quantized"] = output_dir / "onnx" / f"{name}_quantized.onnx"
-            quantize_graph(paths[name], paths[f"{name}_quantized"])
+            quantize_graph(paths[name], paths[f"{name}_quantized"], is_decoder=export is _export_decoder)
     return paths
 
 
-def quantize_encoder(path: Path, quantized_path: Path) -> None:
-    """Weights of linear layers to int8 with a scale for each output channel; activations at run time, as a whole.
+def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool) -> None:
+    """Weights of linear layers to int8, activations at run time; as docs/on_the_device.md compares.
 
-    Seven bits and not eight: processors without VNNI add two products of bytes in 16 bits, and eight bits would
-    overflow there; where VNNI is, the seventh bit costs nothing in time.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with _prepared(path, quantized_path) as prepared:
-        options = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
-        quantize_dynamic(prepared, quantized_path, op_types_to_quantize=["MatMul", "Gemm"], **options)
-
-
-def quantize_decoder(path: Path, quantized_path: Path) -> None:
-    """Weights of linear layers to int8 with a scale for every 32, the token table to half precision.
-
-    A greedy choice between two words of like probability falls the other way by a small error, and everything after it
-    with it: a decoder quantised like the encoder changes twice as many captions (docs/on_the_device.md).
+    Of the encoder by output channels, and to seven bits: processors without VNNI add two products of bytes in 16 bits,
+    where eight would overflow. Of the decoder, whose small errors change words, with a scale for every 32; its token
+    table to half precision.
     """
     import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    from onnxruntime.quantization.shape_inference import quant_pre_process
 
     # It reports on every node.
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-    with _prepared(path, quantized_path) as prepared:
-        # Level 4: activations are quantised too, each row's blocks by themselves.
-        how = DefaultWeightOnlyQuantConfig(bits=8, block_size=DECODER_BLOCK, is_symmetric=True, accuracy_level=4)
-        quantizer = MatMulNBitsQuantizer(str(prepared), algo_config=how)
-        quantizer.process()
-        graph = quantizer.model.model
-        _halve_table(graph)
-        onnx.save(graph, quantized_path)
-
-
-@contextmanager
-def _prepared(path: Path, quantized_path: Path) -> Iterator[Path]:
-    """The graph with constants folded: the head's transposition among them, so that it is a matrix to be quantised."""
-    from onnxruntime.quantization.shape_inference import quant_pre_process
-
     prepared = quantized_path.with_name(f".{quantized_path.name}")
     try:
+        # Folds constants, the head's transposition among them, so that it is a matrix to be quantised.
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        yield prepared
+        if is_decoder:
+            # Level 4: activations are quantised too, each row's blocks by themselves.
+            options = {"bits": 8, "block_size": DECODER_BLOCK, "is_symmetric": True, "accuracy_level": 4}
+            quantizer = MatMulNBitsQuantizer(str(prepared), algo_config=DefaultWeightOnlyQuantConfig(**options))
+            quantizer.process()
+            _halve_table(quantizer.model.model)
+            onnx.save(quantizer.model.model, quantized_path)
+        else:
+            options = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
+            quantize_dynamic(prepared, quantized_path, op_types_to_quantize=["MatMul", "Gemm"], **options)
     finally:
         prepared.unlink(missing_ok=True)
 

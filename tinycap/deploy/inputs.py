@@ -44,12 +44,10 @@ def list_images(inputs: Iterable[str], left_out: LeftOut | None = None, from_lis
     Args:
         inputs: files, folders (searched with all folders below them, hidden and linked ones left out), patterns with
             `*`, `?`, `[...]` or `**`, `http(s)://` addresses; `-` stands for a list on the standard input, one a line.
-            A path that exists is never a pattern, nor is an existing folder at the head of one.
+            A path that exists is never a pattern, nor is an existing folder at the head of one. A file that doesn't
+            exist is kept: it is a bad file, not a bad command.
         left_out: collects what folders hold beyond images.
-        from_list: the inputs are the lines of a list: a folder or pattern without images is a bad file among others.
-
-    Returns:
-        Paths and addresses. A file that doesn't exist is among them: it is a bad file, not a bad command.
+        from_list: the inputs are the lines of a list, where a folder or pattern without images is a bad file too.
 
     Raises:
         ValueError: a pattern or folder holds no image; names it.
@@ -70,11 +68,7 @@ def list_images(inputs: Iterable[str], left_out: LeftOut | None = None, from_lis
 
 
 def read_lines(path: str, errors: str = "strict") -> list[str]:
-    """The lines of a text file that aren't blank; UTF-8, or UTF-16 with a byte order mark.
-
-    Raises:
-        ValueError: the file can't be read; names it.
-    """
+    """The lines of a UTF-8 or marked UTF-16 file that aren't blank; `ValueError` names one that can't be read."""
     try:
         with open(path, "rb") as file:
             return _lines(file.read(), errors)
@@ -148,10 +142,7 @@ def run_batches(
 ) -> Iterator[tuple[Any, Any]]:
     """Yields each image with what `run` makes of it, or with the error of one that can't be read.
 
-    Args:
-        run: from the opened images of a batch, those that can be read, to a result for each.
-        images: whatever `load_image` opens.
-        num_workers: threads that open images ahead.
+    `run` gets the opened images of a batch, those that can be read; `num_workers` threads open images ahead.
     """
 
     def read(image: Any) -> Any:

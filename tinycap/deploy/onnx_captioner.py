@@ -120,20 +120,20 @@ class OnnxCaptioner:
         prompt: str | None = None,
         batch_size: int | None = None,
     ) -> list[list[Caption]]:
-        """Captions images.
+        """Captions images; what isn't given is as the generation config says.
 
         Args:
             images: a list of whatever `load_image` opens (paths, bytes, PIL images, ...), or one of these.
-            num_beams: beams of the search, 1 for greedy; as the generation config says when not given.
-            max_new_tokens: longest caption in tokens; likewise.
+            num_beams: beams of the search, 1 for greedy.
+            max_new_tokens: longest caption in tokens.
             num_return_sequences: captions of each image, the best first; at most `num_beams`.
-            length_penalty: above 0 favours longer captions of a beam search; likewise.
+            length_penalty: above 0 favours longer captions of a beam search.
             prompt: beginning of every caption, part of its text.
             batch_size: images run through the model together; all of them when not given.
 
         Returns:
-            For each image, a list of `num_return_sequences` captions. Among several images, one that can't be read gets
-            a single `Caption` without text that says why.
+            For each image, a list of captions. Among several images, one that can't be read gets a single `Caption`
+            without text that says why.
 
         Raises:
             ValueError: the only image can't be read, or an argument has a value that makes no sense; names it.

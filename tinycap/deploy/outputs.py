@@ -157,9 +157,7 @@ def csv_line(fields: list[str]) -> str:
 class RowFile(Output):
     """A `.jsonl` or `.csv` file (`ValueError` for another ending) to which runs append, one at a time.
 
-    Args:
-        path: the file.
-        shape: what its rows hold, such as `CaptionRows`.
+    `shape` says what its rows hold, such as `CaptionRows`.
     """
 
     def __init__(self, path: str | Path, shape):
@@ -172,10 +170,7 @@ class RowFile(Output):
     def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
         """Rewrites the file without a half-written row and without errors of this run's images, which are retried.
 
-        Killed in the middle, it leaves the file as it was.
-
-        Raises:
-            ValueError: the file holds what isn't such a row; names the line.
+        Killed in the middle, it leaves the file as it was, as does a `ValueError` for what isn't such a row.
         """
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -272,9 +267,6 @@ class RowFile(Output):
 class Sidecars(Output):
     """`photo.txt` beside `photo.jpg`, with the captions, one a line, as "text" or "alt".
 
-    Args:
-        images: all that will be captioned.
-
     Raises:
         ValueError: an image is an address, or its caption would be written over another's or over an image; names them.
     """
@@ -329,7 +321,8 @@ class Screen(Output):
             stream.reconfigure(errors=AS_IT_IS["errors"])
 
     def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
-        self.stream.write(self.shape.head(self.format))
+        with writing("to the standard output"):
+            self.stream.write(self.shape.head(self.format))
         return set()
 
     def append(self, results: Iterable[ImageResult]) -> list[tuple[str, str]]:

@@ -19,7 +19,7 @@ Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 @dataclass
 class Sequences:
-    """The token sequences of a search for B images, R for each, the best first.
+    """The best R token sequences of a search for B images, the best first.
 
     Args:
         tokens: (B, R) lists of token ids, with the end token where there is one, without the prompt.
@@ -39,11 +39,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def greedy_search(
     step: Step, prompt: np.ndarray, eos_token_ids: list[int], max_new_tokens: int, suppress_tokens: Sequence[int] = ()
 ) -> Sequences:
-    """Takes the most probable token until the end token or the limit.
+    """Takes the most probable token until the end token or the limit; never one of `suppress_tokens`.
 
-    Args:
-        prompt: (B, L), the start token and what else the captions begin with.
-        suppress_tokens: ids that are never taken; they count in the probabilities of the others.
+    `prompt` (B, L) holds the start token and what else the captions begin with.
     """
     batch = len(prompt)
     sequences, scores = [[] for _ in range(batch)], np.zeros((batch, 1), np.float32)
@@ -81,11 +79,10 @@ def beam_search(
 
     Args:
         step: is called with the beams of an image next to each other, B * num_beams rows.
-        prompt: (B, L).
+        prompt, suppress_tokens: as in `greedy_search`.
         length_penalty: finished captions are compared by log-probability / length ** length_penalty.
         early_stopping: `True` ends with the first `num_beams` finished captions, `False` when the running ones are no
             longer better at their present length, `"never"` when they can't become better.
-        suppress_tokens: as in `greedy_search`.
     """
     batch, beams_to_keep = len(prompt), max(2, 1 + len(eos_token_ids)) * num_beams
     is_top = np.arange(beams_to_keep) < num_beams

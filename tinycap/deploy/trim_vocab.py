@@ -171,9 +171,9 @@ def trim_repository(
     output_dir = Path(output_dir)
     if output_dir.exists() and any(output_dir.iterdir()):
         raise ValueError(f"--output: expected an empty folder, got {output_dir}, which isn't")
+    model, tokenizer, image_processor = load_model(model_name_or_path)
     if not texts and not images:
         raise ValueError("expected texts or images to trim to, got none")
-    model, tokenizer, image_processor = load_model(model_name_or_path)
     beams, named = sorted({1, model.generation_config.num_beams or 1}), set()
     for config in (model.config, model.generation_config):
         map_ids(config.to_dict(), named.add)
@@ -181,9 +181,7 @@ def trim_repository(
     def caption(model, tokenizer) -> dict[int, Captions]:
         rows, processor = [{"image": image} for image in images], GitProcessor(image_processor, tokenizer)
         options = {"batch_size": batch_size, "do_sample": False}
-        return {
-            n: caption_dataset(model, processor, rows, num_beams=n, **options) if rows else Captions() for n in beams
-        }
+        return {n: caption_dataset(model, processor, rows, num_beams=n, **options) for n in beams if images}
 
     before = caption(model, tokenizer)
     by_texts = {number for ids in encode_whole(tokenizer, texts) for number in ids}
@@ -195,12 +193,13 @@ def trim_repository(
     check_tokenisation(tokenizer, trimmed_tokenizer, kept, texts)
     after = caption(trimmed, trimmed_tokenizer)
     save_repository(output_dir, trimmed, trimmed_tokenizer, image_processor)
-    differ = {n: sum(map(operator.ne, before[n].captions, after[n].captions)) for n in beams}
+    differ = {n: sum(map(operator.ne, found.captions, after[n].captions)) for n, found in before.items()}
+    unreadable = len(before[1].skipped) if images else 0
     report = {
         "model": str(model_name_or_path),
         "texts_tokenised_as_before": len(texts),
-        "images": len(before[1].captions),
-        "images_unreadable": len(before[1].skipped),
+        "images": len(images) - unreadable,
+        "images_unreadable": unreadable,
         "captions_checked": {str(n): len(found.captions) for n, found in before.items()},
         "captions_that_differ": {str(n): number for n, number in differ.items()},
         "distinct_captions": {str(n): len(set(found.captions)) for n, found in before.items()},
