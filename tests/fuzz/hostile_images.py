@@ -421,7 +421,7 @@ def drive(batch: list[Case], captioner, folder: Path, also: tuple[Callable[[Path
             return outcomes
         for path, outcome, (entry, *_) in zip(paths, outcomes, found):
             outcome.caption = entry["generated_text"]
-            outcome.agree("pipeline", str(path), entry.get("error"))
+            outcome.agree("pipeline", str(path), entry["error"] if outcome.caption is None else None)
             if outcome.caption is None:
                 alone, _ = outcome.attempt("pipeline alone", str(path), captioner, str(path))
                 if alone is not None:
