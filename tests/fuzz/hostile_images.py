@@ -1,7 +1,7 @@
-"""Image files in every flavour of six formats (`SEEDS`), ways to break them (`MUTATIONS`), and what must come of it.
+"""Image files in all variants of six formats (`SEEDS`), mutations (`MUTATIONS`), and the expected outcomes.
 
-`cases` draws one file with hypothesis, `drive` opens files through the image loader, the training data's decoder and
-the pipeline. Used by `test_hostile_images.py` for 500 cases and by `fuzz_images.py` for any number of them.
+`cases` is a hypothesis strategy for a file; `drive` opens files with the image loader, the training data's decoder and
+the pipeline. Used by `test_hostile_images.py` for 500 cases and by `fuzz_images.py` for any number.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ TURNING_EXIF = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0
 
 
 def draw(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A smooth image of six colours, which lossy formats keep recognisable."""
+    """A smooth image of six colours, which survives lossy compression."""
     image = Image.frombytes("RGB", (3, 2), random.Random(seed).randbytes(18))
     return image.resize(size, Image.Resampling.BICUBIC)
 
@@ -84,7 +84,7 @@ def palette_with_clear_color(image: Image.Image) -> Image.Image:
 
 
 def without_first_color(image: Image.Image) -> Image.Image:
-    """White where the image has the colour of its first pixel."""
+    """The image with white for the colour of its first pixel."""
     pixels = np.array(image)
     pixels[(pixels == pixels[0, 0]).all(axis=-1)] = 255
     return Image.fromarray(pixels)
@@ -127,7 +127,7 @@ def png_with_clear_color(change: Callable) -> Callable[[Image.Image], bytes]:
 
 @dataclass(frozen=True)
 class Seed:
-    """A flavour of a format.
+    """A variant of a format.
 
     Its RGB image is changed to the one to save, or to the bytes of its file, and a viewer shows `show` of it, or else
     what is saved over white. Channels may differ by `tolerance` of 255 on average, by the format's losses (lossy WebP
@@ -203,22 +203,22 @@ SEEDS = {
 }
 
 
-# --- what is done to them ---------------------------------------------------------------------------------------------
+# --- mutations --------------------------------------------------------------------------------------------------------
 
 
 HEADERS = (
     *(b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"\x89PNG\r\n\x1a\n", b"RIFF\x40\x00\x00\x00WEBPVP8 ", b"GIF89a"),
     *(b"II*\x00\x08\x00\x00\x00", b"BM\x36\x10\x00\x00", b"%PDF-1.7\n", b"PK\x03\x04", b"<!DOCTYPE html><html>"),
-    # Formats that Pillow may open with other programs or that are rarely tested.
+    # Formats that Pillow opens with external programs, or that are rarely tested.
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n",
     *(b"8BPS\x00\x01", b"<svg xmlns='http://www.w3.org/2000/svg'>"),
 )
-# These may end in a caption of something else or in an error.
+# These may give any caption or an error.
 DAMAGES = (
     *("bit flips", "bit flips in the header", "extreme bytes", "truncated", "a part cut out", "a part repeated"),
     *("another format's header", "another file's tail"),
 )
-# These leave the image as it is: it must be shown as it was drawn.
+# These don't change the image, which must be shown as drawn.
 HARMLESS = ("none", "garbage at the end", "wrong extension", "broken exif", "broken icc")
 MUTATIONS = (*DAMAGES, "huge declared size", *HARMLESS)
 
@@ -239,7 +239,7 @@ def damage(name: str, data: bytes, rng: random.Random) -> bytes:
     if name == "bit flips in the header":
         return flip_bits(data[:64], rng) + data[64:]
     if name == "extreme bytes":
-        # All bits, none, the sign: what lengths and offsets trip over.
+        # All bits, none, the sign: edge cases of lengths and offsets.
         part = data[start : start + rng.choice((1, 2, 4, 8, 100))]
         written = (rng.choice([new for new in (0x00, 0x7F, 0x80, 0xFF) if new != old]) for old in part)
         return data[:start] + bytes(written) + data[start + len(part) :]
@@ -297,7 +297,7 @@ EXIF_GARBAGE = (
     b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0",
     b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x02\0\x63\0\x63\0\0\0\0",
     b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0",
-    # A tag that rewriting the EXIF of a turned image would fail at.
+    # A tag that breaks rewriting the EXIF of a rotated image.
     b"MM\0*\0\0\0\x08\0\x02\x01\x0f\0\x0a\0\0\0\x01\0\0\0\0\x01\x12\0\x03\0\0\0\x01\0\x01\0\0\0\0\0\0",
     bytes(range(256)),
 )
@@ -336,7 +336,7 @@ class Case:
 
 
 def make_case(seed_name: str, mutation: str, image_seed: int, size: tuple[int, int], number: int) -> Case | None:
-    """The case that these choices make; None where the flavour has no place for the mutation."""
+    """The case of these choices; `None` if the mutation doesn't apply to the variant."""
     seed, rng = SEEDS[seed_name], random.Random(f"{seed_name}/{mutation}/{image_seed}/{number}")
     image = draw(image_seed, size)
     data, extension, declared = seed.write(image), EXTENSIONS[seed.kind], None
@@ -359,12 +359,12 @@ def make_case(seed_name: str, mutation: str, image_seed: int, size: tuple[int, i
 
 
 def cases() -> st.SearchStrategy[Case]:
-    """What hypothesis draws, and shrinks towards plain small files."""
+    """A hypothesis strategy, which shrinks towards small unmodified files."""
     parts = (st.sampled_from(list(SEEDS)), st.sampled_from(MUTATIONS[::-1]), st.integers(0, 8), st.sampled_from(SIZES))
     return st.builds(make_case, *parts, st.integers(0, 2**32)).filter(lambda case: case is not None)
 
 
-# --- what opens them --------------------------------------------------------------------------------------------------
+# --- opening the files ------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -399,7 +399,7 @@ class Outcome:
 
 
 def drive(batch: list[Case], captioner, folder: Path, also: tuple[Callable[[Path], str], ...] = ()) -> list[Outcome]:
-    """Opens each case by the image loader, by the training data's decoder and by the pipeline, and judges the outcome.
+    """Opens each case with the image loader, the training data's decoder and the pipeline, and checks the outcome.
 
     The pipeline gets all files as one list and then, one by one, those that it couldn't read. They stay in `folder`
     until the next call. `also`: further ways, from a path to a caption, with a `ValueError` for what can't be read.
@@ -445,11 +445,11 @@ def drive_alone(case: Case, path: Path, outcome: Outcome, also: tuple[Callable[[
 
 
 def judge_image(case: Case, image: Image.Image | None, refused: str | None) -> list[str]:
-    """What is wrong with how an undamaged image was opened."""
+    """The problems in how an undamaged image was opened."""
     if image is None:
         return [f"a whole image was refused: {refused}"]
     seed = SEEDS[case.seed]
-    # The loader crops extreme aspect ratios: so does this, of an image that is right by construction.
+    # The loader crops extreme aspect ratios; this does the same with the expected image.
     expected = load_image(seed.shown(case.image))
     if image.mode != "RGB" or image.size != expected.size:
         return [f"expected {expected.size} in RGB, got {image.size} in {image.mode}"]
@@ -481,7 +481,7 @@ def peak_memory():
         return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
     try:
-        # 5 sets the high-water mark back to what is resident now.
+        # 5 resets the peak to the present size.
         Path("/proc/self/clear_refs").write_text("5")
         start = high_water()
     except OSError:
