@@ -310,7 +310,7 @@ def test_embeddings_are_the_models_with_the_id_of_each(run, repository, photos, 
 
 
 class SmallDisk:
-    """Within the block, no file grows beyond so many bytes."""
+    """Limits the size of files in the block, in bytes."""
 
     def __init__(self, size: int):
         self.size = size
@@ -520,10 +520,10 @@ def test_a_full_disk_behind_the_standard_output_is_one_line(repository, photos):
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_second_writer_of_an_output_is_refused(run, photos, expected, tmp_path, capsys, monkeypatch, kind):
-    """It replaced the file, and what the first one wrote from then on was lost."""
+    """Otherwise it replaces the file, and later rows of the first one are lost."""
     output, link = tmp_path / f"c.{kind}", tmp_path / f"link.{kind}"
     link.symlink_to(output)
-    # As a killed run leaves it.
+    # As after a kill.
     (tmp_path / f".c.{kind}.lock").touch()
     call, statuses = captioners.TorchCaptioner.__call__, []
 
@@ -587,7 +587,7 @@ def test_a_run_killed_anywhere_goes_on(tmp_path, kind):
     for length in range(len(content)):
         path.write_bytes(content[:length])
         if kind == "csv" and content[:length].endswith(b'"b\n'):
-            continue  # As well an editor's open quote: refused.
+            continue  # Could be an unclosed quote from an editor: an error.
         with RowFile(path, CaptionRows()) as output:
             done = output.start(["a.png"], False)
         assert done <= {result.image for result in results}

@@ -62,7 +62,7 @@ def test_500_broken_files_end_in_captions_or_errors_naming_the_file(captioner, f
 
 
 def test_a_command_line_is_driven_like_the_loaders(captioner, folder, tmp_path):
-    """What `fuzz_images.py --command` drives: here a program that reads the files, and one that crashes on them."""
+    """As in `fuzz_images.py --command`: a program that reads the files, and one that crashes."""
     program = tmp_path / "command.py"
     program.write_text(
         "import sys, PIL.Image\n"

@@ -107,7 +107,7 @@ def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """The file of these chunks with valid checksums, so that decoding goes on past them."""
+    """A file of these chunks with valid checksums, so that decoding continues past them."""
     parts = ((len(body), name + body) for name, body in chunks)
     packed = (struct.pack(">I", length) + part + struct.pack(">I", zlib.crc32(part)) for length, part in parts)
     return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
@@ -129,9 +129,10 @@ def png_with_clear_color(change: Callable) -> Callable[[Image.Image], bytes]:
 class Seed:
     """A variant of a format.
 
-    Its RGB image is changed to the one to save, or to the bytes of its file, and a viewer shows `show` of it, or else
-    what is saved over white. Channels may differ by `tolerance` of 255 on average, by the format's losses (lossy WebP
-    halves the resolution of colours; a wrong frame differs by more than 100). With `frames`, two negatives follow.
+    `change` converts the RGB image to the one to save, or to the bytes of its file; `show` to what a viewer shows, by
+    default the result of `change` over white. `tolerance`: mean difference of the channels, of 255, due to compression
+    (lossy WebP halves the resolution of colours; a wrong frame differs by more than 100). With `frames`, two negatives
+    follow. `options`: of `Image.save`.
     """
 
     kind: str
@@ -304,7 +305,7 @@ EXIF_GARBAGE = (
 
 
 def with_broken_metadata(seed: Seed, image: Image.Image, is_exif: bool, rng: random.Random) -> bytes | None:
-    """The file with EXIF that makes no sense, or a colour profile that is none; None where it has no place for it."""
+    """The file with invalid EXIF or an invalid colour profile; `None` if the format doesn't support it."""
     if seed.options.get("exif") or seed.kind not in ("JPEG", "PNG", "WEBP"):
         return None
     exif = rng.choice((*EXIF_GARBAGE, b"MM\0*" + rng.randbytes(40), flip_bits(TURNING_EXIF[:-6], rng)))
@@ -321,7 +322,7 @@ def with_broken_metadata(seed: Seed, image: Image.Image, is_exif: bool, rng: ran
 
 @dataclass(frozen=True)
 class Case:
-    """One file to open, of a seed and a mutation; `declared`: width and height that the header claims."""
+    """One file to open, of a seed and a mutation; `declared`: width and height in a header of a huge size."""
 
     seed: str
     mutation: str
@@ -369,8 +370,8 @@ def cases() -> st.SearchStrategy[Case]:
 
 @dataclass
 class Outcome:
-    """The pipeline's caption or `load_image`'s error of a case, what it must not do (`problems`), processor time of the
-    slowest way to open it, and peak of memory above what was resident before, if known."""
+    """The pipeline's caption or `load_image`'s error of a case, violated expectations (`problems`), CPU time of the
+    slowest single way to open it, and its peak of resident memory in MB, if known."""
 
     caption: str | None = None
     error: str | None = None
@@ -379,7 +380,7 @@ class Outcome:
     peak_mb: float | None = None
 
     def attempt(self, name: str, named: str, function: Callable, *args):
-        """Calls a function; returns its result and its error's text. What isn't a `ValueError` is a problem."""
+        """Calls a function; returns its result and its error's text. Errors other than `ValueError` are problems."""
         started = time.process_time()
         try:
             return function(*args), None
@@ -391,7 +392,7 @@ class Outcome:
             self.seconds = max(self.seconds, time.process_time() - started)
 
     def agree(self, name: str, path: str, error: str | None) -> None:
-        """Whatever `load_image` refuses, and nothing else, must be refused, by an error that names the file."""
+        """Records a problem unless `load_image` rejects the same files, and the error names the file."""
         if bool(error) != (self.error is not None):
             self.problems.append(f"{name}: {error!r} where load_image says {self.error!r}")
         elif error and path not in error:
@@ -401,8 +402,8 @@ class Outcome:
 def drive(batch: list[Case], captioner, folder: Path, also: tuple[Callable[[Path], str], ...] = ()) -> list[Outcome]:
     """Opens each case with the image loader, the training data's decoder and the pipeline, and checks the outcome.
 
-    The pipeline gets all files as one list and then, one by one, those that it couldn't read. They stay in `folder`
-    until the next call. `also`: further ways, from a path to a caption, with a `ValueError` for what can't be read.
+    The pipeline gets all files as one list, then the unreadable ones one by one. The files remain in `folder` until the
+    next call. `also`: further functions from a path to a caption, with a `ValueError` for an unreadable file.
     """
     for old in folder.glob("case-*"):
         old.unlink()
@@ -430,7 +431,7 @@ def drive(batch: list[Case], captioner, folder: Path, also: tuple[Callable[[Path
 
 
 def drive_alone(case: Case, path: Path, outcome: Outcome, also: tuple[Callable[[Path], str], ...]) -> None:
-    """Opens one file in the ways that take one at a time, which must agree."""
+    """Opens one file in all ways that take a single file; they must agree."""
     image, outcome.error = outcome.attempt("load_image", str(path), load_image, path)
     row = {"image": {"bytes": case.data, "path": None}, "caption": "a caption", "id": str(path)}
     decoded, _ = outcome.attempt("decode_row", "", decode_row, row, 7, Columns("image", "caption", "id"), 64)
@@ -458,7 +459,7 @@ def judge_image(case: Case, image: Image.Image | None, refused: str | None) -> l
 
 
 def caption_by_command(command: str, timeout: float = 120) -> Callable[[Path], str]:
-    """A command line that prints the caption of the path appended to it; a refusal is a `ValueError`."""
+    """Runs a command line with a path appended: returns the printed caption, or raises for its exit status."""
 
     def caption(path: Path) -> str:
         done = subprocess.run([*shlex.split(command), str(path)], capture_output=True, text=True, timeout=timeout)
@@ -473,7 +474,7 @@ def caption_by_command(command: str, timeout: float = 120) -> Callable[[Path], s
 
 @contextlib.contextmanager
 def peak_memory():
-    """Yields a list, on Linux filled at the end with the peak of resident memory in MB above the block's beginning."""
+    """Yields a list that holds, after the block and on Linux, its peak of resident memory in MB above the start."""
     found = []
 
     def high_water() -> float:

@@ -1,7 +1,7 @@
 """Captions and embeddings of many images by PyTorch or by ONNX Runtime.
 
-A captioner takes paths or addresses and yields an `ImageResult` for each, in order: `captioner(images)` the captions,
-`captioner.embed(images)` the embeddings. Neither library is imported before a captioner of its kind is made.
+A captioner takes paths or addresses and yields an `ImageResult` for each, in order: `captioner(images)` captions
+them, `captioner.embed(images)` embeds them. Each library is imported only when its captioner is created.
 """
 
 import os
@@ -15,19 +15,19 @@ from tinycap.confidence_tinycap import ConfidenceCalibration
 from tinycap.deploy.inputs import run_batches
 
 
-# The folder of this package's own checkpoint: the repository's root in a clone, the package's folder in a wheel.
+# The released checkpoint's folder: the repository's root in a clone, the package's folder in a wheel.
 RELEASED_MODEL = REPOSITORY
 
 
 def check_model(model: str) -> str:
-    """`model`, if it is a folder or could be a name on the Hub (`ValueError`); before anything heavy is imported."""
+    """Returns `model`; `ValueError` unless it is a folder or a valid Hub name. Imports no large library."""
     if not os.path.isdir(model) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
         raise ValueError(f"--model {model}: no such folder")
     return model
 
 
 def extra_missing(reason: str, extra: str, error: ImportError) -> ImportError:
-    """An error that says how to install one of this package's extras: in a clone, or by name."""
+    """An error with the command that installs one of this package's extras, in a clone or by name."""
     is_clone = (RELEASED_MODEL / "pyproject.toml").is_file()
     command = f'pip install -e ".[{extra}]"' if is_clone else f'pip install "tinycap[{extra}]"'
     return ImportError(f"{reason}: {command} ({error})")
@@ -35,8 +35,8 @@ def extra_missing(reason: str, extra: str, error: ImportError) -> ImportError:
 
 @dataclass
 class ImageResult:
-    """What a captioner makes of one image: captions, the best first, with the probability that it is right where asked
-    for; or an embedding, (D,) float32 of unit norm; or the error of an image that can't be read."""
+    """The result for one image: captions, best first, with the first one's confidence if requested; or an embedding,
+    (D,) float32 with unit norm; or the error of an unreadable image."""
 
     image: str
     captions: list[str] = field(default_factory=list)
@@ -47,7 +47,7 @@ class ImageResult:
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """Options of `tinycap caption` for the captioner; `None` stands for the model's own number, or the default."""
+    """The captioner's options, named as in `tinycap caption`; `None` is the model's or the library's default."""
 
     model: str
     batch_size: int = 8
@@ -61,14 +61,14 @@ class CaptionOptions:
     num_workers: int = 0
 
     def generation(self) -> dict[str, int]:
-        """The arguments of `generate()` that were given."""
+        """The given arguments of `generate()`."""
         given = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
         if self.num_captions > 1:
             given["num_return_sequences"] = self.num_captions
         return {name: value for name, value in given.items() if value is not None}
 
     def resolve_num_beams(self, models_num_beams: int | None) -> int:
-        """The number of beams; `ValueError` where more captions than beams are asked for."""
+        """The number of beams; `ValueError` if more captions than beams are requested."""
         num_beams = self.num_beams or models_num_beams or 1
         if self.num_captions > num_beams:
             raise ValueError(
@@ -78,15 +78,15 @@ class CaptionOptions:
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error message, without the advice that libraries add."""
+    """The first line of an error message, without the hints that libraries append."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def load_model(name: str) -> tuple:
-    """A TinyCap, its tokenizer and its image processor, by this package's own classes: no remote code is run.
+    """A TinyCap, its tokenizer and its image processor, by this package's own classes: runs no remote code.
 
     Raises:
-        ValueError: it isn't there, isn't a TinyCap or can't be read; names it.
+        ValueError: it doesn't exist, isn't a TinyCap or can't be read; names it.
     """
     from transformers import PreTrainedTokenizerFast, logging
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
@@ -94,7 +94,7 @@ def load_model(name: str) -> tuple:
     from tinycap.configuration_tinycap import TinyCapConfig
     from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
-    # The bar of this program is about images.
+    # The command line has a progress bar of its own.
     logging.disable_progress_bar()
     try:
         model_type = TinyCapConfig.get_config_dict(name)[0].get("model_type")
@@ -111,7 +111,7 @@ def load_model(name: str) -> tuple:
 
 
 class Captioner:
-    """What the captioners share: embeddings batch by batch, by `embed_batch`."""
+    """The captioners' base class: embeds images in batches, by `embed_batch`."""
 
     options: CaptionOptions
 
@@ -126,8 +126,8 @@ class TorchCaptioner(Captioner):
     """The `image-to-text` pipeline.
 
     Raises:
-        ValueError: the model can't be loaded or has no `confidence.json` where a confidence is wanted, or the device
-            can't be used.
+        ValueError: the model can't be loaded, has no `confidence.json` if confidence is requested, or the device isn't
+            available.
     """
 
     def __init__(self, options: CaptionOptions):
@@ -142,7 +142,7 @@ class TorchCaptioner(Captioner):
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            # AssertionError: a PyTorch that was built without it.
+            # AssertionError: PyTorch was built without this device.
             raise ValueError(f"--device {device}: {first_line(error)}") from error
         model, tokenizer, processor = load_model(options.model)
         options.resolve_num_beams(model.generation_config.num_beams)
@@ -152,12 +152,12 @@ class TorchCaptioner(Captioner):
         self.arguments = {"batch_size": options.batch_size, "num_workers": options.num_workers, **options.generation()}
         if options.confidence:
             self.arguments["return_confidence"] = True
-            self.pipeline.calibration  # noqa: B018 - a model without one is an error before the first image
+            self.pipeline.calibration  # noqa: B018 - fails before the first image if there is none
 
     def __call__(self, images: Sequence[str]) -> Iterator[ImageResult]:
         from transformers.pipelines.pt_utils import KeyDataset
 
-        # The pipeline streams a data set, but captions a whole list before it returns.
+        # The pipeline streams a data set; a list is captioned completely before it returns.
         rows = KeyDataset([{"image": image} for image in images], "image")
         for image, entries in zip(images, self.pipeline(rows, **self.arguments) if images else ()):
             captions = [entry["generated_text"] for entry in entries if "error" not in entry]
@@ -178,8 +178,8 @@ class OnnxRuntimeCaptioner(Captioner):
     """`OnnxCaptioner` over many images: neither PyTorch nor transformers is imported.
 
     Raises:
-        ValueError: the folder isn't one that `tinycap export` wrote, or has no `confidence.json` where a confidence is
-            wanted.
+        ValueError: the folder wasn't written by `tinycap export`, or has no `confidence.json` if confidence is
+            requested.
         ImportError: onnxruntime isn't installed.
     """
 

@@ -26,8 +26,8 @@ from tinycap.deploy.outputs import FORMATS, CaptionRows, Output, OutputError, Ro
 
 DONE, BAD_IMAGES, BAD_COMMAND, BAD_OUTPUT, INTERRUPTED = 0, 1, 2, 3, 130
 STATUS = """exit status: 0, success; 1, some images failed: they are named, the others are done; 2, the command can't
-run with these arguments; 3, the output can't be written; 130, interrupted. After 3 and 130 the same command goes on."""
-# Bad files named on the screen where an output file lists them all.
+run with these arguments; 3, the output can't be written; 130, interrupted. After 3 and 130 the same command resumes."""
+# Unreadable files named on standard error if the output file lists all of them.
 MAX_NAMED = 20
 
 
@@ -60,7 +60,7 @@ def shard(text: str) -> tuple[int, int]:
 
 
 def add(parser, name: str, help: str, **options) -> None:
-    """Adds an argument; its default, if it has one, stands behind its help."""
+    """Adds an argument, with its default appended to its help."""
     help += " (default: %(default)s)" if options.get("default") not in (None, []) else ""
     parser.add_argument(name, help=help, **options)
 
@@ -70,14 +70,14 @@ def add_inputs(parser: argparse.ArgumentParser) -> None:
     add(parser, "--input-list", "a file with more of them, one a line", metavar="FILE")
     model = "a TinyCap repository, local or, with PyTorch, by its name on the Hub (default: the released checkpoint)"
     add(parser, "--model", model, metavar="FOLDER")
-    add(parser, "--backend", "what runs it", choices=BACKENDS, default="torch")
+    add(parser, "--backend", "inference library", choices=BACKENDS, default="torch")
     add(parser, "--batch-size", "images in a batch", type=POSITIVE, default=8)
     add(parser, "--device", "PyTorch's name of the device (default: the first GPU, else cpu)")
     add(parser, "--quantized", "with --backend onnx: the int8 files", action="store_true")
-    add(parser, "--num-threads", "threads of a step (default: one a core)", type=POSITIVE)
+    add(parser, "--num-threads", "threads of an operation (default: one a core)", type=POSITIVE)
     workers = "open images ahead: processes, threads with --backend onnx and in embed"
     add(parser, "--num-workers", workers, type=number(int, 0), default=0)
-    add(parser, "--overwrite", "start anew instead of resuming", action="store_true")
+    add(parser, "--overwrite", "start from the beginning instead of resuming", action="store_true")
     add(parser, "--quiet", "no progress bar and no summary", action="store_true")
 
 
@@ -155,10 +155,10 @@ def create_parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command; returns its exit status. Arguments that make no sense end the process with status 2."""
+    """Runs a command; returns its exit status. Invalid arguments exit with status 2."""
     args = create_parser().parse_args(argv)
-    # Waiting threads that spin slow down computing ones on busy cores. Read when PyTorch loads its OpenMP library:
-    # GNU's and, on macOS and Windows, LLVM's or Intel's.
+    # Spinning idle threads slow down others on busy cores. OpenMP libraries read this when PyTorch loads them: GNU's
+    # and, on macOS and Windows, LLVM's or Intel's.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     try:
@@ -167,7 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         say(args, "interrupted; the same command goes on from here")
         return INTERRUPTED
     except BrokenPipeError:
-        # The reader, such as `head`, has closed the pipe.
+        # The reader, such as `head`, closed the pipe.
         drop_standard_output()
         return DONE
     except OutputError as error:
@@ -184,7 +184,7 @@ def say(args: argparse.Namespace, text: str) -> None:
 
 
 def drop_standard_output() -> None:
-    """Python raises again what it can't write, when it closes the stream."""
+    """Discards what can't be written, since Python would raise again when it closes the stream."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -195,7 +195,7 @@ def drop_standard_output() -> None:
 
 
 def find_inputs(args: argparse.Namespace) -> tuple[list[str], LeftOut]:
-    """The images of the command line and of `--input-list`; what was left out of folders, which is also printed."""
+    """The images of the command line and of `--input-list`; what was left out of folders, after printing it."""
     left_out = LeftOut()
     images = list_images(args.images, left_out=left_out)
     if getattr(args, "input_list", None) is not None:
@@ -207,20 +207,20 @@ def find_inputs(args: argparse.Namespace) -> tuple[list[str], LeftOut]:
 
 
 def in_shard(image: str, shard: tuple[int, int]) -> bool:
-    """Whether an image belongs to shard K of N: by a hash of its name, so that images added later move no others."""
+    """Whether an image is in shard K of N, by a hash of its name, so that images added later don't move others."""
     part, count = shard
     return int.from_bytes(hashlib.sha256(os.fsencode(image)).digest()[:8], "big") % count == part - 1
 
 
 def shard_path(path: str, shard: tuple[int, int]) -> str:
-    """`captions.3-of-8.jsonl` for `captions.jsonl`; numbers have leading zeros, so that names sort."""
+    """`captions.3-of-8.jsonl` for `captions.jsonl`; zero-padded, so that names sort."""
     part, count = shard
     stem, suffix = os.path.splitext(path)
     return f"{stem}.{part:0{len(str(count))}}-of-{count}{suffix}"
 
 
 def check_arguments(args: argparse.Namespace) -> CaptionOptions:
-    """Raises `ValueError` where arguments contradict each other; returns the captioner's options."""
+    """Returns the captioner's options; `ValueError` for contradictory arguments."""
     if args.quantized and args.backend != "onnx":
         raise ValueError("--quantized is an option of --backend onnx")
     options = {name: value for name, value in vars(args).items() if name in CaptionOptions.__dataclass_fields__}
@@ -235,7 +235,7 @@ def check_arguments(args: argparse.Namespace) -> CaptionOptions:
 
 
 def create_output(args: argparse.Namespace, images: list[str], options: CaptionOptions) -> Output:
-    """Where the results go, by the arguments; `images` are those of all shards."""
+    """The output that the arguments ask for; `images` are those of all shards."""
     if args.command == "embed":
         from tinycap.deploy.embeddings import EmbeddingFile
 
@@ -259,7 +259,7 @@ def run_images(args: argparse.Namespace) -> int:
     output = create_output(args, images, options)
     if getattr(args, "shard", None):
         images = [image for image in images if in_shard(image, args.shard)]
-    # Before the output is touched: a model that can't be loaded leaves it as it was.
+    # Before the output is opened: if the model can't be loaded, the output stays unchanged.
     captioner = BACKENDS[args.backend](options)
     with output:
         done = output.start(images, args.overwrite)
@@ -273,20 +273,20 @@ def run_images(args: argparse.Namespace) -> int:
 def write_results(
     args: argparse.Namespace, results: Iterable[ImageResult], total: int, output: Output
 ) -> tuple[list, list]:
-    """Writes results batch by batch, also those before an interruption, with a progress bar if there are several.
+    """Writes results in batches, also those before an interruption, with a progress bar for more than one batch.
 
     Returns:
-        The images that can't be read and those whose result can't be written, as (image, reason).
+        The unreadable images and those whose result can't be written, as (image, reason).
     """
     from tqdm import tqdm
 
     bad, failed, batch = [], [], []
-    # In a log file each update is a line.
+    # In a log file, each update is a line.
     options = {"unit": "image", "mininterval": 0.2 if sys.stderr.isatty() else 10.0, "file": sys.stderr}
 
     def write() -> None:
         ready = batch.copy()
-        # Before: a batch that an interruption meets isn't written twice.
+        # First, so that an interrupted batch isn't written twice.
         batch.clear()
         failed.extend(output.append(ready))
 
@@ -306,7 +306,7 @@ def write_results(
 
 
 def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed: list) -> None:
-    """Prints failures, and the number of images done unless `--quiet`."""
+    """Prints failures, and the number of completed images unless `--quiet`."""
     named = bad[:MAX_NAMED] if args.command == "caption" and args.output is not None else bad
     for image, error in (*named, *failed):
         say(args, error if image in error else f"{image}: {error}")

@@ -1,4 +1,4 @@
-"""Image embeddings in a file, with the image that each is of."""
+"""Files of image embeddings and the images' names."""
 
 import base64
 import json
@@ -14,7 +14,7 @@ from tinycap.deploy.outputs import Output, RowFile, json_line, path_aside, writi
 
 
 class EmbeddingRows:
-    """Rows of embeddings, float32 in base64, each with the model that made it."""
+    """Rows of embeddings, float32 in base64, with the name of the model."""
 
     def __init__(self, model: str):
         self.model = model
@@ -37,10 +37,10 @@ class EmbeddingRows:
 class EmbeddingFile(Output):
     """A file of embeddings: `.safetensors` (tensor `image_embeds`; `ids`, a JSON list, in its metadata) or `.npy`.
 
-    A run collects rows beside it, in `<name>.partial.jsonl`; a stopped run of the same `model` goes on from there.
+    A run collects rows in `<name>.partial.jsonl`, from which the next run with the same `model` resumes.
 
     Raises:
-        ValueError: the ending is neither, or the file is there; names it.
+        ValueError: the extension is another one, or the file exists; names it.
     """
 
     def __init__(self, path: str | Path, model: str, overwrite: bool):
@@ -69,7 +69,7 @@ class EmbeddingFile(Output):
             self.rows.path.unlink()
 
     def _write(self) -> None:
-        """Writes the embeddings of this run's images in their order, aside and renamed."""
+        """Writes the embeddings of this run's images in their order, atomically."""
         found = {row["image"]: row["embedding"] for _, row in self.rows.rows() if "embedding" in row}
         ids = [image for image in self.images if image in found]
         if not ids:

@@ -1,4 +1,4 @@
-"""Writes a TinyCap as two ONNX graphs that need no PyTorch, in float32 and in int8.
+"""Exports a TinyCap as two ONNX graphs, in float32 and int8, which don't need PyTorch.
 
     onnx/encoder_model.onnx          pixel_values -> last_hidden_state, image_embeds
     onnx/decoder_model_merged.onnx   input_ids, encoder_hidden_states, past_key_values.* -> logits, present.*
@@ -25,14 +25,14 @@ from tinycap.deploy.captioners import extra_missing, load_model
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
 
-# Beside the graphs, what a captioner reads.
+# Files beside the graphs that a captioner reads.
 COMPANIONS = (
     *("config.json", "generation_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json"),
 )
-# Largest difference of an exported graph's outputs to the model's: what other orders of summation come to.
+# Maximum difference between outputs of an exported graph and the model, due to the order of summation.
 TOLERANCE = 1e-3
-# Values of the decoder's weights that share a scale.
+# Weights of the decoder that share a scale.
 DECODER_BLOCK = 32
 
 
@@ -49,13 +49,13 @@ class EncoderGraph(nn.Module):
         states = []
         for layer in self.model.decoder.layers:
             keys, values = layer.cross_attn.memory_states(memory, memory.shape[1], None)
-            # With one memory vector the constant takes the place of the keys, and the values are unused.
+            # With a single memory vector, `keys` is the constant that the layer adds, and the values are unused.
             states += [keys] if memory.shape[1] == 1 else [keys, values]
         return torch.cat([state.transpose(1, 2).flatten(2) for state in states], dim=-1), encoded.image_embeds
 
 
 class DecoderGraph(nn.Module):
-    """The decoder over the tokens that aren't in the cache yet, and the head over the last of them."""
+    """The decoder over the tokens that aren't in the cache yet, and the head for the last one."""
 
     def __init__(self, model: TinyCapForConditionalGeneration):
         super().__init__()
@@ -73,7 +73,7 @@ class DecoderGraph(nn.Module):
             split = [layer.cross_attn.split_heads(state) for state in states[a_layer * index : a_layer * (index + 1)]]
             cache.cross_attention_cache.update(split[0], split[-1], index)
             cache.is_updated[index] = True
-        # Of the memory, only its length is still looked at.
+        # Only the length of the memory is still used.
         hidden_states = self.model.decoder(input_ids, encoder_hidden_states, cache=cache).last_hidden_state
         logits = self.model.lm_head(hidden_states[:, -1:])
         present = [tensor for layer in cache.self_attention_cache.layers for tensor in (layer.keys, layer.values)]
@@ -81,7 +81,7 @@ class DecoderGraph(nn.Module):
 
 
 def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize: bool = True) -> dict[str, Path]:
-    """Writes the ONNX graphs of a checkpoint, and the configs and tokenizer that go with them.
+    """Writes the ONNX graphs of a checkpoint, and copies its configs and tokenizer.
 
     Args:
         model_name_or_path: a TinyCap repository, local or on the Hub.
@@ -94,7 +94,7 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
     Raises:
         ValueError: the checkpoint isn't a TinyCap's.
         ImportError: one of the packages of `tinycap[export]` is missing.
-        RuntimeError: an exported graph computes something else than the model.
+        RuntimeError: an exported graph's outputs differ from the model's.
     """
     try:
         import onnx  # noqa: F401
@@ -106,7 +106,7 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
     output_dir = Path(output_dir)
     (output_dir / "onnx").mkdir(parents=True, exist_ok=True)
     for name in (*COMPANIONS, CONFIDENCE_NAME):
-        # Only the calibration may be missing.
+        # Only the calibration is optional.
         source = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=name in COMPANIONS)
         if source is None:
             (output_dir / name).unlink(missing_ok=True)
@@ -124,25 +124,25 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
 
 
 def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool) -> None:
-    """Weights of linear layers to int8, activations at run time; as docs/on_the_device.md compares.
+    """Quantizes weights of linear layers to int8, and activations at run time; docs/on_the_device.md compares variants.
 
-    Of the encoder by output channels, and to seven bits: processors without VNNI add two products of bytes in 16 bits,
-    where eight would overflow. Of the decoder, whose small errors change words, with a scale for every 32; its token
-    table to half precision.
+    The encoder has a scale for each output channel, and seven bits, since processors without VNNI add two products of
+    bytes in 16 bits. The decoder, whose small errors change words, has a scale for every 32 weights, and its token
+    embeddings are float16.
     """
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # It reports on every node.
+    # It logs every node.
     logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
     prepared = quantized_path.with_name(f".{quantized_path.name}")
     try:
-        # Folds constants, the head's transposition among them, so that it is a matrix to be quantised.
+        # Folds constants, including the transposed weight of the head, which is otherwise not quantized.
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
         if is_decoder:
-            # Level 4: activations are quantised too, each row's blocks by themselves.
+            # Level 4 also quantizes activations, each block of a row separately.
             options = {"bits": 8, "block_size": DECODER_BLOCK, "is_symmetric": True, "accuracy_level": 4}
             quantizer = MatMulNBitsQuantizer(str(prepared), algo_config=DefaultWeightOnlyQuantConfig(**options))
             quantizer.process()
@@ -156,7 +156,7 @@ def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool) -> None:
 
 
 def _halve_table(model) -> None:
-    """Stores the table that `input_ids` are looked up in as float16; a row of it is widened when it is read."""
+    """Stores the token embeddings as float16 and casts the rows of `input_ids` to float32."""
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
@@ -183,7 +183,7 @@ def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     length, a_layer = (1, 1) if model.config.memory == "embedding" else (1 + patches, 2)
     states = torch.randn(2, length, len(layers) * a_layer * text.hidden_size)
     heads, head_dim = text.num_attention_heads, text.hidden_size // text.num_attention_heads
-    # Sizes other than 0 and 1, so that the trace takes nothing for granted that holds only for them.
+    # Sizes other than 0 and 1, which the exporter would specialise on.
     past = [torch.randn(2, heads, 3, head_dim) for _ in range(2 * len(layers))]
     names = [f"{index}.decoder.{part}" for index in range(len(layers)) for part in ("key", "value")]
     batch, new, before = (torch.export.Dim(name) for name in ("batch", "sequence_length", "past_sequence_length"))
@@ -202,12 +202,12 @@ def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
 def _export(
     module: nn.Module, inputs: dict, path: Path, input_names: list[str], output_names: list[str], shapes: dict
 ) -> None:
-    """Exports a module; raises `RuntimeError` unless the graph gives its outputs for the example inputs."""
+    """Exports a module; `RuntimeError` if the graph's outputs for the example inputs differ from the module's."""
     import onnxruntime
 
     names = {"input_names": input_names, "output_names": output_names, "dynamic_shapes": shapes}
     with warnings.catch_warnings():
-        # Two inputs share an axis, which is what was asked for.
+        # Inputs share axes intentionally.
         warnings.filterwarnings("ignore", message="# The axis name")
         warnings.filterwarnings("ignore", category=FutureWarning)
         options = {"dynamo": True, "external_data": False, "verbose": False}
@@ -223,7 +223,7 @@ def _export(
 
 
 def _strip_source(path: Path) -> None:
-    """Takes out what the exporter notes of the source files of each node, the paths of this machine among it."""
+    """Removes the exporter's metadata about source files, which contains paths of this machine."""
     import onnx
 
     model = onnx.load(path)

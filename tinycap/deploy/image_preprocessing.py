@@ -1,6 +1,6 @@
-"""The image processor of a TinyCap repository in Pillow and numpy, equal to the last bit.
+"""The image processor of a TinyCap repository in Pillow and numpy, bit for bit.
 
-`CLIPImageProcessor` on Pillow is what it equals (transformers' choice where torchvision isn't installed).
+It equals `CLIPImageProcessor` on Pillow (transformers' choice if torchvision isn't installed).
 """
 
 import json
@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 
-# The values that ask for nothing beyond what is done here; of the others, any value.
+# Supported values of settings; then the settings of which every value is supported.
 NEUTRAL = {
     **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
     **{"do_pad": (False, None), "do_convert_rgb": (True, None)},
@@ -28,7 +28,7 @@ class ImagePreprocessor:
         config: the content of that file.
 
     Raises:
-        ValueError: the config asks for something that this preprocessor doesn't do; names it.
+        ValueError: a setting isn't supported; names it.
     """
 
     def __init__(self, config: dict):
@@ -50,7 +50,7 @@ class ImagePreprocessor:
                 f"{self.crop_height}x{self.crop_width}, got size {size}"
             )
         self.resample = Image.Resampling(config.get("resample", Image.Resampling.BICUBIC))
-        # A byte has 256 values: what becomes of each in each channel is computed once, in the processor's own types.
+        # A lookup table of the 256 values of each channel, computed in the processor's types.
         scaled = (np.arange(256, dtype=np.float64) * config.get("rescale_factor", 1 / 255)).astype(np.float32)
         means, stds = (np.array(config[name], dtype=np.float32) for name in ("image_mean", "image_std"))
         self.values = [(scaled - mean) / std for mean, std in zip(means, stds)]

@@ -14,21 +14,21 @@ from tinycap.processing_tinycap import IMAGE_ENDINGS, load_image
 
 OTHER, HIDDEN, LINKS = "file(s) of other kinds", "hidden", "linked folder(s), not followed"
 FOLDERS, UNREADABLE = "folder(s) that match a pattern", "folder(s) that can't be read"
-# Names given of each kind of what is left out.
+# Names shown of each kind of entry that is left out.
 MAX_NAMED = 5
 
 
 class LeftOut(defaultdict):
-    """What lies in the searched folders and isn't taken, by kind: paths, or the endings of other files.
+    """Entries of searched folders that aren't captioned, by kind: paths, or the extensions of other files.
 
-    Linked folders may lead in a circle or to images that are there already. Folders that can't be read are a failure.
+    Links to folders may form loops or lead to the same images. Unreadable folders are failures.
     """
 
     def __init__(self):
         super().__init__(list)
 
     def __str__(self) -> str:
-        """One line; empty where nothing was left out."""
+        """One line; empty if nothing was left out."""
         parts = []
         for kind in filter(self.get, (OTHER, HIDDEN, LINKS, FOLDERS, UNREADABLE)):
             names = sorted(set(self[kind])) if kind == OTHER else self[kind]
@@ -42,15 +42,14 @@ def list_images(inputs: Iterable[str], left_out: LeftOut | None = None, from_lis
     """The images of a command, each once, in the order given; folders and patterns in the order of their names.
 
     Args:
-        inputs: files, folders (searched with all folders below them, hidden and linked ones left out), patterns with
-            `*`, `?`, `[...]` or `**`, `http(s)://` addresses; `-` stands for a list on the standard input, one a line.
-            A path that exists is never a pattern, nor is an existing folder at the head of one. A file that doesn't
-            exist is kept: it is a bad file, not a bad command.
-        left_out: collects what folders hold beyond images.
-        from_list: the inputs are the lines of a list, where a folder or pattern without images is a bad file too.
+        inputs: files, folders (searched recursively without hidden and linked ones), patterns with `*`, `?`, `[...]` or
+            `**`, `http(s)://` URLs; `-` is a list on standard input, one entry a line. An existing path is not a
+            pattern, nor is the existing folder that a pattern starts with. Missing files are kept, as unreadable ones.
+        left_out: collects the entries of folders that aren't images.
+        from_list: the inputs are the lines of a list; a folder or pattern without images is kept too.
 
     Raises:
-        ValueError: a pattern or folder holds no image; names it.
+        ValueError: a pattern or folder has no images; names it.
     """
     left_out = LeftOut() if left_out is None else left_out
     images: dict[str, None] = {}
@@ -68,7 +67,7 @@ def list_images(inputs: Iterable[str], left_out: LeftOut | None = None, from_lis
 
 
 def read_lines(path: str, errors: str = "strict") -> list[str]:
-    """The lines of a UTF-8 or marked UTF-16 file that aren't blank; `ValueError` names one that can't be read."""
+    """The non-blank lines of a file in UTF-8, or UTF-16 with a byte order mark; `ValueError` if it can't be read."""
     try:
         with open(path, "rb") as file:
             return _lines(file.read(), errors)
@@ -78,7 +77,7 @@ def read_lines(path: str, errors: str = "strict") -> list[str]:
 
 def _lines(content: bytes | str, errors: str = "surrogateescape") -> list[str]:
     if isinstance(content, bytes):
-        # What PowerShell writes, and what Notepad puts before UTF-8.
+        # PowerShell writes UTF-16, Notepad a byte order mark before UTF-8.
         is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
         content = content.decode("utf-16") if is_utf16 else content.decode("utf-8-sig", errors)
     return [line for line in (line.rstrip("\r") for line in content.split("\n")) if line.strip()]
@@ -98,7 +97,7 @@ def _expand(entry: str, left_out: LeftOut) -> Iterator[str]:
 
 
 def _match(pattern: str) -> list[str]:
-    """The paths that a pattern matches, sorted. Brackets that match nothing as a pattern stand for themselves."""
+    """The paths that a pattern matches, sorted. Brackets that match nothing as a pattern are literal."""
     parts = pattern.split(os.sep)
     heads = (os.sep.join(parts[:number]) for number in range(len(parts) - 1, 0, -1))
     head = next(filter(os.path.isdir, heads), "")
@@ -123,7 +122,7 @@ def _walk(folder: str, left_out: LeftOut) -> Iterator[str]:
 
 
 def read_ahead(read: Callable, images: Iterable, num_workers: int, ahead: int) -> Iterator:
-    """`read` of each image, in order, by that many threads, at most `ahead` images early; 0 threads read as asked."""
+    """Maps `read` over images in order, by threads that are at most `ahead` images early; by none with 0 workers."""
     if num_workers == 0:
         yield from map(read, images)
         return
@@ -140,9 +139,9 @@ def read_ahead(read: Callable, images: Iterable, num_workers: int, ahead: int) -
 def run_batches(
     run: Callable[[list], Iterable], images: Sequence[Any], batch_size: int, num_workers: int = 0
 ) -> Iterator[tuple[Any, Any]]:
-    """Yields each image with what `run` makes of it, or with the error of one that can't be read.
+    """Yields each image with its result of `run`, or with its error if it can't be read.
 
-    `run` gets the opened images of a batch, those that can be read; `num_workers` threads open images ahead.
+    `run` maps the readable images of a batch, opened, to their results; `num_workers` threads open images ahead.
     """
 
     def read(image: Any) -> Any:

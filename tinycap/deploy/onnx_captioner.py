@@ -1,9 +1,9 @@
-"""Captions images with onnxruntime, tokenizers, numpy and Pillow alone: no PyTorch, no transformers.
+"""Captions images with onnxruntime, tokenizers, numpy and Pillow, without PyTorch and transformers.
 
     captioner = OnnxCaptioner.from_pretrained("exported", quantized=True)
     captioner(["photo.jpg"])[0][0].text
 
-`tinycap.deploy.export` writes what it reads. Captions are those of `generate()` on the same checkpoint.
+The folder is written by `tinycap.deploy.export`. Captions equal those of `generate()` on the same checkpoint.
 """
 
 import json
@@ -26,7 +26,7 @@ from tinycap.processing_tinycap import load_image
 # Optimum's and transformers.js's names, in their folder `onnx`.
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"
 
-# Settings of a generation config that are honoured here, or that concern neither greedy nor beam search.
+# Supported settings of a generation config, and those that affect neither greedy nor beam search.
 ANY_VALUE = {
     *("num_beams", "max_new_tokens", "max_length", "length_penalty", "early_stopping", "suppress_tokens"),
     *("eos_token_id", "decoder_start_token_id", "bos_token_id", "pad_token_id"),
@@ -34,7 +34,7 @@ ANY_VALUE = {
     *("output_scores", "output_logits", "output_attentions", "output_hidden_states"),
     *("transformers_version", "_from_model_config"),
 }
-# Further ones, with the value that changes nothing.
+# Other settings, with the value that has no effect.
 NEUTRAL = {
     **{"do_sample": False, "num_beam_groups": 1, "diversity_penalty": 0.0, "use_cache": True, "token_healing": False},
     **{"repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "min_length": 0},
@@ -48,8 +48,8 @@ class Caption:
     """One caption of one image.
 
     Args:
-        text: the caption; `None` for an image that can't be read.
-        score: the sum of the log-probabilities of its `num_tokens` tokens, end token included, a prompt's not.
+        text: the caption; `None` for an unreadable image.
+        score: sum of the log-probabilities of its `num_tokens` tokens, with the end token, without the prompt's.
         error: why the image can't be read.
     """
 
@@ -60,15 +60,15 @@ class Caption:
 
 
 class OnnxCaptioner:
-    """A TinyCap as two ONNX graphs, as `export_onnx` wrote them.
+    """A TinyCap as two ONNX graphs, written by `export_onnx`.
 
     Args:
         folder: with `onnx/`, the tokenizer and the configs.
-        quantized: take the int8 graphs.
-        num_threads: of onnxruntime; its own choice when not given.
+        quantized: use the int8 graphs.
+        num_threads: of onnxruntime; its default if not given.
 
     Raises:
-        ValueError: the folder lacks one of the files, or its configs ask for something unsupported; names it.
+        ValueError: a file is missing, or a setting of a config isn't supported; names it.
     """
 
     def __init__(self, folder: str | Path, quantized: bool = False, num_threads: int | None = None):
@@ -90,7 +90,7 @@ class OnnxCaptioner:
         self.generation_config = {**ids, **generation_config}
         self.start_token_id, eos = (self.generation_config[name] for name in ids)
         self.eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        # Tokens that the decoder has positions for.
+        # Number of the decoder's positions.
         self.max_positions = config["text_config"]["max_position_embeddings"]
         self.tokenizer = Tokenizer.from_file(os.fspath(folder / "tokenizer.json"))
         self.preprocessor = ImagePreprocessor.from_pretrained(folder)
@@ -107,7 +107,7 @@ class OnnxCaptioner:
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, quantized: bool = False, num_threads: int | None = None):
-        """As the class; transformers' name for it."""
+        """The same as the class, by transformers' name."""
         return cls(folder, quantized, num_threads)
 
     def __call__(
@@ -120,7 +120,7 @@ class OnnxCaptioner:
         prompt: str | None = None,
         batch_size: int | None = None,
     ) -> list[list[Caption]]:
-        """Captions images; what isn't given is as the generation config says.
+        """Captions images; the generation config has the defaults of the search.
 
         Args:
             images: a list of whatever `load_image` opens (paths, bytes, PIL images, ...), or one of these.
@@ -129,14 +129,14 @@ class OnnxCaptioner:
             num_return_sequences: captions of each image, the best first; at most `num_beams`.
             length_penalty: above 0 favours longer captions of a beam search.
             prompt: beginning of every caption, part of its text.
-            batch_size: images run through the model together; all of them when not given.
+            batch_size: images run through the model together; by default all.
 
         Returns:
-            For each image, a list of captions. Among several images, one that can't be read gets a single `Caption`
-            without text that says why.
+            For each image, a list of captions. Among several images, an unreadable one has a single `Caption` with an
+            error and without text.
 
         Raises:
-            ValueError: the only image can't be read, or an argument has a value that makes no sense; names it.
+            ValueError: the only image can't be read, or an argument is invalid; names it.
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
@@ -172,11 +172,11 @@ class OnnxCaptioner:
         return self.encode(self.preprocessor([load_image(image) for image in images]))[1]
 
     def encode(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(B, 3, H, W) -> what the decoder reads (B, M, width), and the image embeddings (B, projection_dim)."""
+        """(B, 3, H, W) -> the decoder's input (B, M, width) and the image embeddings (B, projection_dim)."""
         return tuple(self.encoder.run(["last_hidden_state", "image_embeds"], {"pixel_values": pixel_values}))
 
     def decoding_step(self, encoder_hidden_states: np.ndarray) -> Callable:
-        """A `Step` of the searches over the captions of images (B, M, width); it keeps the cache."""
+        """A `Step` of the searches for encoded images (B, M, width), with their cache."""
         cache = {}
 
         def step(tokens: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
@@ -195,7 +195,7 @@ class OnnxCaptioner:
         return step
 
     def _prompt_ids(self, prompt: str | None) -> list[int]:
-        # A trailing space would be a token of its own, where captions have it at the head of the next word.
+        # A trailing space would be a separate token; in captions it is part of the next word.
         ids = self.tokenizer.encode(prompt.rstrip()).ids if prompt else []
         ids = ids if ids[:1] == [self.start_token_id] else [self.start_token_id, *ids]
         if len(ids) >= self.max_positions:
@@ -205,7 +205,7 @@ class OnnxCaptioner:
     def _caption(
         self, images: list, prompt_ids: list[int], num_beams: int, max_new_tokens: int | None, **settings
     ) -> list[list[Caption]]:
-        """Searches for the captions of opened images, by the arguments of `__call__`."""
+        """The captions of opened images, with the arguments of `__call__`."""
         config = self.generation_config
         limit = max_new_tokens or (config.get("max_length") or 20) - len(prompt_ids)
         limit = max(1, min(limit, self.max_positions - len(prompt_ids)))

@@ -1,13 +1,13 @@
-"""Where results go: the screen, one file of rows, a text file beside each image; embeddings.py has their file.
+"""Outputs: the screen, one file of rows, a text file beside each image; embeddings are in embeddings.py.
 
-All outputs are used alike; the end of a `with` block without an error finishes them:
+All outputs have the same interface; they are complete after a `with` block without an error:
 
     with output:
-        done = output.start(images, overwrite)  # images that an earlier run wrote, none with `overwrite`
-        failed = output.append(results)         # a batch; images that can't be written, with the reason
+        done = output.start(images, overwrite)  # images written by an earlier run; none with `overwrite`
+        failed = output.append(results)         # a batch; (image, reason) of what can't be written
 
-A file of rows is a log: rows are appended and flushed batch by batch, so that a killed run loses only the row that it
-was writing, and the next run resumes after the last whole one.
+Rows are appended to a file and flushed after every batch: a killed run loses only the row that it was writing, and the
+next run resumes after the last complete row.
 """
 
 import contextlib
@@ -29,19 +29,19 @@ else:
     import fcntl
 
 FORMATS = ("text", "alt", "jsonl", "csv")
-# File names needn't be text in any encoding.
+# File names may be invalid UTF-8.
 AS_IT_IS = {"errors": "surrogateescape", "newline": ""}
-# The csv module reads no longer field than 131,072 characters unless told; this is the most that it takes everywhere.
+# The csv module's limit is 131,072 characters by default; this is the maximum on all platforms.
 csv.field_size_limit(2**31 - 1)
 
 
 class OutputError(OSError):
-    """The system refuses to write an output; says which file and why."""
+    """An output can't be written; names the file and the reason."""
 
 
 @contextlib.contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turns an error of the system in the block into an `OutputError`; transformers' own have no number."""
+    """Converts the block's system errors to `OutputError`; errors of transformers have no errno and pass through."""
     try:
         yield
     except OSError as error:
@@ -51,7 +51,7 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def lock(path: Path) -> TextIO:
-    """Locks an output by a file beside it, until that is closed; `OutputError` where another process has the lock."""
+    """Locks an output until the returned file is closed; `OutputError` if another process has the lock."""
     file = open(path.with_name(f".{path.name}.lock"), "w")
     try:
         if os.name == "nt":
@@ -59,29 +59,29 @@ def lock(path: Path) -> TextIO:
         else:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if os.fstat(file.fileno()).st_nlink == 0:
-            # The process that held it has removed it in between.
+            # The previous owner removed it in the meantime.
             raise BlockingIOError
     except (BlockingIOError, PermissionError):
         file.close()
         raise OutputError(f"cannot write {path}: another process is writing to it") from None
     except OSError:
-        # Some file systems of clusters have no locks.
+        # Some cluster file systems don't support locks.
         pass
     return file
 
 
 def path_aside(path: Path) -> Path:
-    """Where a file is written before it is renamed: beside it, by a name that isn't longer than most."""
+    """The temporary file for an atomic write, in the same folder and with a short name."""
     return path.with_name(f".tinycap-{os.getpid()}{path.suffix}")
 
 
 def alt_attribute(caption: str) -> str:
-    """`alt="..."`, escaped so that it can be pasted into an HTML tag whatever the caption holds."""
+    """`alt="..."`, escaped for an HTML tag."""
     return f'alt="{html.escape(caption, quote=True)}"'
 
 
 class Output:
-    """Where results go; see the module."""
+    """Base class of the outputs; see the module."""
 
     def __enter__(self) -> "Output":
         return self
@@ -100,7 +100,7 @@ class Output:
 
 
 class CaptionRows:
-    """What rows of captions hold, beside `image` and `error`: captions, and where asked for `confidence` and `alt`."""
+    """The content of caption rows: image, captions, `confidence` and `alt` if requested, and error."""
 
     def __init__(self, num_captions: int = 1, confidence: bool = False, alt: bool = False):
         self.num_captions = num_captions
@@ -112,7 +112,7 @@ class CaptionRows:
         return csv_line(self.columns) if kind == "csv" else ""
 
     def line(self, result: ImageResult, kind: str) -> str:
-        """One row of a `csv` or `jsonl` file."""
+        """A row of a `csv` or `jsonl` file."""
         best = result.captions[0] if result.captions else None
         row = {"image": result.image, "caption": best}
         if self.num_captions > 1:
@@ -128,7 +128,7 @@ class CaptionRows:
         return csv_line(["" if row.get(name) is None else str(row[name]) for name in self.columns])
 
     def missing(self, row: dict) -> str:
-        """What a JSON row of an earlier run lacks of what was asked for now; empty where it is nothing."""
+        """The requested content that a JSON row of an earlier run lacks; empty if there is none."""
         missing = [name for name in self.extra if name not in row]
         alternatives = row.get("alternatives")
         num_captions = 1 + (len(alternatives) if isinstance(alternatives, list) else 0)
@@ -138,7 +138,7 @@ class CaptionRows:
 
 
 def json_line(row: dict) -> str:
-    """One line of JSON; readable, unless a file's name is no text in any encoding."""
+    """A line of JSON, escaped only if a file name is invalid UTF-8."""
     line = json.dumps(row, ensure_ascii=False)
     try:
         line.encode("utf-8")
@@ -149,28 +149,28 @@ def json_line(row: dict) -> str:
 
 def csv_line(fields: list[str]) -> str:
     buffer = io.StringIO()
-    # Python 3.11 and older quote a line break only where it is one of the terminator's: with the default, both are.
+    # Up to Python 3.11, only the terminator's characters are quoted; the default terminator has both line breaks.
     csv.writer(buffer).writerow(fields)
     return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
 class RowFile(Output):
-    """A `.jsonl` or `.csv` file (`ValueError` for another ending) to which runs append, one at a time.
+    """A `.jsonl` or `.csv` file (`ValueError` for other extensions) to which runs append, one at a time.
 
-    `shape` says what its rows hold, such as `CaptionRows`.
+    `shape` defines the content of its rows, like `CaptionRows`.
     """
 
     def __init__(self, path: str | Path, shape):
-        # Resolved, so that two links to a file have one lock.
+        # Resolved, so that links to the same file share its lock.
         self.path, self.shape, self.file, self.lock = Path(os.path.realpath(path)), shape, None, None
         self.kind = self.path.suffix.lower()[1:]
         if self.kind not in ("jsonl", "csv"):
             raise ValueError(f"--output: expected a name that ends in .jsonl or .csv, got {path}")
 
     def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
-        """Rewrites the file without a half-written row and without errors of this run's images, which are retried.
+        """Removes a half-written row and the errors of this run's images, which are retried.
 
-        Killed in the middle, it leaves the file as it was, as does a `ValueError` for what isn't such a row.
+        The file is replaced atomically. It stays unchanged if it contains anything else (`ValueError`).
         """
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -205,27 +205,27 @@ class RowFile(Output):
                     file.close()
         finally:
             if held is not None:
-                # Windows keeps a file that is open.
+                # Windows can't remove an open file.
                 with contextlib.suppress(OSError):
                     os.unlink(held.name)
                 held.close()
 
     def rows(self) -> Iterator[tuple[str, dict]]:
-        """The whole rows that are there, as text and as dicts; a last one that was being written is left out."""
+        """The complete rows of the file, as text and as dicts."""
         if not self.path.exists() or not self.path.stat().st_size:
             return
         with open(self.path, encoding="utf-8-sig", **AS_IT_IS) as file:
             for number, text, row, expected in self._read_csv(file) if self.kind == "csv" else self._read_jsonl(file):
                 if expected:
                     raise ValueError(
-                        f"{self.path}, line {number}: expected {expected}, got {text.strip()[:60]!r}; mend it, or pass "
+                        f"{self.path}, line {number}: expected {expected}, got {text.strip()[:60]!r}; fix it, or pass "
                         "--overwrite or another name"
                     )
-                # An editor may have changed or taken a row's end.
+                # An editor may have changed or removed the line end.
                 yield text.rstrip("\r\n") + "\n", row
 
     def _read_jsonl(self, file: TextIO) -> Iterator[tuple[int, str, dict, str]]:
-        """Line number, text and content of each row, and what was expected in the place of a bad one."""
+        """Yields line number, text and content of each row, and what was expected instead if it is invalid."""
         for number, text in enumerate(file, start=1):
             try:
                 row = json.loads(text)
@@ -250,8 +250,8 @@ class RowFile(Output):
             except csv.Error:
                 fields = []
             text, is_row = "".join(lines), len(fields) == len(columns)
-            # A row that was being written when the run was stopped has no end. One with all its fields, a caption and
-            # no error is whole: an editor may have taken the end. An editor's open quote takes all rows behind it.
+            # A half-written row has no line end. With all fields, a caption and no error it is complete: an editor may
+            # have removed the line end. An unclosed quote from an editor includes all rows after it.
             is_whole = text.endswith("\n") or (number > 1 and is_row and bool(fields[1]) and not fields[-1])
             takes_rows = any(len(row) == len(columns) for line in lines[1:] for row in csv.reader([line]))
             if is_whole or takes_rows:
@@ -265,10 +265,10 @@ class RowFile(Output):
 
 
 class Sidecars(Output):
-    """`photo.txt` beside `photo.jpg`, with the captions, one a line, as "text" or "alt".
+    """`photo.txt` beside `photo.jpg`, with a caption a line, as "text" or "alt".
 
     Raises:
-        ValueError: an image is an address, or its caption would be written over another's or over an image; names them.
+        ValueError: an image is a URL, or its sidecar is that of another image or an image itself; names them.
     """
 
     def __init__(self, images: Sequence[str], format: str | None):
@@ -278,7 +278,7 @@ class Sidecars(Output):
             if image.startswith(("http://", "https://")):
                 raise ValueError(f"--sidecar: expected files, got the address {image}")
             path = self.path_of(image)
-            # Where a file system ignores case, an image `photo.TXT` is its own sidecar.
+            # On a case-insensitive file system, an image `photo.TXT` is its own sidecar.
             is_image = os.path.exists(path) and os.path.samefile(path, image)
             real = os.path.realpath(image if is_image else path)
             if real in taken:
@@ -290,7 +290,7 @@ class Sidecars(Output):
         return Path(image).with_suffix(".txt")
 
     def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
-        # Not `Path.exists`, which raises an error on a name that is too long.
+        # `Path.exists` raises an error if the name is too long.
         return set() if overwrite else {image for image in images if os.path.isfile(self.path_of(image))}
 
     def append(self, results: Iterable[ImageResult]) -> list[tuple[str, str]]:
@@ -312,7 +312,7 @@ class Sidecars(Output):
 
 
 class Screen(Output):
-    """Captions as lines of a stream, behind the image's name and the confidence where wanted; or the rows of a file."""
+    """Lines of image name, confidence (both optional) and caption, separated by tabs; or the rows of a file."""
 
     def __init__(self, stream: TextIO, format: str | None, shape: CaptionRows, show_names: bool, show_confidence: bool):
         self.stream, self.format, self.shape = stream, format, shape

@@ -1,4 +1,4 @@
-"""Greedy and beam search over any function from tokens to logits, in numpy, as transformers 5.24 searches.
+"""Greedy and beam search over any function from tokens to logits, in numpy, as in transformers 5.24.
 
 Results equal `GenerationMixin`'s greedy and beam search, including the order of ties; the tests compare them.
 """
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 
 
-# Log-probability of what must not be chosen: transformers' own value, which stays finite in sums.
+# Log-probability of excluded candidates: transformers' value, which stays finite in sums.
 NEVER = np.float32(-1.0e9)
 
-# step(tokens, rows) -> logits. `tokens` (N, L) are new since the last call; before them, the state's rows are replaced
-# by those that `rows` (N,) names, or stay as they are where it is `None`. `logits` (N, vocab_size) are float32.
+# step(tokens, rows) -> logits. `rows` (N,) first reorders the rows of the cache, unless it is `None`; `tokens` (N, L)
+# are those since the last call; `logits` (N, vocab_size) are float32.
 Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 
 @dataclass
 class Sequences:
-    """The best R token sequences of a search for B images, the best first.
+    """The R best token sequences for each of B images, best first.
 
     Args:
-        tokens: (B, R) lists of token ids, with the end token where there is one, without the prompt.
+        tokens: (B, R) lists of token ids, with the end token if there is one, without the prompt.
         scores: (B, R), the sum of their log-probabilities.
     """
 
@@ -39,9 +39,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def greedy_search(
     step: Step, prompt: np.ndarray, eos_token_ids: list[int], max_new_tokens: int, suppress_tokens: Sequence[int] = ()
 ) -> Sequences:
-    """Takes the most probable token until the end token or the limit; never one of `suppress_tokens`.
+    """Chooses the most probable token until the end token or the limit, never one of `suppress_tokens`.
 
-    `prompt` (B, L) holds the start token and what else the captions begin with.
+    `prompt` (B, L) is the start token and the beginning of the captions.
     """
     batch = len(prompt)
     sequences, scores = [[] for _ in range(batch)], np.zeros((batch, 1), np.float32)
@@ -59,7 +59,7 @@ def greedy_search(
         finished |= np.isin(best, eos_token_ids)
         if finished.all():
             break
-        # The input of finished rows doesn't matter: rows are independent.
+        # Finished rows get any input, since rows are independent.
         tokens = best[:, None]
     return Sequences([[row] for row in sequences], scores)
 
@@ -75,10 +75,10 @@ def beam_search(
     early_stopping: bool | str = False,
     suppress_tokens: Sequence[int] = (),
 ) -> Sequences:
-    """Keeps the `num_beams` best beginnings of each caption and returns the best finished ones.
+    """Keeps the `num_beams` best beginnings of each caption; returns the best finished ones.
 
     Args:
-        step: is called with the beams of an image next to each other, B * num_beams rows.
+        step: is called with B * num_beams rows, the beams of an image adjacent.
         prompt, suppress_tokens: as in `greedy_search`.
         length_penalty: finished captions are compared by log-probability / length ** length_penalty.
         early_stopping: `True` ends with the first `num_beams` finished captions, `False` when the running ones are no
@@ -88,7 +88,7 @@ def beam_search(
     is_top = np.arange(beams_to_keep) < num_beams
     rows = np.arange(batch)[:, None]
     running = np.zeros((batch, num_beams, max_new_tokens), np.int64)
-    # All beams are equal in the first step: only the first one counts.
+    # In the first step all beams are equal, so that only the first one is used.
     running_scores = np.full((batch, num_beams), NEVER)
     running_scores[:, 0] = 0.0
     # The best finished sequences of each image: tokens, lengths, scores, log-probabilities, whether there is one.
@@ -116,7 +116,7 @@ def beam_search(
         order = (beams[rows, kept] + rows * num_beams).flatten()
         tokens = running[:, :, length - 1].reshape(-1, 1)
 
-        # Candidates beyond the first `num_beams` only keep enough beams running.
+        # Candidates after the first `num_beams` only serve to keep enough beams running.
         just_ended = ended & is_top
         *_, is_finished = finished
         is_full = is_finished.all(axis=1, keepdims=True) & (early_stopping is True)
@@ -141,9 +141,9 @@ def beam_search(
 
 
 def _top_k(values: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the `k` largest of each row, the largest first; of equal ones the first."""
+    """Positions of the `k` largest values of each row, descending; ties in the order of positions."""
     if values.shape[1] > 4 * k:
-        # Sorted, so that equal values come in the order of their positions.
+        # Sorted, so that ties are in the order of positions.
         part = np.sort(np.argpartition(-values, k - 1, axis=1)[:, :k], axis=1)
     else:
         part = np.broadcast_to(np.arange(values.shape[1]), values.shape)

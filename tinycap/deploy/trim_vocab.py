@@ -2,13 +2,13 @@
 
 GPT-2's 50,257 tokens take 12.9 of a TinyCap's 18.2 million parameters, and captions use a few thousand of them. Kept
 are the tokens of the corpus's texts, of the model's own captions of its images and of the configs, all 256 bytes, so
-that any text can still be written, and the merges that make kept tokens, with the parts of these.
+that any text can still be encoded, and the merges that produce kept tokens, with their parts.
 
-The corpus is tokenised as before: byte-pair encoding repeatedly applies the first merge in its list that fits. All
-merges that it ever applied to the corpus are kept in their order, so that the first one is the same each time.
+The corpus is tokenised as before: byte-pair encoding repeatedly applies the first matching merge of its list. All
+merges that it applies to the corpus are kept in their order, so that the first match is always the same.
 
-Greedy captions stay the same, since kept tokens keep their logits. Beam search compares sums of log-probabilities,
-which grow by the dropped tokens' share of the softmax: the report counts the captions that differ.
+Greedy captions don't change, since kept tokens keep their logits. Beam search compares sums of log-probabilities, which
+increase by the dropped tokens' share of the softmax: the report counts the captions that differ.
 """
 
 import json
@@ -34,7 +34,7 @@ REPORT_NAME = "trim_report.json"
 
 
 def byte_pairs(tokenizer: PreTrainedTokenizerFast) -> dict:
-    """The content of a byte-level BPE's `tokenizer.json`, merges as pairs; `ValueError` for another tokenizer."""
+    """The content of a byte-level BPE's `tokenizer.json`, merges as pairs; `ValueError` for other tokenizers."""
     content = json.loads(tokenizer.backend_tokenizer.to_str())
     model = content["model"]
     if model["type"] != "BPE" or '"ByteLevel"' not in json.dumps(content.get("pre_tokenizer")):
@@ -44,11 +44,11 @@ def byte_pairs(tokenizer: PreTrainedTokenizerFast) -> dict:
 
 
 def closure(tokenizer: PreTrainedTokenizerFast, used: Iterable[int]) -> list[int]:
-    """The ids to keep so that used ones can still be made: also bytes, added tokens and all parts; ascending."""
+    """The used ids, those of all parts that their merges need, bytes and added tokens; ascending."""
     content, used = byte_pairs(tokenizer), set(used)
     vocab, parts = content["model"]["vocab"], {}
     for first, second in content["model"]["merges"]:
-        # Several merges may make one token: which of them does depends on the text, so that all are kept.
+        # Several merges may produce the same token, depending on the text; all are kept.
         parts.setdefault(first + second, set()).update((first, second))
     kept, waiting = set(), [token for token, number in vocab.items() if number in used]
     waiting += [token for token in pre_tokenizers.ByteLevel.alphabet() if token in vocab]
@@ -61,7 +61,7 @@ def closure(tokenizer: PreTrainedTokenizerFast, used: Iterable[int]) -> list[int
 
 
 def trim_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int]) -> PreTrainedTokenizerFast:
-    """The tokenizer with these ids alone, numbered from 0 in their order; see `closure`."""
+    """The tokenizer with only these ids, renumbered from 0 in their order; see `closure`."""
     content = byte_pairs(tokenizer)
     model, ids = content["model"], {token: new for new, token in enumerate(tokenizer.convert_ids_to_tokens(kept))}
     model["vocab"] = {token: number for token, number in ids.items() if token in model["vocab"]}
@@ -83,7 +83,7 @@ def trim_tokenizer(tokenizer: PreTrainedTokenizerFast, kept: Sequence[int]) -> P
 
 
 def renumber_processor(part: Any, ids: dict[str, int]) -> Any:
-    """A post-processor whose special tokens, {"ids", "tokens"} or [token, id], have other ids."""
+    """A post-processor with new ids of its special tokens, which are {"ids", "tokens"} or [token, id]."""
     if isinstance(part, dict):
         part = {name: renumber_processor(value, ids) for name, value in part.items()}
         return {**part, "ids": [ids[token] for token in part["tokens"]]} if "tokens" in part else part
@@ -94,7 +94,7 @@ def renumber_processor(part: Any, ids: dict[str, int]) -> Any:
 
 
 def encode_whole(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> list[list[int]]:
-    """The ids of each text and of its end, as training makes them but not truncated."""
+    """The ids of each text and of its end, as in training but not truncated."""
     return encode_captions(tokenizer, texts, max_length=10**9) if texts else []
 
 
@@ -106,7 +106,7 @@ def check_tokenisation(tokenizer, trimmed, kept: Sequence[int], texts: list[str]
 
 
 def map_ids(config: dict[str, Any], change: Callable[[int], Any]) -> dict[str, Any]:
-    """A config, a model's or of generation, with `change` of each token id; `ValueError` where they can't be mapped."""
+    """A model or generation config with `change` applied to each token id; `ValueError` if that isn't possible."""
 
     def mapped(value: Any) -> Any:
         return [mapped(item) for item in value] if isinstance(value, (list, tuple)) else change(value)
@@ -123,7 +123,7 @@ def map_ids(config: dict[str, Any], change: Callable[[int], Any]) -> dict[str, A
 
 
 def trim_model(model: TinyCapForConditionalGeneration, kept: Sequence[int]) -> TinyCapForConditionalGeneration:
-    """A model whose embedding and head have these rows alone, in their order; ids in its configs are renumbered."""
+    """The model with only these rows of embedding and head, in their order, and renumbered ids in its configs."""
     number = {old: new for new, old in enumerate(kept)}.__getitem__
     config = map_ids(model.config.to_dict(), number)
     config["text_config"]["vocab_size"] = len(kept)
@@ -139,7 +139,7 @@ def trim_model(model: TinyCapForConditionalGeneration, kept: Sequence[int]) -> T
 def load_corpus(
     dataset_name: str, split: str, text_splits: Sequence[str] = (), max_samples: int | None = None
 ) -> tuple[list[str], list[dict]]:
-    """All captions of a data set's splits, and the first images of `split`, undecoded, of rows with captions."""
+    """All captions of a data set's splits, and the first captioned images of `split`, undecoded."""
     texts, images = [], None
     for name in dict.fromkeys([split, *text_splits]):
         rows, columns = load_images(dataset_name, name)
