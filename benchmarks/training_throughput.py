@@ -27,10 +27,10 @@ from benchmarks.results import benchmark_parser, run_facts, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.train_distill import joint_losses, train_step
+from tinycap.train_distill import joint_losses
 from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.data import SkippedRows, content_fingerprint, decode_dataset, load_split, resolve_columns
-from tinycap.training.loop import StopSignals, TrainBatches, steps_of
+from tinycap.training.loop import StopSignals, TrainBatches, steps_of, train_step
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor
 from tinycap.training.student import enable_gradient_checkpointing
@@ -146,14 +146,14 @@ class OurLoop(Loop):
         self.steps = steps_of(self.accelerator, self.batches, 1, StopSignals())
         self.accelerator.backward = self.timed("backward", self.accelerator.backward)
         self.optimizer.step = self.timed("optimizer", self.optimizer.step)
-        self.losses = self.timed("forward", joint_losses)
+        self.losses = self.timed(
+            "forward", lambda batch: joint_losses(self.model, self.model, batch, batch["teacher_embeds"])
+        )
 
     def step(self) -> None:
         step = next(self.steps)
         self.seconds["waiting"] += step.waited
-        train_step(
-            self.args, self.accelerator, self.model, self.optimizer, self.scheduler, None, self.losses, step, number=1
-        )
+        train_step(self.args, self.accelerator, self.model, self.optimizer, self.scheduler, self.losses, step)
 
 
 class ReferenceLoop(Loop):

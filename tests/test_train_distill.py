@@ -17,6 +17,7 @@ from tiny import CAPTIONS, draw_picture, log_rows, png_bytes, tiny_model, tiny_r
 from transformers import pipeline
 
 from tinycap import train_distill
+from tinycap.training import loop
 from tinycap.training.arguments import flags_of
 from tinycap.training.configuration import SCENE_CONFIG
 from tinycap.training.flags import SCENE_DEFAULTS
@@ -74,7 +75,7 @@ class KilledError(BaseException):
 
 def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
     """Starts a run and lets it die after the losses of a step, before they change anything."""
-    check_finite = train_distill.check_finite
+    check_finite = loop.check_finite
 
     def dies(losses, step, image_ids):
         check_finite(losses, step, image_ids)
@@ -82,7 +83,7 @@ def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
             raise KilledError
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_distill, "check_finite", dies)
+        patch.setattr(loop, "check_finite", dies)
         with pytest.raises(KilledError):
             train_distill.main(flags)
 
@@ -349,7 +350,7 @@ def test_help_says_what_every_flag_does_with_its_default(capsys):
         train_distill.parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "--captions_per_image" in shown and "(default: 1.0)" in shown
-    assert all(flag.help for flag in flags_of("distill"))
+    assert all(flag.help for flag in flags_of("distill").values())
 
 
 def run_and_expect(flags: list[str], error: str, out: Path) -> None:

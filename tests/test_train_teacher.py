@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap import train_teacher
+from tinycap.training import loop
 from tinycap.training.locked_text import TEXT_HEAD_FILE, LockedTextModel
 from tinycap.training.teacher import Teacher
 from tinycap.training.tokenizer import load_tokenizer
@@ -58,7 +59,7 @@ def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(is_locked, s
             if step == 6:
                 raise KeyboardInterrupt
 
-        patch.setattr(train_teacher, "check_finite", dies)
+        patch.setattr(loop, "check_finite", dies)
         with pytest.raises(KeyboardInterrupt):
             train_teacher.main(flags)
     train_teacher.main([*flags, "--resume_from_checkpoint", "latest"])

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from accelerate.utils import LoggerType
 from transformers import SchedulerType
 
 from tinycap.configuration_tinycap import MEMORIES
@@ -32,8 +33,11 @@ class Flag:
     @property
     def type(self) -> type:
         """Of its values: that of the default; without one, `int` for a number."""
-        default = self.default["teacher"] if isinstance(self.default, dict) else self.default
+        default = self.default_of("teacher")
         return type(default) if default is not None else int if isinstance(self.allowed, str) else str
+
+    def default_of(self, script: str) -> Any:
+        return self.default[script] if isinstance(self.default, dict) else self.default
 
 
 DistillFlag, TeacherFlag = partial(Flag, script="distill"), partial(Flag, script="teacher")
@@ -138,7 +142,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "length_penalty", 1.0, "beams are ranked by log-probability / length ** this: above 0, longer ones win"
         ),
         DistillFlag("load_best_model_at_end", False, "save the weights of the best CIDEr, not the last"),
-        Flag("report_to", "none", "accelerate's trackers: none, all, tensorboard, wandb, ..."),
+        Flag("report_to", "none", "accelerate's trackers", ("none", *map(str, LoggerType))),
     ),
     "save, resume and share": (
         Flag("output_dir", {"distill": "outputs/tinycap", "teacher": "outputs/teacher"}, "where model and reports go"),
@@ -151,53 +155,50 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
 }
 
-# A flag that differs from its default, the condition that it needs or excludes, and the reason. A condition is another
-# flag's name (it differs from its default), or a name with a value.
-NEEDS = (
-    *((name, "dataset_name", "") for name in ("dataset_config_name", "train_split", "validation_split")),
-    *((name, "dataset_name", "") for name in ("image_column", "caption_column", "streaming")),
-    ("streaming", "max_train_steps", "the end of the run"),
-    ("freeze_vision_model", "model_name_or_path", "a trained student"),
-    ("freeze_vision_model", "distill_weight 0", "since a frozen student can't be distilled"),
-    ("freeze_image_model", "image_model_name_or_path", ""),
-    ("image_model_name_or_path", "text_model_name_or_path", "a sentence encoder to learn against"),
-    ("teacher_views", "teacher_cache_dir", ""),
-    ("objective", "model_name_or_path", "a model whose captions are worth comparing"),
-    ("load_best_model_at_end", "evaluation_steps", "validations to choose from"),
-    ("hub_model_id", "push_to_hub", ""),
-)
+# A condition that needs or contradicts another one, and why. A condition is the name of a flag, which then differs from
+# its default, or a name with a value.
+DATA_FLAGS = ("dataset_config_name", "train_split", "validation_split", "image_column", "caption_column", "streaming")
 IMAGE_TOWER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "attention_dropout")
 TEXT_TOWER = ("text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads", "tokenizer_name")
-EXCLUDES = (
-    ("config_name", "model_name_or_path", "which brings its own configuration"),
-    ("tokenizer_name", "model_name_or_path", "which brings its own tokenizer"),
-    *((name, "image_model_name_or_path", "which brings its own") for name in IMAGE_TOWER),
-    *((name, "text_model_name_or_path", "which brings its own") for name in TEXT_TOWER),
-    ("teacher_cache_dir", "streaming", "whose images are not stored"),
-    ("mixup", "streaming", "which has no other image to blend with"),
-    ("mixup", "objective scst", "whose reward needs the captions of every image"),
-    ("label_smoothing", "objective scst", "whose loss has no labels to smooth"),
-    ("streaming", "objective scst", "whose CIDEr counts the words of all captions"),
-    ("patch_dropout", "freeze_vision_model", "whose embeddings must be those of inference"),
-    ("length_penalty", "num_beams 1", "which has no captions to rank"),
-    ("overwrite_output_dir", "resume_from_checkpoint", ""),
+RULES = (
+    *((name, "needs", "dataset_name", "") for name in DATA_FLAGS),
+    ("streaming", "needs", "max_train_steps", "the end of the run"),
+    ("freeze_vision_model", "needs", "model_name_or_path", "a trained student"),
+    ("freeze_vision_model", "needs", "distill_weight 0", "since a frozen student can't be distilled"),
+    ("freeze_image_model", "needs", "image_model_name_or_path", ""),
+    ("image_model_name_or_path", "needs", "text_model_name_or_path", "a sentence encoder to learn against"),
+    ("teacher_views", "needs", "teacher_cache_dir", ""),
+    ("objective scst", "needs", "model_name_or_path", "a model whose captions are worth comparing"),
+    ("load_best_model_at_end", "needs", "evaluation_steps", "validations to choose from"),
+    ("hub_model_id", "needs", "push_to_hub", ""),
+    ("config_name", "contradicts", "model_name_or_path", "which brings its own configuration"),
+    ("tokenizer_name", "contradicts", "model_name_or_path", "which brings its own tokenizer"),
+    *((name, "contradicts", "image_model_name_or_path", "which brings its own") for name in IMAGE_TOWER),
+    *((name, "contradicts", "text_model_name_or_path", "which brings its own") for name in TEXT_TOWER),
+    ("teacher_cache_dir", "contradicts", "streaming", "whose images are not stored"),
+    ("mixup", "contradicts", "streaming", "which has no other image to blend with"),
+    ("mixup", "contradicts", "objective scst", "whose reward needs the captions of every image"),
+    ("label_smoothing", "contradicts", "objective scst", "whose loss has no labels to smooth"),
+    ("streaming", "contradicts", "objective scst", "whose CIDEr counts the words of all captions"),
+    ("patch_dropout", "contradicts", "freeze_vision_model", "whose embeddings must be those of inference"),
+    ("length_penalty", "contradicts", "num_beams 1", "which has no captions to rank"),
+    ("overwrite_output_dir", "contradicts", "resume_from_checkpoint", ""),
 )
 
 # Without --dataset_name: by script. For the student, ten minutes of two CPU cores.
-SCENE_DATA = {"max_train_samples": 12000, "max_eval_samples": 500, "vocab_size": 512, "max_caption_length": 40}
-SCENE_TRAINING = {"learning_rate": 1e-3, "patch_learning_rate_scale": 0.1}
-SCENE_AUGMENTATION = {"crop_scale": 1.0, "horizontal_flip": False, "color_jitter": 0.0}
+SCENES = {
+    **{"max_train_samples": 12000, "max_eval_samples": 500, "vocab_size": 512, "max_caption_length": 40},
+    **{"learning_rate": 1e-3, "patch_learning_rate_scale": 0.1},
+    **{"crop_scale": 1.0, "horizontal_flip": False, "color_jitter": 0.0},
+}
 SCENE_DEFAULTS = {
     "distill": {
-        **SCENE_DATA,
         **{"per_device_train_batch_size": 32, "captions_per_image": 1, "num_train_epochs": 10.0, "dropout": 0.0},
-        **{"num_warmup_steps": 100, **SCENE_TRAINING, **SCENE_AUGMENTATION},
+        **{"num_warmup_steps": 100, **SCENES},
     },
     "teacher": {
-        **SCENE_DATA,
         **{"image_size": 96, "patch_size": 32, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
         **{"text_hidden_size": 128, "text_num_hidden_layers": 2, "text_num_attention_heads": 4, "projection_dim": 256},
-        **{"per_device_train_batch_size": 128, "num_train_epochs": 4.0, "num_warmup_steps": 50},
-        **{**SCENE_TRAINING, **SCENE_AUGMENTATION},
+        **{"per_device_train_batch_size": 128, "num_train_epochs": 4.0, "num_warmup_steps": 50, **SCENES},
     },
 }
