@@ -193,47 +193,33 @@ def evaluate(
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def describe_run(
-    args: argparse.Namespace, accelerator: Accelerator, data: Data, model, teacher: Teacher | None
-) -> dict:
-    """Facts for the model card; logs the main ones."""
+def describe_run(args, accelerator: Accelerator, data: Data, model, teacher: Teacher | None) -> dict[str, str]:
+    """Facts for the model card, see its template; logs the main ones."""
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    num_train_images = "a stream" if data.train is None else f"{len(data.train):,} images"
-    logger.info(
-        f"Training {model.num_parameters():,} parameters on {num_train_images}, {args.max_train_steps:,} steps of "
-        f"{batch_size} images, {args.captions_per_image} caption(s) each, on {accelerator.device} x "
-        f"{accelerator.num_processes}, {accelerator.mixed_precision.replace('no', 'float32')}."
-    )
-    name = args.teacher_name_or_path or "trained in the same run"
-    return {
-        "num_parameters": model.num_parameters(),
-        "batch_size": batch_size,
+    facts = {
+        "num_parameters": f"{model.num_parameters():,}",
+        "num_train_images": "a stream" if data.train is None else f"{len(data.train):,} images",
+        "steps": f"{args.max_train_steps:,} of {batch_size} images with {args.captions_per_image} caption(s) each",
         "device": f"{accelerator.num_processes} x {accelerator.device.type}",
-        "teacher": f"{name}, {args.teacher_feature} feature of width {teacher.embed_dim}" if teacher else "none",
-        "num_train_images": num_train_images,
+        "teacher": "none",
     }
+    if teacher is not None:
+        name = args.teacher_name_or_path or "trained in the same run"
+        facts["teacher"] = f"{name}, {args.teacher_feature} feature of width {teacher.embed_dim}"
+    logger.info("Training %(num_parameters)s parameters on %(num_train_images)s, steps: %(steps)s; %(device)s.", facts)
+    return facts
 
 
 def save_results(args, model, tokenizer, image_processor, data: Data, metrics, captions, run_info: dict) -> None:
-    """Writes the model repository, its reports and its card to `args.output_dir`, and uploads them if asked for.
-
-    Args:
-        model: the unwrapped model.
-        metrics, captions: of the last evaluation.
-        run_info: see `write_model_card`.
-    """
+    """Writes the model repository, its reports and its card to `args.output_dir`, and uploads them if asked for."""
     output_dir = Path(args.output_dir)
     save_repository(output_dir, model, tokenizer, image_processor)
     write_json(output_dir / "eval_results.json", metrics)
     plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
-    shown = range(min(16, len(captions)))
-    contact_sheet(
-        [picture_of(data.validation[row]) for row in shown],
-        [captions[row] for row in shown],
-        output_dir / "samples.png",
-        references=[data.validation[row]["captions"][0] for row in shown],
-        title="Held-out images: the model's caption, and a human's" if args.dataset_name else "Unseen scenes",
-    )
+    shown = [data.validation[row] for row in range(min(16, len(captions)))]
+    title = "Held-out images: the model's caption, and a human's" if args.dataset_name else "Unseen scenes"
+    pictures, references = [picture_of(row) for row in shown], [row["captions"][0] for row in shown]
+    contact_sheet(pictures, captions[: len(shown)], output_dir / "samples.png", references=references, title=title)
     write_model_card(output_dir / "README.md", args, model.config, metrics, run_info)
     if args.push_to_hub:
         logger.info("Uploaded to %s", push_to_hub(args))

@@ -51,9 +51,6 @@ MAX_LOGIT_SCALE = math.log(100.0)
 MAX_CACHED_CAPTIONS = 200_000
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the flags; contradictions are errors that name them."""
 
@@ -66,9 +63,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
                 yield f"--{prefix}hidden_size: expected a multiple of {heads} heads, got {width}"
 
     return parse_flags("teacher", argv, __doc__.split("\n\n")[0], problems)
-
-
-# --- model and losses -------------------------------------------------------------------------------------------------
 
 
 def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextModel:
@@ -158,9 +152,6 @@ def compute_losses(accelerator: Accelerator, model, tokenizer, batch: dict) -> d
     return {"loss": loss, "contrastive_loss": loss}
 
 
-# --- evaluation -------------------------------------------------------------------------------------------------------
-
-
 def retrieval_recall(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict:
     """Recall at k in percent, in both directions, of (N, D) images and (N * K, D) captions, an image's next to each
     other; unit norm."""
@@ -196,9 +187,6 @@ def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> 
     return {"num_images": len(images), **retrieval_recall(images, texts.view(-1, images.shape[1]))}
 
 
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
 def save_results(accelerator: Accelerator, model, tokenizer, image_processor, run: RunFolder, metrics: dict) -> None:
     """Writes the unwrapped model with its processors and its metrics to the run's folder."""
     if accelerator.is_main_process:
@@ -211,16 +199,11 @@ def save_results(accelerator: Accelerator, model, tokenizer, image_processor, ru
 
 
 def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, share: float = 1.0) -> dict[str, float]:
-    """Runs the whole training; returns the last evaluation's metrics.
+    """Runs the whole training, as `train_distill.main`; returns the last evaluation's metrics.
 
     Args:
         accelerator: the caller's, when this is part of a larger run.
         share: of that run's time which this training takes; for the estimate of the time left.
-
-    Raises:
-        ValueError: an argument, a dataset or a checkpoint doesn't fit; nothing has been trained then.
-        NonFiniteLossError: the loss became infinite or NaN.
-        StoppedBySignal: SIGTERM or SIGINT was received; a checkpoint is saved.
     """
     args = parse_args(argv)
     check_sources(args)
@@ -229,9 +212,8 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
     run = RunFolder(args, accelerator, "tinycap-teacher", share)
     data = load_data(args, accelerator, args.image_size, args.image_size, run.skipped)
 
-    pretrained = args.text_model_name_or_path or args.tokenizer_name
-    if pretrained is not None:
-        tokenizer = load_tokenizer(pretrained)
+    if args.text_model_name_or_path or args.tokenizer_name:
+        tokenizer = load_tokenizer(args.text_model_name_or_path or args.tokenizer_name)
     else:
         tokenizer = train_tokenizer(data.captions(), args.vocab_size, args.max_caption_length + 1)
     # Those of a pretrained tower, where it has any; else CLIP's.
@@ -242,14 +224,11 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
 
     statistics = (image_processor.image_mean, image_processor.image_std)
     collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics)
-    batches, validation_loader = create_loaders(
-        args, accelerator, data, collator, args.image_size, run.skipped, contrastive=True
-    )
+    sources = (args, accelerator, data, collator, args.image_size, run.skipped)
+    batches, validation_loader = create_loaders(*sources, contrastive=True)
     run.start(batches)
-    num_images, steps = len(data.train), args.max_train_steps
-    logger.info(
-        f"Training a teacher of {model.num_parameters():,} parameters on {num_images:,} images, {steps:,} steps."
-    )
+    sizes = (model.num_parameters(), len(data.train), args.max_train_steps)
+    logger.info("Training a teacher of {:,} parameters on {:,} images, {:,} steps.".format(*sizes))
     optimizer, lr_scheduler = create_training(model, args, accelerator.num_processes)
     wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     run.resume(batches)

@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 
 import yaml
 from accelerate.tracking import get_available_trackers
+from datasets.config import HF_DATASETS_CACHE
 from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
@@ -160,5 +161,6 @@ def check_sources(args: argparse.Namespace) -> None:
         if is_path:
             raise ValueError(f"--{flag}: no such folder: {name}")
         cached = repo_folder_name(repo_id=name, repo_type="dataset" if flag == "dataset_name" else "model")
-        if constants.HF_HUB_OFFLINE and not Path(constants.HF_HUB_CACHE, cached).exists():
+        places = (Path(constants.HF_HUB_CACHE, cached), Path(HF_DATASETS_CACHE, name.replace("/", "___")))
+        if constants.HF_HUB_OFFLINE and not any(place.exists() for place in places):
             raise ValueError(f"--{flag}: no such folder: {name}; as a name on the Hub it can't be had offline")

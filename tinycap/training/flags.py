@@ -19,8 +19,8 @@ class Flag:
     Args:
         name: without its dashes.
         default: for one's own images; a dict where it differs between the scripts. A `bool` makes a pair of switches.
-        help: what it does; argparse's format, so that a percent sign is `%%`.
-        allowed: the values that it takes: a tuple of choices, or an interval such as "[0, 1)".
+        help: in argparse's format: a percent sign is `%%`.
+        allowed: its values: a tuple of choices, or an interval such as "[0, 1)".
         script: "distill" or "teacher", where only one script has it.
     """
 
@@ -30,14 +30,14 @@ class Flag:
     allowed: tuple[str, ...] | str | None = None
     script: str | None = None
 
-    @property
-    def type(self) -> type:
-        """Of its values: that of the default; without one, `int` for a number."""
-        default = self.default_of("teacher")
-        return type(default) if default is not None else int if isinstance(self.allowed, str) else str
-
     def default_of(self, script: str) -> Any:
         return self.default[script] if isinstance(self.default, dict) else self.default
+
+    @property
+    def type(self) -> type:
+        """That of the default; without one, `int` for a number."""
+        default = self.default_of("teacher")
+        return type(default) if default is not None else int if isinstance(self.allowed, str) else str
 
 
 DistillFlag, TeacherFlag = partial(Flag, script="distill"), partial(Flag, script="teacher")
@@ -67,9 +67,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         DistillFlag("freeze_vision_model", False, "train the decoder alone: the student's weights stay as they are"),
         DistillFlag("memory", None, "what the decoder attends to; as the config says if not given", MEMORIES),
         DistillFlag("image_size", None, "side of the images in pixels; as the config says if not given", POSITIVE),
-        TeacherFlag(
-            "image_model_name_or_path", None, "pretrained image classifier to start from; a new CLIP tower else"
-        ),
+        TeacherFlag("image_model_name_or_path", None, "pretrained image classifier to start from; else a new tower"),
         TeacherFlag("freeze_image_model", False, "train only the pretrained image model's new head"),
         TeacherFlag("text_model_name_or_path", None, "frozen sentence encoder to learn against; a new text tower else"),
         TeacherFlag("image_size", 224, "side of the images in pixels", POSITIVE),
@@ -86,13 +84,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("max_caption_length", 32, "tokens of a caption, the end token included", "[2, inf)"),
     ),
     "learn from a teacher": (
-        DistillFlag(
-            "teacher_name_or_path", None, "CLIP vision model from the Hub or a folder, or one of train_teacher.py"
-        ),
+        DistillFlag("teacher_name_or_path", None, "a CLIP vision model: Hub id, folder, or output of train_teacher.py"),
         DistillFlag("teacher_feature", "pooled", "target: before the visual projection, or image_embeds", FEATURES),
         DistillFlag("distill_weight", 1.0, "weight of the distillation loss; 0: no teacher", NOT_NEGATIVE),
         DistillFlag(
-            "teacher_cache_dir", None, "folder to store teacher embeddings once; computed in each step if not given"
+            "teacher_cache_dir", None, "store teacher embeddings here once; computed in each step if not given"
         ),
         DistillFlag("teacher_views", 8, "differently cropped views of an image in the cache", POSITIVE),
         DistillFlag("mixup", 0.0, "share of images blended with another, trained by distillation alone", SHARE),
@@ -118,9 +114,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         DistillFlag("dropout", 0.1, "dropout of the decoder's embeddings and sublayers", SHARE),
         TeacherFlag("attention_dropout", 0.0, "dropout of the attention weights", SHARE),
         DistillFlag("patch_dropout", 0.0, "share of an image's patches left out of a training step", SHARE),
-        DistillFlag(
-            "memory_noise", 0.0, "norm of the noise added to the embedding, of norm 1, in training", NOT_NEGATIVE
-        ),
+        DistillFlag("memory_noise", 0.0, "norm of the noise on the embedding, of norm 1, in training", NOT_NEGATIVE),
         Flag("crop_scale", 0.5, "smallest share of an image that a crop keeps; 1: all", "(0, 1]"),
         Flag("horizontal_flip", True, "mirror half of the images"),
         Flag("color_jitter", 0.2, "largest relative change of the colours", SHARE),
@@ -138,9 +132,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("logging_steps", 10, "steps between rows of metrics.jsonl", POSITIVE),
         Flag("evaluation_steps", None, "steps between validations; only at the end if not given", POSITIVE),
         DistillFlag("num_beams", 3, "beams of validation and of the saved model", POSITIVE),
-        DistillFlag(
-            "length_penalty", 1.0, "beams are ranked by log-probability / length ** this: above 0, longer ones win"
-        ),
+        DistillFlag("length_penalty", 1.0, "beams are ranked by log-probability / length ** this: higher: longer"),
         DistillFlag("load_best_model_at_end", False, "save the weights of the best CIDEr, not the last"),
         Flag("report_to", "none", "accelerate's trackers", ("none", *map(str, LoggerType))),
     ),

@@ -64,12 +64,8 @@ class TrainBatches:
         if not self.finished:
             for batch in self.loader:
                 yield send_to_device(batch, self.device)
-        # Until all processes have finished: a checkpoint in between must not restart the epoch.
+        # Until all processes have finished, see `optimizer_steps`: a checkpoint in between must not restart the epoch.
         self.finished = self.is_stream
-
-    def begin_epoch(self) -> None:
-        """Called when all processes have finished the epoch before."""
-        self.finished = False
 
     def state_dict(self) -> dict | None:
         """The position in a stream, as JSON; `None` for a data set, whose epoch and batch suffice."""
@@ -178,7 +174,7 @@ def optimizer_steps(
         if state["batch"] == 0:
             raise ValueError(f"split {args.train_split}: expected at least one usable image, got none")
         state.update(epoch=state["epoch"] + 1, batch=0)
-        batches.begin_epoch()
+        batches.finished = False
 
 
 class NonFiniteLossError(FloatingPointError):
@@ -249,10 +245,10 @@ class StoppedBySignal(SystemExit):  # noqa: N818 - not an error
 
 
 class StopSignals:
-    """Records SIGTERM (sent before preemption) and SIGINT (Ctrl-C); a second SIGINT stops at once.
+    """Within its context, records SIGTERM (sent before preemption) and SIGINT (Ctrl-C); a second SIGINT stops at once.
 
-    The run ends after the next step, since all processes must agree before they take it. A context manager; without
-    effect outside the main thread, the only one in which Python handles signals.
+    The run ends after the next step, since all processes must agree before they take it. Without effect outside the
+    main thread, the only one in which Python handles signals.
     """
 
     def __init__(self):

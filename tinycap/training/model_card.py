@@ -83,4 +83,4 @@ def write_model_card(path: Path, args: Namespace, config: TinyCapConfig, metrics
         date=datetime.date.today().isoformat(),
         metrics=metric_rows(metrics),
     )
-    write_text(path, str(card))
+    write_text(path, f"{card}\n")

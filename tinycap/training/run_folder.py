@@ -101,12 +101,20 @@ class RunFolder:
         """
         args, streaming = self.args, batches.is_stream
         steps_per_epoch = None if streaming else math.ceil(len(batches.loader) / args.gradient_accumulation_steps)
-        saved_args = self.resume_from and read_checkpoint_args(self.resume_from, fingerprint)
+        saved_args, source = None, f"checkpoint {self.resume_from}"
+        if self.resume_from is not None:
+            saved = json.loads((self.resume_from / checkpoints.STATE_FILE).read_text(encoding="utf-8"))
+            if saved.get("data") != fingerprint:
+                raise ValueError(
+                    f"{source}: expected the training images that it was written with, of fingerprint "
+                    f"{saved.get('data')}, got {fingerprint}; to train on others, start from --model_name_or_path"
+                )
+            saved_args = saved["args"]
         plan_steps(args, steps_per_epoch, saved_args)
         if saved_args is not None:
             # With a fingerprint, the folder of the same images may have moved.
             free = () if fingerprint is None else ("dataset_name",)
-            compare_args(f"checkpoint {self.resume_from}", saved_args, run_args(args), free)
+            compare_args(source, saved_args, run_args(args), free)
         if self.accelerator.is_main_process and getattr(args, "push_to_hub", False):
             args.hub_model_id = create_hub_repository(args)
         self.open()
@@ -248,19 +256,6 @@ def stopped_in_teacher(args: argparse.Namespace) -> bool:
     folder = Path(args.output_dir)
     has_teacher = args.dataset_name is None and read_run_args(folder / TEACHER_FOLDER) is not None
     return args.resume_from_checkpoint == "latest" and has_teacher and not checkpoints.complete_checkpoints(folder)
-
-
-def read_checkpoint_args(checkpoint: Path, fingerprint: str | None) -> dict:
-    """The arguments of the run that wrote a checkpoint; an error if its images had another `fingerprint`."""
-    state = json.loads((checkpoint / checkpoints.STATE_FILE).read_text(encoding="utf-8"))
-    if "args" not in state:
-        raise ValueError(f"checkpoint {checkpoint}: expected the arguments of its run, got none")
-    if state.get("data") != fingerprint:
-        raise ValueError(
-            f"checkpoint {checkpoint}: expected the training images that it was written with, of fingerprint "
-            f"{state.get('data')}, got {fingerprint}; to train on other images, start from --model_name_or_path"
-        )
-    return state["args"]
 
 
 def compare_args(source: str, saved: dict, given: dict, free: tuple[str, ...] = ()) -> None:
