@@ -3,7 +3,7 @@
 import argparse
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,10 +34,8 @@ def flags_of(script: str) -> dict[str, Flag]:
 
 def build_parser(script: str, description: str) -> ArgumentParser:
     """The parser of a script; it returns the flags that were given and no defaults."""
-    usage = "%(prog)s [--FLAG VALUE ...]"
-    parser = ArgumentParser(
-        description=description, usage=usage, allow_abbrev=False, argument_default=argparse.SUPPRESS
-    )
+    options = {"usage": "%(prog)s [--FLAG VALUE ...]", "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
+    parser = ArgumentParser(description=description, **options)
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
@@ -53,17 +51,12 @@ def build_parser(script: str, description: str) -> ArgumentParser:
 
 
 def parse_flags(
-    script: str,
-    argv: list[str] | None,
-    description: str,
-    other_problems: Callable[[argparse.Namespace], Iterator[str]],
+    script: str, argv: list[str] | None, description: str, other_problems: Callable[..., Iterable[str]]
 ) -> argparse.Namespace:
     """Parses and checks the flags of a script, "distill" or "teacher"; every contradiction is reported at once.
 
-    Defaults < the defaults of scenes, without a `dataset_name` < `--config_file` < command line.
-
-    Returns:
-        The flags; in `given`, the names of those that file or command line set: a default overrules no configuration.
+    Defaults < the defaults of scenes, without a `dataset_name` < `--config_file` < command line. `given` has the names
+    of the flags that file or command line set: a default overrules no configuration.
     """
     parser, flags = build_parser(script, description), flags_of(script)
     given = vars(parser.parse_args(argv))
@@ -83,10 +76,9 @@ def parse_flags(
 
 
 def read_config_file(parser: ArgumentParser, flags: dict[str, Flag], path: str) -> dict[str, Any]:
-    """The flags in a YAML file of `key: value` for `--key value`, with `true` and `false` for switches.
+    """The flags in a YAML file of `key: value` for `--key value`; `null` leaves one at its default.
 
-    Values are parsed as those of the command line, so that `3e-4`, a string in YAML, is a number, and `no`, a boolean,
-    can be a value. `null` leaves a flag at its default, as in a `train_args.json`.
+    Values are parsed as those of the command line: `3e-4`, a string in YAML, is a number, and `no` is no boolean.
     """
     parser.source, words = f"--config_file {path}: ", []
     try:

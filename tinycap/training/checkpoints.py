@@ -26,12 +26,8 @@ def save_checkpoint(
     """Writes `checkpoint-<step>`: accelerate's state (safetensors weights, optimizer, scheduler, scaler) and `state`.
 
     Args:
-        state: of the run, the same for all processes; JSON, with the `step`.
+        state: of the run, the same for all processes; JSON, with the `step`. `rank_state`: of this process; JSON.
         keep: how many of the newest checkpoints to keep; `None` keeps all.
-        rank_state: of this process; JSON.
-
-    Raises:
-        CheckpointWriteError: the disk is full, or fails otherwise; says how much is free.
     """
     final, aside = output_dir / f"checkpoint-{state['step']}", output_dir / f".checkpoint-{state['step']}"
     if accelerator.is_main_process:

@@ -178,7 +178,7 @@ def optimizer_steps(
 
 
 class NonFiniteLossError(FloatingPointError):
-    """A loss is infinite or NaN; the run stops, its last checkpoint is intact."""
+    """A loss is infinite or NaN."""
 
 
 def check_finite(losses: dict[str, torch.Tensor], step: int, image_ids: list[str]) -> None:
@@ -203,14 +203,10 @@ def train_step(
 
     Args:
         compute_losses: the named losses of a batch, `loss` among them. A `caption_loss`, part of `loss` with weight 1,
-            is a mean over tokens, every other one over images.
+            is a mean over tokens, every other one over images. One that isn't finite leaves the weights unchanged.
 
     Returns:
-        This process's part of each named loss, whose mean over the processes is the whole step's; and `grad_norm`,
-        where gradients are clipped.
-
-    Raises:
-        NonFiniteLossError: a loss is infinite or NaN; the weights are unchanged.
+        This process's part of each loss, whose mean over the processes is the step's; `grad_norm`, if it is limited.
     """
     named = {}
     for index, batch in enumerate(step.batches):
@@ -315,11 +311,8 @@ def create_accelerator(args: argparse.Namespace, **ddp_options) -> Accelerator:
 
 
 def set_cpu_threads(accelerator: Accelerator) -> None:
-    """Gives a single process on a CPU one thread for each core that it may use.
-
-    `accelerate launch` sets OMP_NUM_THREADS to 1 unless it was configured for a CPU, which doubles the training time
-    on two cores. Without a launcher, or with several processes, the environment decides.
-    """
+    """Gives a single process on a CPU one thread for each core that it may use, where `accelerate launch`, unless it
+    was configured for a CPU, has set OMP_NUM_THREADS to 1."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
     if accelerator.device.type != "cpu" or accelerator.num_processes > 1 or not launched:
         return

@@ -55,14 +55,12 @@ class RunFolder:
 
     Args:
         args: of either script; `mixed_precision` is set to what `accelerator` uses.
-        accelerator: of this process.
         project: the run's name in accelerate's trackers.
         share: of the whole run's time that this training takes, for the estimate of the time left.
 
     Attributes:
-        skipped: collects the unusable rows.
-        state: `step`, `epoch`, `batch` (batches of the epoch that are done), `data` (fingerprint), `args`, and `best`,
-            the best validation so far.
+        skipped: the `SkippedRows`.
+        state: `step`, `epoch`, `batch` (of the epoch, done), `data` (fingerprint), `args`, `best` (validation so far).
 
     Raises:
         ValueError: the folder can't be used, or there is nothing to resume from.
@@ -73,9 +71,8 @@ class RunFolder:
         self.path, self.is_open, self.resume_from = Path(args.output_dir), False, None
         if not stopped_in_teacher(args):
             self.resume_from = checkpoints.resolve_resume(self.path, args.resume_from_checkpoint)
-        with accelerator.main_process_first():
-            if accelerator.is_main_process:
-                check_output_dir(args)
+        if accelerator.is_main_process:
+            check_output_dir(args)
         args.mixed_precision = accelerator.mixed_precision
         aside = Path(tempfile.mkdtemp(), SKIPPED_FILE) if accelerator.is_main_process else None
         self.skipped = SkippedRows(aside, args.on_bad_row)
@@ -90,15 +87,8 @@ class RunFolder:
         self.is_open = True
 
     def start(self, batches, fingerprint: str | None = None) -> None:
-        """Plans the steps and opens the folder.
-
-        Args:
-            batches: the `TrainBatches`.
-            fingerprint: of the training images, where they have one.
-
-        Raises:
-            ValueError: arguments or images differ from those of the checkpoint, or there is nowhere to upload to.
-        """
+        """Plans the steps of the `TrainBatches` and opens the folder, unless arguments or images (by their
+        `fingerprint`, where they have one) differ from those of the checkpoint, or there is nowhere to upload to."""
         args, streaming = self.args, batches.is_stream
         steps_per_epoch = None if streaming else math.ceil(len(batches.loader) / args.gradient_accumulation_steps)
         saved_args, source = None, f"checkpoint {self.resume_from}"
@@ -196,12 +186,8 @@ def read_run_args(folder: Path) -> dict | None:
 
 
 def check_output_dir(args: argparse.Namespace) -> None:
-    """Refuses an output folder that the run must not write to; writes nothing itself.
-
-    Raises:
-        ValueError: `--output_dir` is a file, the folder of the code or of something that the run reads; or it isn't
-            empty, and may neither be cleared nor resumed.
-    """
+    """Raises `ValueError` for a folder that the run must not write to: it is a file, the code's or what the run reads;
+    or it isn't empty, and may neither be cleared nor resumed. Writes nothing itself."""
     folder = Path(args.output_dir)
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"--output_dir: expected a folder, got the file {folder}")
@@ -238,7 +224,7 @@ def run_leftovers(folder: Path) -> list[Path]:
     found = [path for pattern in LEFTOVERS for path in folder.glob(pattern)]
     for path in found:
         is_folder = path.is_dir() and not path.is_symlink()
-        files = [entry for entry in path.rglob("*") if not entry.is_dir()] if is_folder else [path]
+        files = [item for item in path.rglob("*") if item.is_symlink() or not item.is_dir()] if is_folder else [path]
         if not all(re.fullmatch("|".join(known), file.relative_to(folder).as_posix()) for file in files):
             raise ValueError(
                 f"--overwrite_output_dir: expected an earlier run's files in {folder}, got {path.name}, which none "
@@ -259,13 +245,8 @@ def stopped_in_teacher(args: argparse.Namespace) -> bool:
 
 
 def compare_args(source: str, saved: dict, given: dict, free: tuple[str, ...] = ()) -> None:
-    """Refuses to resume with arguments that change what a run computes, and names each with both values.
-
-    Args:
-        source: what was written with `saved`, for the message.
-        given: the arguments to resume with, resolved; those of `saved` that are not among them aren't compared.
-        free: names that may differ, besides `FREE_ON_RESUME`.
-    """
+    """Refuses to go on from `source`, written with other arguments that change what a run computes; names each with
+    both values. Those in `FREE_ON_RESUME` and `free` may differ, and what isn't `given` isn't compared."""
     free = {*FREE_ON_RESUME, *free}
     if given.get("lr_scheduler_type") in OPEN_ENDED_SCHEDULES:
         free.add("max_train_steps")

@@ -21,7 +21,6 @@ from tinycap.training.run_folder import check_output_dir, clear_output_dir
 from tinycap.training.tokenizer import load_tokenizer
 
 
-# In the soup's folder: the models that it averages.
 SOUP_FILE = "soup.json"
 # Config fields in which runs may differ: they affect training, not inference.
 TRAINING_FIELDS = (
