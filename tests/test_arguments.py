@@ -37,7 +37,7 @@ def test_a_file_sets_defaults_and_flags_override_them(config_file):
     assert train_distill.parse_args(["--config_file", path]).horizontal_flip is False
 
 
-def test_the_defaults_of_scenes_hold_only_where_neither_file_nor_flags_name_a_dataset(config_file):
+def test_scene_defaults_hold_only_where_nothing_names_a_dataset(config_file):
     text = "seed: 5\ndistill_weight: 0\n"
     assert train_distill.parse_args(["--config_file", config_file(text)]).vocab_size == 512
     path = config_file(f"{text}dataset_name: my_photos\n")

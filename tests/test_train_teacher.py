@@ -167,7 +167,7 @@ def test_a_remembered_text_is_embedded_as_a_read_one(sentence_encoder, monkeypat
     torch.testing.assert_close(remembered.text_embeds, read.text_embeds)
 
 
-def test_a_text_model_that_is_no_sentence_encoder_is_an_error_that_names_it(tmp_path):
+def test_a_text_model_that_is_no_sentence_encoder_is_a_named_error(tmp_path):
     args = train_teacher.parse_args([*LOCKED, "--text_model_name_or_path", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="none: expected a sentence encoder"):
         train_teacher.build_model(args, None)
