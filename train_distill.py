@@ -196,11 +196,12 @@ def evaluate(
 def describe_run(args, accelerator: Accelerator, data: Data, model, teacher: Teacher | None) -> dict[str, str]:
     """Facts for the model card, see its template; logs the main ones."""
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    precision = accelerator.mixed_precision.replace("no", "float32")
     facts = {
         "num_parameters": f"{model.num_parameters():,}",
         "num_train_images": "a stream" if data.train is None else f"{len(data.train):,} images",
         "steps": f"{args.max_train_steps:,} of {batch_size} images with {args.captions_per_image} caption(s) each",
-        "device": f"{accelerator.num_processes} x {accelerator.device.type}",
+        "device": f"{accelerator.num_processes} x {accelerator.device.type}, {precision}",
         "teacher": "none",
     }
     if teacher is not None:

@@ -132,7 +132,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("logging_steps", 10, "steps between rows of metrics.jsonl", POSITIVE),
         Flag("evaluation_steps", None, "steps between validations; only at the end if not given", POSITIVE),
         DistillFlag("num_beams", 3, "beams of validation and of the saved model", POSITIVE),
-        DistillFlag("length_penalty", 1.0, "beams are ranked by log-probability / length ** this: higher: longer"),
+        DistillFlag("length_penalty", 1.0, "beams rank by log-probability / length ** this: above 0, longer ones win"),
         DistillFlag("load_best_model_at_end", False, "save the weights of the best CIDEr, not the last"),
         Flag("report_to", "none", "accelerate's trackers", ("none", *map(str, LoggerType))),
     ),

@@ -44,10 +44,9 @@ def hours_of(folder: str | Path) -> float:
     """Hours that a run's loop took, from its `metrics.jsonl`."""
     path = Path(folder) / "metrics.jsonl"
     try:
-        last = path.read_text(encoding="utf-8").splitlines()[-1]
+        return json.loads(path.read_text(encoding="utf-8").splitlines()[-1])["elapsed_seconds"] / 3600
     except (FileNotFoundError, IndexError):
         raise ValueError(f"{path}: expected the log of a run") from None
-    return json.loads(last)["elapsed_seconds"] / 3600
 
 
 class RunLog:
