@@ -90,10 +90,9 @@ def test_a_failure_while_saving_leaves_the_newest_checkpoint_intact(prepared, tm
 
 def test_nothing_to_resume_from_is_an_error(tmp_path):
     assert resolve_resume(tmp_path, None) is None
-    with pytest.raises(ValueError, match="expected a checkpoint in"):
-        resolve_resume(tmp_path, "latest")
-    with pytest.raises(ValueError, match="complete checkpoint"):
-        resolve_resume(tmp_path, str(tmp_path))
+    for value in ("latest", str(tmp_path)):
+        with pytest.raises(ValueError, match=f"--resume_from_checkpoint: expected a complete checkpoint .*{tmp_path}"):
+            resolve_resume(tmp_path, value)
 
 
 def test_another_number_of_processes_is_an_error_that_names_both(prepared, tmp_path):

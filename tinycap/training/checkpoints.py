@@ -78,15 +78,12 @@ def resolve_resume(output_dir: Path, resume_from_checkpoint: str | None) -> Path
     """The checkpoint to resume from, or `None`: a folder, or for "latest" the newest complete one."""
     if resume_from_checkpoint is None:
         return None
-    if resume_from_checkpoint == "latest":
-        found = complete_checkpoints(output_dir)
-        if not found:
-            raise ValueError(f"--resume_from_checkpoint latest: expected a checkpoint in {output_dir}, got none")
-        return found[-1]
-    path = Path(resume_from_checkpoint)
-    if not (path / STATE_FILE).is_file():
-        raise ValueError(f"--resume_from_checkpoint: expected a complete checkpoint with its {STATE_FILE}, got {path}")
-    return path
+    latest = resume_from_checkpoint == "latest"
+    found = complete_checkpoints(output_dir) if latest else [Path(resume_from_checkpoint)]
+    if not found or not (found[-1] / STATE_FILE).is_file():
+        folder = output_dir if latest else found[-1]
+        raise ValueError(f"--resume_from_checkpoint: expected a complete checkpoint with its {STATE_FILE} in {folder}")
+    return found[-1]
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[dict, dict | None]:

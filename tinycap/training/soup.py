@@ -7,7 +7,6 @@ isn't scored here: evaluate it before you keep it.
 """
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.logs import write_json
+from tinycap.training.loop import run_script
 from tinycap.training.repository import create_image_processor, save_repository
 from tinycap.training.run_folder import check_output_dir, clear_output_dir
 from tinycap.training.tokenizer import load_tokenizer
@@ -88,7 +88,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"python -m tinycap.training.soup: error: {error}")
+    run_script(main)
