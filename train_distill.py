@@ -64,8 +64,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     def problems(args: argparse.Namespace):
         # Where a configuration may set the weight, `build_config` checks it.
-        is_fixed = args.model_name_or_path is None and args.config_name is None
-        return distillation_problems(args) if is_fixed or "distill_weight" in args.given else ()
+        is_default = args.model_name_or_path is None and args.config_name is None
+        return distillation_problems(args) if is_default or "distill_weight" in args.given else ()
 
     return parse_flags("distill", argv, __doc__.split("\n\n")[0], problems)
 
