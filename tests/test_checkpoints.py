@@ -91,7 +91,7 @@ def test_a_failure_while_saving_leaves_the_newest_checkpoint_intact(prepared, tm
 def test_nothing_to_resume_from_is_an_error(tmp_path):
     assert resolve_resume(tmp_path, None) is None
     for value in ("latest", str(tmp_path)):
-        with pytest.raises(ValueError, match=f"--resume_from_checkpoint: expected a complete checkpoint .*{tmp_path}"):
+        with pytest.raises(ValueError, match=f"--resume_from_checkpoint: expected a complete checkpoint in {tmp_path}"):
             resolve_resume(tmp_path, value)
 
 

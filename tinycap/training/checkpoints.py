@@ -82,7 +82,7 @@ def resolve_resume(output_dir: Path, resume_from_checkpoint: str | None) -> Path
     found = complete_checkpoints(output_dir) if latest else [Path(resume_from_checkpoint)]
     if not found or not (found[-1] / STATE_FILE).is_file():
         folder = output_dir if latest else found[-1]
-        raise ValueError(f"--resume_from_checkpoint: expected a complete checkpoint with its {STATE_FILE} in {folder}")
+        raise ValueError(f"--resume_from_checkpoint: expected a complete checkpoint in {folder}, got no {STATE_FILE}")
     return found[-1]
 
 

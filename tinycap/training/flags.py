@@ -14,13 +14,11 @@ from tinycap.training.teacher import FEATURES
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag.
+    """One flag, by its name without dashes, with its help in argparse's format.
 
     Args:
-        name: without its dashes.
         default: for one's own images; a dict where it differs between the scripts. A `bool` makes a pair of switches.
-        help: in argparse's format: a percent sign is `%%`.
-        allowed: its values: a tuple of choices, or an interval such as "[0, 1)".
+        allowed: a tuple of choices, or an interval such as "[0, 1)".
         script: "distill" or "teacher", where only one script has it.
     """
 
