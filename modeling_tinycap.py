@@ -13,6 +13,7 @@ Shapes: B images, N = B * K captions, T or L tokens, M memory vectors (1, or the
 
 import copy
 import math
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -34,6 +35,7 @@ from .vision_tinycap import (
     TinyCapPreTrainedModel,
     TinyCapVisionModel,
     TinyCapVisionOutput,
+    dropout_layer,
     position_table,
 )
 
@@ -97,6 +99,8 @@ class TinyCapCrossAttention(TinyCapAttention):
         """Keys and values (B, heads, M, head_dim); with M = 1 and a cache, the constant stands in the keys' place."""
         if memory is None:
             cached = cache.cross_attention_cache.layers[self.layer_idx]
+            if cached.keys.shape[2] == memory_length:
+                return cached.keys, cached.values
             # A static cache may be longer than the memory.
             return cached.keys[:, :, :memory_length], cached.values[:, :, :memory_length]
         values = self.v_proj(memory)
@@ -109,11 +113,11 @@ class TinyCapCrossAttention(TinyCapAttention):
             cache.is_updated[self.layer_idx] = True
         return keys, values
 
-    def forward(self, hidden_states, memory, memory_length: int, cache=None, output_attentions=False, **kwargs):
+    def forward(self, hidden_states, norm, memory, memory_length: int, cache=None, output_attentions=False, **kwargs):
         keys, values = self.memory_states(memory, memory_length, cache)
         if memory_length == 1 and not (self.training or torch.is_grad_enabled() or output_attentions):
-            return keys.transpose(1, 2).flatten(2), None
-        return self.attend(hidden_states, keys, values, output_attentions=output_attentions, **kwargs)
+            return keys.reshape(keys.shape[0], 1, -1), None
+        return self.attend(norm(hidden_states), keys, values, output_attentions=output_attentions, **kwargs)
 
 
 class TinyCapDecoderLayer(GradientCheckpointingLayer):
@@ -125,12 +129,12 @@ class TinyCapDecoderLayer(GradientCheckpointingLayer):
         self.cross_attn = TinyCapCrossAttention(config, layer_idx)
         self.layer_norm3 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = TinyCapMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_layer(config.hidden_dropout_prob)
 
     def forward(self, hidden_states, memory, memory_length: int, attention_mask=None, **kwargs):
         attended, self_weights = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
-        attended, cross_weights = self.cross_attn(self.layer_norm2(hidden_states), memory, memory_length, **kwargs)
+        attended, cross_weights = self.cross_attn(hidden_states, self.layer_norm2, memory, memory_length, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm3(hidden_states)))
         return hidden_states, self_weights, cross_weights
@@ -149,7 +153,7 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         self.memory_projection = nn.Linear(memory_width, config.hidden_size)
         self.layers = nn.ModuleList([TinyCapDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_layer(config.hidden_dropout_prob)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -286,7 +290,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         if config.memory == "embedding":
             # A unit-norm vector of 768 has entries near 0.036; this brings them back to the size of 1.
             width, scale = config.vision_config.projection_dim, math.sqrt(config.vision_config.projection_dim)
-        scale = config.memory_scale or scale
+        self.memory_width, scale = width, config.memory_scale or scale
         self.decoder = TinyCapDecoder._from_config(config.text_config, memory_width=width, memory_scale=scale)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
@@ -323,13 +327,12 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             ValueError: neither of the two; names the expected shapes.
         """
         memory, image_embeds = encoder_outputs.last_hidden_state, getattr(encoder_outputs, "pooler_output", None)
+        width = self.memory_width
         if self.config.memory == "patches":
-            width = self.config.vision_config.hidden_size
             if memory.dim() != 3 or memory.shape[-1] != width:
                 shapes = f"last_hidden_state (B, tokens, {width}), got {tuple(memory.shape)}"
                 raise ValueError(f"encoder_outputs: with memory='patches' expected {shapes}")
             return memory, image_embeds
-        width = self.config.vision_config.projection_dim
         memory = memory if image_embeds is None else image_embeds.unsqueeze(1)
         if memory.dim() != 3 or memory.shape[1:] != (1, width):
             shapes = f"pooler_output (B, {width}) or last_hidden_state (B, 1, {width}), got {tuple(memory.shape)}"
@@ -554,7 +557,10 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             # With the mask: given a cache, GenerationMixin tells new tokens from old by its length.
             prompt, kwargs["decoder_attention_mask"] = self.start_prompts(prompt, mask)
             kwargs["decoder_input_ids"], length = prompt, prompt.shape[1]
-        limit = self.caption_limit(length, generation_config, kwargs)
+        # By precedence.
+        configs = [vars(config) for config in (generation_config, self.generation_config) if config is not None]
+        returns_dict = any(settings.get("return_dict_in_generate") for settings in (kwargs, *configs))
+        limit = self.caption_limit(length, kwargs, configs)
         # One of the two lengths reaches GenerationMixin: it prefers its own config's `max_new_tokens` to `max_length`.
         if generation_config is None:
             kwargs.update(max_length=limit, max_new_tokens=None)
@@ -562,21 +568,20 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             generation_config = copy.deepcopy(generation_config)
             generation_config.max_length, generation_config.max_new_tokens = DEFAULT_MAX_LENGTH, limit - length
             kwargs = {name: value for name, value in kwargs.items() if name not in ("max_length", "max_new_tokens")}
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        # Faster than `no_grad`. The clone can be trained on, what else a dict holds couldn't.
+        with nullcontext() if returns_dict else torch.inference_mode():
+            generated = super().generate(inputs, generation_config, *args, **kwargs)
+        return generated.clone() if isinstance(generated, torch.Tensor) else generated
 
-    def caption_limit(self, length: int, generation_config: GenerationConfig | None, kwargs: dict) -> int:
-        """The most tokens of a caption, as the caller or the configs say, and the position table has.
-
-        Args:
-            length: of start token and prompt.
+    def caption_limit(self, length: int, kwargs: dict, configs: list[dict]) -> int:
+        """The most tokens of a caption, as the caller or else the configs say, and the position table has.
 
         Raises:
-            ValueError: there is no room for another token.
+            ValueError: start token and prompt, `length` tokens, leave no room for another.
         """
         table = self.config.text_config.max_position_embeddings
         if length >= table:
             raise ValueError(f"prompt: expected fewer than {table} tokens, got {length}")
-        configs = [vars(config) for config in (generation_config, self.generation_config) if config is not None]
         # As GenerationMixin, 20 new tokens unless anything is set; the first that sets a length counts.
         limit = length + 20
         for settings in (kwargs, *configs):

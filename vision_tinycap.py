@@ -42,6 +42,10 @@ class TinyCapVisionOutput(BaseModelOutputWithPooling):
 # --- attention and MLP, shared with the decoder ---------------------------------------------------------------------
 
 
+def dropout_layer(probability: float) -> nn.Module:
+    return nn.Dropout(probability) if probability > 0 else nn.Identity()
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
     """Attention as written (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762).
 
@@ -80,8 +84,8 @@ class TinyCapAttention(nn.Module):
 
     def attend(self, hidden_states, key, value, attention_mask=None, output_attentions=False, **kwargs):
         query = self.split_heads(self.q_proj(hidden_states))
-        eager = output_attentions or self.config._attn_implementation == "eager"
-        attention = eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        implementation = "eager" if output_attentions else self.config._attn_implementation
+        attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         kwargs["dropout"] = self.config.attention_probs_dropout_prob if self.training else 0.0
         output, weights = attention(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
         return self.out_proj(output.flatten(2)), weights if output_attentions else None
@@ -276,8 +280,8 @@ class TinyCapPreTrainedModel(PreTrainedModel):
 
     def output_flags(self, *flags: bool | None) -> list[bool]:
         """`output_attentions`, `output_hidden_states`, `return_dict`: from the call, or else from the config."""
-        defaults = (self.config.output_attentions, self.config.output_hidden_states, self.config.return_dict)
-        return [default if flag is None else flag for flag, default in zip(flags, defaults)]
+        names = ("output_attentions", "output_hidden_states", "return_dict")
+        return [getattr(self.config, name) if flag is None else flag for name, flag in zip(names, flags)]
 
 
 # --- student ViT ----------------------------------------------------------------------------------------------------
@@ -295,7 +299,7 @@ class TinyCapVisionEmbeddings(nn.Module):
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.num_patches, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_layer(config.hidden_dropout_prob)
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
         """The position table, interpolated to a grid of `rows` x `columns` patches."""
@@ -342,7 +346,7 @@ class TinyCapVisionLayer(GradientCheckpointingLayer):
         self.self_attn = TinyCapAttention(config, layer_idx)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = TinyCapMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_layer(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs):
         attended, weights = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
