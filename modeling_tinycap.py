@@ -90,7 +90,8 @@ class TinyCapCrossAttention(TinyCapAttention):
 
     With M = 1 the softmax is 1 whatever query and key are, and the output is `out_proj(v_proj(memory))` for every
     token. Without gradients that constant is computed once per image and cached. Training takes the general path, so
-    that every parameter takes part in the graph, as `DistributedDataParallel` requires.
+    that every parameter takes part in the graph, as `DistributedDataParallel` requires. `norm`, the layer's, is applied
+    to what the queries are made of, on the general path.
     """
 
     def memory_states(

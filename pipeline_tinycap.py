@@ -150,10 +150,6 @@ class ImageToTextPipeline(Pipeline):
             raise ValueError(f"model {self.model.config._name_or_path!r} has no {CONFIDENCE_NAME}; {HOW_TO_CALIBRATE}")
         return ConfidenceCalibration.from_file(path)
 
-    def get_inference_context(self):
-        # Faster than the base class's `no_grad`; only text leaves the pipeline.
-        return torch.inference_mode
-
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         params = ({**preprocess_params, "keep_going": True}, forward_params, postprocess_params)
         return super().get_iterator(inputs, num_workers, batch_size, *params)
