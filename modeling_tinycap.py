@@ -141,6 +141,12 @@ class TinyCapDecoderLayer(GradientCheckpointingLayer):
         return hidden_states, self_weights, cross_weights
 
 
+def check_static_cache() -> None:
+    """Raises `ValueError` before transformers 5.4, whose static layers write every token to the first slot."""
+    if tuple(map(int, TRANSFORMERS_VERSION.split(".")[:2])) < (5, 4):
+        raise ValueError(f"cache: a static one needs transformers 5.4 or newer, got {TRANSFORMERS_VERSION}")
+
+
 class TinyCapDecoder(TinyCapPreTrainedModel):
     """Memory and tokens -> hidden states. Pre-norm, learned positions, causal self-attention, cross-attention."""
 
@@ -211,9 +217,8 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
                 f"expected at most {self.embed_positions.num_embeddings} tokens (max_position_embeddings), got {last}"
                 f"{' slots of a static cache' if static_length else ', padding included'}"
             )
-        if static_length and tuple(map(int, TRANSFORMERS_VERSION.split(".")[:2])) < (5, 4):
-            # Its static layers write every token to the first slot.
-            raise ValueError(f"cache: a static one needs transformers 5.4 or newer, got {TRANSFORMERS_VERSION}")
+        if static_length:
+            check_static_cache()
         return past_length, static_length
 
     def forward(
@@ -236,12 +241,10 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
             cache: updated in place.
 
         Raises:
-            ValueError: both or neither input; no memory; a cache of another kind; more tokens than positions.
+            ValueError: both or neither input; a cache of another kind; more tokens than positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of decoder_input_ids and decoder_inputs_embeds")
-        if encoder_hidden_states is None:
-            raise ValueError("encoder_hidden_states: expected the memory to describe, got None")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         length, memory_length = hidden_states.shape[1], encoder_hidden_states.shape[1]
         past_length, static_length = self.cache_lengths(cache, length, attention_mask)
@@ -249,10 +252,9 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
         eager = output_attentions or self.config._attn_implementation == "eager"
         mask = self.causal_mask(attention_mask, past_length, static_length, hidden_states, eager)
+        kwargs |= {"attention_mask": mask, "cache": cache, "output_attentions": output_attentions}
         cached = cache is not None and cache.is_updated.get(len(self.layers) - 1)
         memory = None if cached else self.project_memory(encoder_hidden_states)
-        kwargs |= {"attention_mask": mask, "cache": cache, "output_attentions": output_attentions}
-
         all_hidden_states, self_attentions, cross_attentions = (hidden_states,), (), ()
         for layer in self.layers:
             hidden_states, self_weights, cross_weights = layer(hidden_states, memory, memory_length, **kwargs)
@@ -430,10 +432,10 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             use_cache = self.config.text_config.use_cache and labels is None
         if self.decoder.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # The backward pass runs every layer again and would write its keys a second time.
-            if cache is not None and cache.get_seq_length() > 0:
+            tokens = 0 if cache is None else int(cache.get_seq_length())
+            if tokens > 0:
                 raise ValueError(
-                    "cache: expected none or an empty one in training with gradient checkpointing, "
-                    f"got {int(cache.get_seq_length())} tokens"
+                    f"cache: expected none or an empty one with gradient checkpointing, got {tokens} tokens"
                 )
             return None, False
         return EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache and cache is None else cache, use_cache
@@ -558,9 +560,14 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             # With the mask: given a cache, GenerationMixin tells new tokens from old by its length.
             prompt, kwargs["decoder_attention_mask"] = self.start_prompts(prompt, mask)
             kwargs["decoder_input_ids"], length = prompt, prompt.shape[1]
-        # By precedence.
         configs = [vars(config) for config in (generation_config, self.generation_config) if config is not None]
-        returns_dict = any(settings.get("return_dict_in_generate") for settings in (kwargs, *configs))
+        static = "static" in next(filter(None, (each.get("cache_implementation") for each in (kwargs, *configs))), "")
+        if static:
+            check_static_cache()
+        # What outlives the call can't be of inference mode: that couldn't be trained on or written to.
+        returns_dict = any(each.get("return_dict_in_generate") for each in (kwargs, *configs))
+        given_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        mode = nullcontext() if static or returns_dict or given_cache else torch.inference_mode()
         limit = self.caption_limit(length, kwargs, configs)
         # One of the two lengths reaches GenerationMixin: it prefers its own config's `max_new_tokens` to `max_length`.
         if generation_config is None:
@@ -569,8 +576,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             generation_config = copy.deepcopy(generation_config)
             generation_config.max_length, generation_config.max_new_tokens = DEFAULT_MAX_LENGTH, limit - length
             kwargs = {name: value for name, value in kwargs.items() if name not in ("max_length", "max_new_tokens")}
-        # Faster than `no_grad`. The clone can be trained on, what else a dict holds couldn't.
-        with nullcontext() if returns_dict else torch.inference_mode():
+        with mode:
             generated = super().generate(inputs, generation_config, *args, **kwargs)
         return generated.clone() if isinstance(generated, torch.Tensor) else generated
 

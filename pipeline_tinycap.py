@@ -3,7 +3,8 @@
 transformers 5 removed this task; `custom_pipelines` in the config provides it, with the interface of transformers 4.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -122,8 +123,8 @@ class ImageToTextPipeline(Pipeline):
                 raise TypeError(f"{type(self).__name__} got an unexpected argument {name!r}")
         if prompt is not None and not isinstance(prompt, str):
             raise ValueError(f"prompt: expected one string for all images, got {type(prompt).__name__}")
-        preprocess_params = {"prompt": prompt, "timeout": timeout}
-        preprocess_params = {name: value for name, value in preprocess_params.items() if value is not None}
+        preprocess_params = {"prompt": prompt} if prompt is not None else {}
+        preprocess_params |= {"timeout": timeout} if timeout is not None else {}
         # One by one, so that those of a call are added to those of the pipeline itself.
         forward_params, postprocess_params = {**generate_kwargs, **given}, {}
         if return_confidence or min_confidence is not None:
@@ -138,8 +139,8 @@ class ImageToTextPipeline(Pipeline):
                 raise ValueError("confidence: it is calibrated for greedy and beam search, got do_sample=True")
             forward_params["return_log_probs"] = True
             # The calibration is read before the first image.
-            postprocess_params = {"calibration": self.calibration, "num_beams": merged.get("num_beams") or 1}
-            postprocess_params["min_confidence"] = min_confidence
+            confidence = partial(self.calibration, num_beams=merged.get("num_beams") or 1)
+            postprocess_params = {"confidence": confidence, "min_confidence": min_confidence}
         return preprocess_params, forward_params, postprocess_params
 
     @property
@@ -191,20 +192,16 @@ class ImageToTextPipeline(Pipeline):
         return outputs
 
     def postprocess(
-        self,
-        model_outputs: dict[str, Any],
-        calibration: ConfidenceCalibration | None = None,
-        num_beams: int = 1,
-        min_confidence: float | None = None,
+        self, model_outputs: dict[str, Any], confidence: Callable | None = None, min_confidence: float | None = None
     ) -> list[dict[str, str | float | None]]:
         if model_outputs["error"]:
             return [{"generated_text": None, "error": model_outputs["error"]}]
         texts = self.tokenizer.batch_decode(model_outputs["sequences"].flatten(0, 1), skip_special_tokens=True)
         entries = [{"generated_text": text.strip()} for text in texts]
-        if calibration is not None:
+        if confidence is not None:
             scores = (model_outputs[name].flatten().tolist() for name in ("log_probs", "num_tokens"))
             for entry, log_prob, num_tokens in zip(entries, *scores):
-                entry["confidence"] = calibration(log_prob, num_tokens, num_beams)
+                entry["confidence"] = confidence(log_prob, num_tokens)
                 if min_confidence is not None and entry["confidence"] < min_confidence:
                     entry["generated_text"] = None
         return entries
