@@ -1,4 +1,4 @@
-"""`tinycap caption` and `tinycap embed`, as a user calls them, on the tiny repository."""
+"""`tinycap caption` and `tinycap embed` as called by a user, on the tiny repository."""
 
 import csv
 import importlib.metadata
@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from tiny import draw_picture
 from transformers import pipeline
 
 from tinycap.deploy import captioners, cli
-from tinycap.deploy.captioners import CaptionOptions, CaptionResult, read_ahead
-from tinycap.deploy.inputs import list_images
-from tinycap.deploy.outputs import RowFile, RowShape, Sidecars, alt_attribute
+from tinycap.deploy.captioners import CaptionOptions, ImageResult
+from tinycap.deploy.inputs import list_images, read_ahead
+from tinycap.deploy.outputs import CaptionRows, RowFile, Sidecars, alt_attribute
 
 
 NAMES = ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png"]
@@ -30,7 +31,7 @@ NAMES = ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png"]
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """A folder of five pictures, the current one."""
+    """A folder of five images, the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     for seed, name in enumerate(NAMES):
@@ -41,7 +42,7 @@ def photos(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def expected(repository):
-    """The pipeline's captions of the pictures."""
+    """The pipeline's captions of the images."""
     captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
     captions = [captioner(draw_picture(seed))[0]["generated_text"] for seed in range(len(NAMES))]
     assert len(set(captions)) > 1
@@ -98,7 +99,7 @@ def test_a_stopped_run_goes_on_after_the_last_whole_row(run, photos, expected, t
     assert run("caption", "photos", "--output", output) == 1
     whole = output.read_text()
     kept = whole[: whole.index("photos/deep/e.png")].rsplit("\n", 1)[0] + "\n"
-    # What a kill leaves, and a caption by which to tell that its row was not made again.
+    # A file as after a kill, with a caption that shows that its row wasn't written again.
     kept = kept.replace(expected["photos/a.png"], "as it was", 1)
     output.write_text(kept + whole[len(kept) : len(kept) + 9])
     (tmp_path / "later.png").rename(photos / "b.png")
@@ -119,12 +120,12 @@ def test_what_was_found_before_an_interruption_is_kept(run, photos, expected, tm
             pass
 
         def __call__(self, images):
-            yield from (CaptionResult(image, [expected[image]]) for image in images[:3])
+            yield from (ImageResult(image, [expected[image]]) for image in images[:3])
             raise KeyboardInterrupt
 
     output = tmp_path / "captions.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "create_captioner", lambda backend, options: Interrupted(options))
+        patch.setitem(cli.BACKENDS, "torch", Interrupted)
         assert run("caption", "photos", "--output", output, "--batch-size", "2") == 130
     assert len(read_rows(output)) == 3 and "goes on from here" in capsys.readouterr().err
     assert run("caption", "photos", "--output", output) == 0
@@ -167,7 +168,7 @@ def test_a_shard_resumes_and_takes_its_share_of_new_images(run, photos, expected
     whole = {shard: tmp_path / f"captions.{shard[0]}-of-2.{kind}" for shard in ("1/2", "2/2")}
     for shard, path in whole.items():
         assert run("caption", "photos", *flags, shard) == 0
-        # As a kill leaves it.
+        # As after a kill.
         path.write_bytes(path.read_bytes()[:-3])
     for name in "fghijk":
         draw_picture(0).save(photos / f"{name}.png")
@@ -225,6 +226,18 @@ def test_photos_that_would_share_a_text_file_are_an_error_that_names_both(run, p
         Sidecars(["http://x/y.png"], "text")
 
 
+def test_no_caption_is_written_over_an_image(run, photos, capsys):
+    """A JPEG may be called `photo.txt`."""
+    shutil.copy(photos / "a.png", photos / "photo.txt")
+    shutil.copy(photos / "a.png", photos / "photo.png")
+    content = (photos / "photo.txt").read_bytes()
+    for images in (["photos/photo.txt"], ["photos/photo.png", photos / "photo.txt"]):
+        assert run("caption", *images, "--sidecar", "--overwrite") == 2
+        assert "photo.txt" in capsys.readouterr().err and (photos / "photo.txt").read_bytes() == content
+    with pytest.raises(ValueError, match="would be written"):
+        Sidecars(["photos/a.png", str(photos / "a.jpg")], "text")
+
+
 def test_an_alt_attribute_says_the_caption_whatever_is_in_it():
     seen = []
 
@@ -264,7 +277,7 @@ def test_a_caption_below_the_confidence_is_no_caption(repository, photos, expect
     model = shutil.copytree(repository, tmp_path / "model")
     assert cli.main(["caption", "photos", "--confidence", "--model", str(model)]) == 2
     assert "confidence.json" in capsys.readouterr().err
-    # Confidence by length alone, so that it is known without the model's probabilities.
+    # A confidence that depends on the length alone, independent of the model's probabilities.
     coefficients = {"mean_log_prob": 0.0, "num_tokens": 1.0}
     calibration = {"num_beams": 1, "intercept": -9.0, "coefficients": coefficients}
     (model / "confidence.json").write_text(json.dumps({"calibrations": [calibration]}))
@@ -272,7 +285,7 @@ def test_a_caption_below_the_confidence_is_no_caption(repository, photos, expect
     assert cli.main(["caption", "photos", "--min-confidence", "0.4", *flags, "--max-new-tokens", "9"]) == 0
     rows = read_rows(tmp_path / "c.jsonl")
     assert all((row["caption"] is None) == (row["confidence"] < 0.4) for row in rows)
-    # Captions of nine tokens get 0.5, one shorter less than 0.3.
+    # Captions of nine tokens get 0.5, shorter ones less than 0.3.
     assert {round(row["confidence"], 2) for row in rows} >= {0.5}
     assert cli.main(["caption", "photos", "--min-confidence", "0.51", "--model", str(model), "--confidence"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "photos/a.png\t0.50\t"
@@ -294,6 +307,68 @@ def test_embeddings_are_the_models_with_the_id_of_each(run, repository, photos, 
     np.testing.assert_allclose(np.load(tmp_path / "e.npy"), embeds[[2, 0]], atol=1e-5)
     assert json.loads((tmp_path / "e.ids.json").read_text()) == ["photos/c.png", "photos/a.png"]
     assert run("embed", "photos/c.png", "--output", tmp_path / "e.npy") == 2, "it is there"
+
+
+class SmallDisk:
+    """Limits the size of files in the block, in bytes."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __enter__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def test_embeddings_of_a_stopped_run_are_kept(run, photos, tmp_path, monkeypatch, capsys):
+    assert run("embed", "photos", "--output", "whole.npy") == 0
+    embed, embedded = captioners.TorchCaptioner.embed, []
+
+    def interrupted(self, images):
+        for number, result in enumerate(embed(self, images)):
+            if number == 3 and not embedded:
+                raise KeyboardInterrupt
+            yield result
+
+    def counted(self, images):
+        embedded.extend(images)
+        return embed(self, images)
+
+    flags = ("embed", "photos", "--output", "new/folder/e.npy", "--batch-size", 2)
+    for stop, status in ((interrupted, 130), (counted, 0)):
+        monkeypatch.setattr(captioners.TorchCaptioner, "embed", stop)
+        assert run(*flags) == status
+    assert embedded == [f"photos/{name}" for name in NAMES[3:]]
+    np.testing.assert_allclose(np.load("new/folder/e.npy"), np.load("whole.npy"), atol=1e-6)
+    assert sorted(path.name for path in Path("new/folder").iterdir()) == ["e.ids.json", "e.npy"]
+    assert run(*flags) == 2 and "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.safetensors"])
+def test_embeddings_on_a_full_disk_are_kept(run, photos, tmp_path, capsys, name):
+    draw_picture(9).save(photos / "z.png")
+    for size in (400, 800):
+        with SmallDisk(size):
+            assert run("embed", "photos", "--output", name, "--batch-size", 1) == 3
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "cannot write" in line and name in line and "File too large" in line
+        assert not Path(name).exists()
+    assert run("embed", "photos", "--output", name) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", name} | (
+        {"e.ids.json"} if name == "e.npy" else set()
+    )
+
+
+def test_embeddings_of_two_models_are_not_mixed(run, repository, photos, tmp_path, capsys):
+    model = shutil.copytree(repository, tmp_path / "model")
+    with SmallDisk(400):
+        assert run("embed", "photos", "--output", "e.npy", "--batch-size", 1) == 3
+    assert cli.main(["embed", "photos", "--output", "e.npy", "--model", str(model)]) == 2
+    assert "expected rows with embeddings by" in capsys.readouterr().err
+    assert cli.main(["embed", "photos", "--output", "e.npy", "--model", str(model), "--overwrite"]) == 0
 
 
 def test_patterns_hidden_files_and_what_is_not_there(photos):
@@ -383,7 +458,7 @@ def test_lists_are_read_as_windows_writes_them(run, photos, expected, tmp_path, 
 
 
 def test_a_sidecar_that_cannot_be_written_is_named_and_the_others_are(run, photos, expected, capsys):
-    # Names of 255 bytes, the longest there are: the first one's sidecar has as many, the second one's more.
+    # Names of 255 bytes, the maximum: the first sidecar's name has as many, the second one's more.
     longest, too_long = "b" * 251 + ".png", "c" * 253 + ".x"
     shutil.copy(photos / "a.png", photos / longest)
     (photos / "a.png").rename(photos / too_long)
@@ -418,8 +493,54 @@ def test_a_folder_that_cannot_be_written_to_loses_no_other_sidecar(run, photos, 
 
 def test_an_output_that_cannot_be_written_is_one_line(run, photos, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert run("caption", "photos", "--output", "file/c.jsonl") == 2
-    assert "file" in capsys.readouterr().err.splitlines()[-1]
+    assert run("caption", "photos", "--output", "file/c.jsonl") == 3
+    assert "cannot write" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_rows_on_a_full_disk_are_gone_on_with(run, photos, expected, tmp_path, capsys, kind):
+    output = tmp_path / f"c.{kind}"
+    with SmallDisk(100):
+        assert run("caption", "photos", "--output", output, "--batch-size", 1) == 3
+    assert f"cannot write {output}: File too large" in capsys.readouterr().err.splitlines()[-1]
+    assert 0 < output.stat().st_size <= 100
+    assert run("caption", "photos", "--output", output) == 0
+    assert {row["image"]: row["caption"] for row in read_rows(output)} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_full_disk_behind_the_standard_output_is_one_line(repository, photos):
+    command = [sys.executable, "-m", "tinycap.deploy", "caption", "photos", "--quiet", "--model", str(repository)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == "tinycap caption: error: cannot write to the standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_second_writer_of_an_output_is_refused(run, photos, expected, tmp_path, capsys, monkeypatch, kind):
+    """Otherwise it replaces the file, and later rows of the first one are lost."""
+    output, link = tmp_path / f"c.{kind}", tmp_path / f"link.{kind}"
+    link.symlink_to(output)
+    # As after a kill.
+    (tmp_path / f".c.{kind}.lock").touch()
+    call, statuses = captioners.TorchCaptioner.__call__, []
+
+    def meets_another(self, images):
+        for number, result in enumerate(call(self, images)):
+            if number > 2:
+                name = output if number == 3 else link
+                statuses.append(run("caption", "photos/deep/e.png", "--output", name, "--overwrite"))
+            yield result
+
+    monkeypatch.setattr(captioners.TorchCaptioner, "__call__", meets_another)
+    assert run("caption", "photos", "--output", output, "--batch-size", 1) == 0
+    assert {row["image"]: row["caption"] for row in read_rows(output)} == expected
+    assert statuses == [3, 3] and f"c.{kind}: another process is writing to it" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*")) and link.is_symlink()
+    assert run("caption", "photos/a.png", "--output", link, "--overwrite") == 0
+    assert len(read_rows(output)) == 1
 
 
 @pytest.mark.parametrize(
@@ -444,37 +565,33 @@ def test_a_csv_file_that_cannot_be_read_is_refused_as_it_is(run, photos, tmp_pat
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_no_row_is_lost_on_resume(tmp_path, kind):
     names = ["a\rb.png", "a\r\nb.png", 'a"b\n,".png', "a,b.png", "x" * 200_000, " a.png ", "\x1f.png"]
-    output = RowFile(tmp_path / f"c.{kind}", RowShape())
-    output.start(False, [])
-    output.append([*(CaptionResult(name, [name]) for name in names), CaptionResult("other\n.png", error="broken")])
-    output.close()
-    content = output.path.read_bytes()
-    output.start(False, names)
-    assert output.path.read_bytes() == content, "another command's failures are left alone too"
-    assert output.done() == {*names, "other\n.png"}
+    path = tmp_path / f"c.{kind}"
+    with RowFile(path, CaptionRows()) as output:
+        output.start([], False)
+        output.append([*(ImageResult(name, [name]) for name in names), ImageResult("other\n.png", error="broken")])
+    content = path.read_bytes()
+    with RowFile(path, CaptionRows()) as output:
+        assert output.start(names, False) == {*names, "other\n.png"}
+    assert path.read_bytes() == content, "another command's failures are left alone too"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_run_killed_anywhere_goes_on(tmp_path, kind):
-    results = [
-        CaptionResult("a.png", ["one"]),
-        CaptionResult('b\n".png', ["two, too"]),
-        CaptionResult("c.png", error="no"),
-    ]
-    whole = RowFile(tmp_path / f"whole.{kind}", RowShape())
-    whole.start(False, [])
-    whole.append(results)
-    whole.close()
-    content = whole.path.read_bytes()
+    results = [ImageResult("a.png", ["one"]), ImageResult('b\n".png', ["two, too"]), ImageResult("c.png", error="no")]
+    path = tmp_path / f"c.{kind}"
+    with RowFile(path, CaptionRows()) as whole:
+        whole.start([], False)
+        whole.append(results)
+    content = path.read_bytes()
     ends = [content.index(end) + len(end) for end in (b"one", b"too")]
     for length in range(len(content)):
-        output = RowFile(tmp_path / f"c.{kind}", RowShape())
-        output.path.write_bytes(content[:length])
+        path.write_bytes(content[:length])
         if kind == "csv" and content[:length].endswith(b'"b\n'):
-            continue  # As well an editor's open quote: refused.
-        done = output.start(False, ["a.png"])
+            continue  # Could be an unclosed quote from an editor: an error.
+        with RowFile(path, CaptionRows()) as output:
+            done = output.start(["a.png"], False)
         assert done <= {result.image for result in results}
-        # A row is kept as soon as all of it is there.
+        # A complete row is kept.
         assert length < ends[0] + 3 or "a.png" in done
         assert length >= ends[0] or "a.png" not in done
         assert length < ends[1] + 4 or 'b\n".png' in done
@@ -522,9 +639,9 @@ def test_the_version_is_said(capsys, monkeypatch):
 
 
 def test_hints_say_how_to_install_here(monkeypatch, tmp_path):
-    assert captioners.install_command("export") == 'pip install -e ".[export]"'
+    assert 'pip install -e ".[export]"' in str(captioners.extra_missing("why", "export", ImportError()))
     monkeypatch.setattr(captioners, "RELEASED_MODEL", tmp_path)
-    assert captioners.install_command("export") == 'pip install "tinycap[export]"'
+    assert 'pip install "tinycap[export]"' in str(captioners.extra_missing("why", "export", ImportError()))
 
 
 def test_num_threads_are_pytorchs_too(run, photos):
@@ -594,7 +711,6 @@ def test_a_file_name_that_is_no_text_goes_through(run, photos, tmp_path):
         (["trim-vocab", "--model", "nowhere", "--output", "x"], "--model nowhere: no such folder, and from the Hub"),
         (["caption", "photos", "--device", "cuda"], "--device cuda: "),
         (["caption", "photos", "--device", "toaster"], "--device toaster: "),
-        (["embed", "photos", "--output", "no/folder/e.npy"], "--output: expected a folder"),
         (["caption", "--input-list", "nowhere.txt"], "nowhere.txt"),
         (["embed", "photos", "--output", "e.txt"], ".safetensors or .npy"),
     ],
@@ -610,7 +726,7 @@ def test_a_command_that_makes_no_sense_says_why_and_writes_nothing(photos, tmp_p
 
 
 def test_the_recipe_for_datasets_in_the_documentation_works(repository, photos, expected):
-    """As it stands there, but for the names of model and data and the number of processes."""
+    """Unchanged except for the names of model and data set and the number of processes."""
     (photos / "bad.jpg").write_bytes(b"no picture")
     text = (cli.RELEASED_MODEL / "docs" / "command_line.md").read_text(encoding="utf-8")
     code = text.split("<!-- recipe: datasets -->")[1].split("```python\n")[1].split("```")[0]

@@ -186,7 +186,7 @@ def test_a_tower_that_knows_its_patches_places_keeps_its_size_and_a_convolutiona
     assert convolutional(torch.rand(2, 3, 40, 40)).image_embeds.shape == (2, 13)
 
 
-# --- what is no teacher -----------------------------------------------------------------------------------------------
+# --- invalid teachers -------------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_is_no_clip_is_an_error_that_says_what_it_is(tmp_path):

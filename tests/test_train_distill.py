@@ -73,16 +73,16 @@ class KilledError(BaseException):
 
 
 def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
-    """Starts a run and lets it die after the losses of a step, before they change anything."""
-    check_finite = train_distill.check_finite
+    """Starts a run and lets it die in a step of the student, before it changes anything."""
+    train_step = train_distill.train_step
 
-    def dies(losses, step, image_ids):
-        check_finite(losses, step, image_ids)
-        if step == dead_in_step:
+    def dies(*args):
+        if args[-1].number == dead_in_step:
             raise KilledError
+        return train_step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_distill, "check_finite", dies)
+        patch.setattr(train_distill, "train_step", dies)
         with pytest.raises(KilledError):
             train_distill.main(flags)
 
@@ -112,7 +112,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monk
 @pytest.mark.parametrize("dead_in_step", [4, None])
 @pytest.mark.slow
 def test_the_best_validation_is_what_is_saved_also_after_a_kill(flags, tmp_path, monkeypatch, dead_in_step):
-    # Far too large a rate: steps make it worse as well as better.
+    # A learning rate so large that steps also increase the loss.
     best = ["--evaluation_steps", "1", "--load_best_model_at_end"]
     best += ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--max_grad_norm", "0", "--seed", "3"]
     train_distill.main([*flags, *best, "--output_dir", str(tmp_path / "whole")])
@@ -127,7 +127,7 @@ def test_the_best_validation_is_what_is_saved_also_after_a_kill(flags, tmp_path,
     assert found["cider"] == pytest.approx(scores[step], abs=1e-6)
     state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
     earlier = max((other for other in scores if other < 6), key=scores.get)
-    # The checkpoint of the last step comes before the last validation.
+    # The checkpoint of the last step is saved before the last validation.
     assert state["best"] == {"name": "cider", "value": scores[earlier], "step": earlier}
     whole, out = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], out[name]) for name in whole)
@@ -158,7 +158,7 @@ def test_accumulated_batches_make_one_step(flags, tmp_path):
     assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == [1, 2, 3]
 
 
-def test_training_goes_on_from_a_checkpoint_with_its_own_tokenizer_and_config(flags, tmp_path, repository):
+def test_training_goes_on_from_a_checkpoint_with_its_tokenizer_and_config(flags, tmp_path, repository):
     without = [flag for pair in zip(flags[::2], flags[1::2]) for flag in pair if pair[0] != "--config_name"]
     without = [flag for pair in zip(without[::2], without[1::2]) for flag in pair if "teacher" not in pair[0]]
     start = load_file(repository / "model.safetensors")
@@ -191,10 +191,10 @@ def test_a_captioner_goes_on_by_the_cider_of_its_own_samples(flags, tmp_path, re
 
 @pytest.mark.slow
 def test_a_cached_teacher_gives_the_losses_of_one_that_is_asked(flags, tmp_path):
-    # The teacher's own size, where both see the same pixels: a cached one may see more of a smaller student's crop.
+    # The teacher's input size, at which both get the same pixels; with a cache, a teacher with larger inputs gets more.
     flags = [*flags, "--image_size", "32"]
     online = train_distill.main(flags)
-    # Two epochs of three steps: as many views as epochs, so that both runs see the same crops.
+    # Two epochs of three steps: as many views as epochs, so that both runs have the same crops.
     cached_flags = [*flags, "--output_dir", str(tmp_path / "cached"), "--teacher_cache_dir", str(tmp_path / "cache")]
     cached = train_distill.main([*cached_flags, "--teacher_views", "2"])
     for first, second in zip(log_rows(tmp_path / "out"), log_rows(tmp_path / "cached")):
@@ -204,7 +204,7 @@ def test_a_cached_teacher_gives_the_losses_of_one_that_is_asked(flags, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(flags, tmp_path, tokenizer):
+def test_a_checkpoint_goes_on_with_larger_images_and_resampled_positions(flags, tmp_path, tokenizer):
     repository = tmp_path / "repository"
     save_repository(repository, tiny_repository_model(tokenizer), tokenizer, create_image_processor(24, [0.4] * 3))
     drop = ("--config_name", "--vocab_size", "--teacher_name_or_path")
@@ -219,7 +219,7 @@ def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(f
     name = "vision_model.embeddings.position_embeddings"
     assert small[name].shape == (1, 1 + 9, 12) and large[name].shape == (1, 1 + 25, 12)
     torch.testing.assert_close(large[name][:, 0], small[name][:, 0])
-    # Corners stay corners: the table is stretched, not refilled.
+    # Corners stay corners: the table is resampled, not initialised.
     corners = [(0, 0), (2, 4), (6, 20), (8, 24)]
     for before, after in corners:
         assert F.cosine_similarity(small[name][0, 1 + before], large[name][0, 1 + after], dim=0) > 0.9
@@ -261,7 +261,7 @@ def test_a_stream_trains_as_well(flags, tmp_path):
 
 @pytest.fixture
 def web_shards(tmp_path) -> str:
-    """Tar shards as img2dataset writes them, `<key>.png` beside `<key>.txt`: two to train on, one to validate on."""
+    """Tar shards like img2dataset's, `<key>.png` beside `<key>.txt`: two for training, one for validation."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for number, (name, num) in enumerate((("train-00000", 9), ("train-00001", 7), ("validation-00000", 5))):
@@ -279,7 +279,7 @@ def web_shards(tmp_path) -> str:
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.slow
-def test_webdataset_shards_train_streamed_or_not_and_resume_to_the_same_weights(flags, tmp_path, web_shards, streaming):
+def test_webdataset_shards_train_and_resume_to_the_same_weights(flags, tmp_path, web_shards, streaming):
     common = [*flags, "--dataset_name", web_shards, "--streaming" if streaming else "--no-streaming"]
     common += ["--per_device_train_batch_size", "3", "--checkpointing_steps", "3", "--dataloader_num_workers", "1"]
     train_distill.main(common)
@@ -295,7 +295,7 @@ def test_webdataset_shards_train_streamed_or_not_and_resume_to_the_same_weights(
 
 @pytest.mark.slow
 def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
-    # accelerate keeps one precision a process.
+    # accelerate has one precision in a process.
     code = "import sys; from tinycap import train_distill; train_distill.main(sys.argv[1:])"
     root = Path(train_distill.__file__).parent
     command = [sys.executable, "-c", code, *flags, "--mixed_precision", "bf16", "--max_train_steps", "2"]
@@ -304,7 +304,7 @@ def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors")["decoder.embed_tokens.weight"].dtype == torch.float32
 
 
-# --- what must not run ------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -349,7 +349,7 @@ def test_help_says_what_every_flag_does_with_its_default(capsys):
         train_distill.parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "--captions_per_image" in shown and "(default: 1.0)" in shown
-    assert all(flag.help for flag in flags_of("distill"))
+    assert all(flag.help for flag in flags_of("distill").values())
 
 
 def run_and_expect(flags: list[str], error: str, out: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_teacher_of_another_width_is_an_error_before_the_first_step(flags, tmp
     run_and_expect([*flags, "--config_name", str(tmp_path / "c.json")], "expected 18.*got 13", tmp_path / "out")
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_before_the_first_step(flags, tmp_path, config_name):
+def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_at_the_start(flags, tmp_path, config_name):
     values = json.loads(Path(config_name).read_text())
     values["text_config"]["vocab_size"] = 270
     (tmp_path / "c.json").write_text(json.dumps(values))
@@ -382,7 +382,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_before_the_first_ste
     )
 
 
-def test_captions_longer_than_the_position_table_are_an_error_before_the_first_step(flags, tmp_path):
+def test_captions_longer_than_the_position_table_are_an_early_error(flags, tmp_path):
     run_and_expect([*flags, "--max_caption_length", "20"], "max_position_embeddings 19, got 20", tmp_path / "out")
 
 
@@ -408,12 +408,12 @@ def test_a_first_bad_row_stops_the_run_when_asked(flags, tmp_path):
     run_and_expect([*flags, "--on_bad_row", "error"], "photo-5", tmp_path / "out")
 
 
-# --- the embedded default ---------------------------------------------------------------------------------------------
+# --- the default run on scenes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def scene_flags(tmp_path) -> list[str]:
-    """A run on drawn scenes: a teacher of one step, then a student of four."""
+    """A run on drawn scenes: one step for the teacher, then four for the student."""
     return [
         *("--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "5"),
         *("--per_device_train_batch_size", "20", "--max_train_steps", "4", "--checkpointing_steps", "2"),
@@ -436,7 +436,7 @@ def test_a_killed_scenes_run_resumes_to_the_weights_of_a_whole_one(scene_flags, 
 
 
 @pytest.mark.slow
-def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(tmp_path, caplog, capfd):
+def test_without_a_data_set_scenes_are_drawn_and_a_teacher_trained_first(tmp_path, caplog, capfd):
     caplog.set_level("INFO")
     metrics = train_distill.main(
         [

@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap import train_teacher
+from tinycap.training import loop
 from tinycap.training.locked_text import TEXT_HEAD_FILE, LockedTextModel
 from tinycap.training.teacher import Teacher
 from tinycap.training.tokenizer import load_tokenizer
@@ -47,7 +48,7 @@ def test_a_trained_teacher_loads_as_clip_and_as_its_vision_half(tmp_path):
 @pytest.mark.parametrize("is_locked", [False, True])
 @pytest.mark.slow
 def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(is_locked, sentence_encoder, tmp_path, monkeypatch):
-    """Also where a sentence encoder's answers are remembered: a resumed run remembers the same."""
+    """Also with cached text embeddings, which are the same in a resumed run."""
     locked = ["--text_model_name_or_path", sentence_encoder, "--captions_per_image", "5"]
     flags = [*LOCKED, *locked] if is_locked else TINY
     train_teacher.main([*flags, "--output_dir", str(tmp_path / "whole")])
@@ -58,7 +59,7 @@ def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(is_locked, s
             if step == 6:
                 raise KeyboardInterrupt
 
-        patch.setattr(train_teacher, "check_finite", dies)
+        patch.setattr(loop, "check_finite", dies)
         with pytest.raises(KeyboardInterrupt):
             train_teacher.main(flags)
     train_teacher.main([*flags, "--resume_from_checkpoint", "latest"])
@@ -91,7 +92,7 @@ def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, 
     assert not any(report.values()), report
     assert Teacher.from_pretrained(str(out), "projected")(torch.randn(2, 3, 32, 32)).shape == (2, 14)
     assert load_file(out / TEXT_HEAD_FILE)["text_projection.weight"].shape == (14, 12)
-    # What was trained and what wasn't, from the last checkpoint, which holds all of it.
+    # Trained and frozen weights, from the last checkpoint, which has all of them.
     trained, given = (
         load_file(out / "checkpoint-6" / "model.safetensors"),
         load_file(f"{sentence_encoder}/model.safetensors"),
@@ -143,7 +144,7 @@ def test_a_locked_sentence_encoder_reads_each_training_caption_once(sentence_enc
 
     monkeypatch.setattr(LockedTextModel, "encode_sentences", counted)
     flags = [*LOCKED, "--text_model_name_or_path", sentence_encoder]
-    # 30 scenes have 150 captions: fewer than 16 steps of 10 draw, more than 6 do. 8 scenes are validated on.
+    # 30 scenes have 150 captions: fewer than 16 steps of 10 draw, more than 6 do. 8 scenes are for validation.
     train_teacher.main([*flags, "--output_dir", str(tmp_path / "short")])
     asked = len(read)
     read.clear()
@@ -166,7 +167,7 @@ def test_a_remembered_text_is_embedded_as_a_read_one(sentence_encoder, monkeypat
     torch.testing.assert_close(remembered.text_embeds, read.text_embeds)
 
 
-def test_a_text_model_that_is_no_sentence_encoder_is_an_error_that_names_it(tmp_path):
+def test_a_text_model_that_is_no_sentence_encoder_is_a_named_error(tmp_path):
     args = train_teacher.parse_args([*LOCKED, "--text_model_name_or_path", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="none: expected a sentence encoder"):
         train_teacher.build_model(args, None)
@@ -206,7 +207,7 @@ def test_all_captions_of_an_image_are_its_positives():
     assert train_teacher.contrastive_loss(images, right, scale) < train_teacher.contrastive_loss(
         images, right.roll(1, 0), scale
     )
-    # An image is asked for all three alike: the loss is the entropy of that choice, and nothing more.
+    # All three captions match an image equally: the loss is the entropy of the uniform distribution.
     expected = (torch.log(torch.tensor(3.0)) + 0) / 2
     torch.testing.assert_close(train_teacher.contrastive_loss(images, right, scale), expected, atol=1e-4, rtol=0)
 

@@ -1,5 +1,5 @@
-"""Two ranks of `train_distill.py` on this machine, as torchrun would start them, but forked from a server that has
-imported everything once: importing takes longer than a test's training."""
+"""Two ranks of `train_distill.py` on this machine, as started by torchrun, but forked from a server that has already
+imported the libraries: imports take longer than a test's training."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ def run_rank(rank: int, port: int, argv: list[str], log: Path, witness: Path | N
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true"
     )
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    # As in a process that torchrun starts: loaders' workers are forked, and import nothing anew.
+    # As in a process of torchrun: the loaders' workers are forked and import nothing.
     multiprocessing.set_start_method("fork", force=True)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -24,10 +24,10 @@ def run_rank(rank: int, port: int, argv: list[str], log: Path, witness: Path | N
         step_before = train_distill.train_step
 
         def step_seen(*args):
-            *_, step, number = args
+            step = args[-1]
             ids = [name for batch in step.batches for name in batch["image_ids"] if name]
             with open(f"{witness}-{rank}", "a") as file:
-                file.write(json.dumps({"step": number, "ids": ids}) + "\n")
+                file.write(json.dumps({"step": step.number, "ids": ids}) + "\n")
             return step_before(*args)
 
         train_distill.train_step = step_seen
@@ -39,8 +39,8 @@ class TwoRanks:
 
     Args:
         argv: of `train_distill.py`.
-        log: where both ranks' output goes.
-        witness: beginning of the names of two files, to which each rank writes the ids of the images of every step.
+        log: file for the output of both ranks.
+        witness: prefix of two files, to which each rank writes the ids of the images of every step.
     """
 
     def __init__(self, argv: list, log: Path, witness: Path | None = None):
