@@ -34,15 +34,14 @@ from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import build_parser, check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
 from tinycap.training.checkpoints import seed_step
-from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
 from tinycap.training.loading import create_loaders, load_data
-from tinycap.training.locked_text import LockedTextModel
 from tinycap.training.logs import write_json
 from tinycap.training.loop import Evaluation, Step, check_finite, create_accelerator, run_script, run_steps
 from tinycap.training.optimization import create_training
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.run_folder import RunFolder
 from tinycap.training.tokenizer import encode_captions, load_tokenizer, train_tokenizer
+from tinycap.training.towers import LockedTextModel, PretrainedImageTower, pixel_statistics
 
 
 logger = get_logger(__name__)

@@ -3,8 +3,14 @@ from pycocoevalcap.cider.cider import Cider
 from tiny import CAPTIONS, tiny_repository_model
 
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
-from tinycap.training.cider_reward import END_WORD, CiderReward
-from tinycap.training.scst import SelfCriticalObjective, labels_of, self_critical_advantage, self_critical_loss
+from tinycap.training.scst import (
+    END_WORD,
+    CiderReward,
+    SelfCriticalObjective,
+    labels_of,
+    self_critical_advantage,
+    self_critical_loss,
+)
 
 
 REFERENCES = [[caption, f"again , {caption}"] for caption in CAPTIONS]

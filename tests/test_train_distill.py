@@ -18,10 +18,10 @@ from transformers import pipeline
 
 from tinycap import train_distill
 from tinycap.training.arguments import flags_of
-from tinycap.training.configuration import SCENE_CONFIG
 from tinycap.training.flags import SCENE_DEFAULTS
 from tinycap.training.loop import NonFiniteLossError
 from tinycap.training.repository import create_image_processor, save_repository
+from tinycap.training.student import SCENE_CONFIG
 
 
 def test_a_run_leaves_a_complete_repository_and_its_reports(flags, tmp_path, monkeypatch):
