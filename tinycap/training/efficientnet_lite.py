@@ -23,10 +23,9 @@ OPEN_GATE = 30.0
 
 
 def convert(weights: dict[str, torch.Tensor]) -> EfficientNetForImageClassification:
-    """transformers' EfficientNet that computes what EfficientNet-Lite0 does, whose weights come in its layers' order.
+    """transformers' EfficientNet with the weights of EfficientNet-Lite0, which have the same order under other names.
 
-    The Lite models are EfficientNets without squeeze-and-excitation and with ReLU6: each gate gets zero weights and a
-    bias that keeps it open. All other weights have the same order under other names.
+    The Lite models have ReLU6 and no squeeze-and-excitation: each gate gets zero weights and a bias that keeps it open.
     """
     sizes = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
     config = EfficientNetConfig(**sizes, hidden_act="relu6", dropout_rate=0.2, num_labels=1000)

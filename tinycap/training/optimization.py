@@ -6,7 +6,6 @@ import math
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 
@@ -38,16 +37,12 @@ class OptimizerPair(torch.optim.Optimizer):
     """Two optimizers of different parameters with one schedule and one checkpoint."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer):
-        # Without the base constructor: groups and state are those of the two.
+        # Without the base constructor: the groups and their state are those of the two.
         self.optimizers, self.defaults = optimizers, {}
 
     @property
     def param_groups(self) -> list[dict]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    @property
-    def state(self) -> dict:
-        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
 
     def step(self, closure: None = None) -> None:
         for optimizer in self.optimizers:
@@ -101,9 +96,7 @@ def create_optimizer(
 def plan_steps(args: argparse.Namespace, steps_per_epoch: int | None, checkpoint_args: dict | None) -> None:
     """Computes `max_train_steps` from the epochs, and limits a warm-up of default length in a short run.
 
-    Args:
-        steps_per_epoch: optimizer steps; `None` for a stream, where `max_train_steps` is given.
-        checkpoint_args: arguments of the run that is resumed, whose warm-up is kept.
+    A stream has no `steps_per_epoch`; a resumed run keeps the warm-up of its `checkpoint_args`.
     """
     if args.max_train_steps is None:
         args.max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
@@ -122,9 +115,7 @@ def warn_of_few_steps(args: argparse.Namespace) -> None:
         )
 
 
-def create_training(
-    model: nn.Module, args: argparse.Namespace, num_processes: int
-) -> tuple[torch.optim.Optimizer, LRScheduler]:
+def create_training(model: nn.Module, args: argparse.Namespace, num_processes: int) -> tuple:
     """The optimizer and the learning rate schedule of a run of either script."""
     name = getattr(args, "optimizer", "adamw")
     optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, name, args.patch_learning_rate_scale)

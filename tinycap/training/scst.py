@@ -27,11 +27,7 @@ def with_end(caption: str) -> str:
 
 
 class CiderReward(CiderScorer):
-    """CIDEr of single captions, by `pycocoevalcap`'s scorer with the document frequencies of a training set.
-
-    Args:
-        references: the human captions of each training image.
-    """
+    """CIDEr of single captions with the document frequencies of a training set: the captions of each of its images."""
 
     # `compute_cider` sets it to the logarithm of the number of scored images.
     ref_len = property(lambda self: self.log_num_images, lambda self, value: None)
@@ -83,11 +79,9 @@ def self_critical_loss(logits: torch.Tensor, labels: torch.Tensor, advantage: to
 
 @dataclass
 class SelfCriticalObjective:
-    """The losses of one step of self-critical training.
+    """The losses of one step of self-critical training, with at least 2 samples an image.
 
-    Args:
-        reward: scores N captions, given the references of each and whether each has its end token.
-        num_samples: captions sampled for an image, at least 2.
+    `reward` scores N captions, given the references of each and whether each has its end token.
     """
 
     tokenizer: PreTrainedTokenizerFast

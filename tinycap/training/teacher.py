@@ -32,9 +32,6 @@ class Teacher(nn.Module):
             "projected" for `image_embeds` after it (512).
         teacher_mean, teacher_std: per channel, what the teacher's pixels are normalised by; CLIP's if not given.
         image_mean, image_std: per channel, what the incoming pixels are normalised by; the teacher's if not given.
-
-    Raises:
-        ValueError: there is no such feature, or the tower doesn't have it.
     """
 
     def __init__(
@@ -61,11 +58,8 @@ class Teacher(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, feature="pooled", image_mean=None, image_std=None) -> "Teacher":
-        """Loads a teacher from the Hub or a folder: a whole `CLIPModel`, its vision half, or an image tower of another
-        architecture that `train_teacher.py` has trained against texts. Arguments as in the class.
-
-        Raises:
-            ValueError: not a CLIP vision model, weights of it are missing, or it can't be found.
+        """Loads a `CLIPModel`, its vision half, or another image tower that `train_teacher.py` has trained against
+        texts; arguments as in the class. Raises `ValueError` where it is none of them or lacks weights.
         """
         try:
             model_type = AutoConfig.from_pretrained(name_or_path).model_type

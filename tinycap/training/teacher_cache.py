@@ -79,11 +79,8 @@ def build_teacher_cache(
     """Computes what `cache_dir` doesn't hold yet, each process its share, and opens the whole cache.
 
     Every file is written under a temporary name and renamed, so that an interrupted build continues where it stopped,
-    and later runs with more views only add theirs. Raises `ValueError` for a damaged file, which it names.
-
-    Args:
-        dataset: the images; its augmentation and seed define the views.
-        dataset_fingerprint: the `content_fingerprint` of the dataset's rows.
+    and later runs with more views only add theirs. The dataset's augmentation and seed define the views, and
+    `dataset_fingerprint` its rows. Raises `ValueError` for a damaged file, which it names.
     """
     recipe = teacher_recipe(teacher, dataset, collator, dataset_fingerprint, accelerator.mixed_precision)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]

@@ -26,12 +26,8 @@ TEXT_HEAD_FILE = "text_projection.safetensors"
 def load_weights(model_class: type, name_or_path: str, kind: str, unused: str = "", **options) -> PreTrainedModel:
     """`model_class.from_pretrained` in float32.
 
-    Args:
-        kind: what it is to load, for the messages.
-        unused: weights may be missing whose names contain this word; "head": all outside the base model.
-
-    Raises:
-        ValueError: it can't be found or read, or weights of it are missing; names them.
+    Raises `ValueError` where it isn't of this `kind` or lacks weights, which it names. Weights with `unused` in their
+    names may be missing; `unused="head"` stands for all outside the base model.
     """
     options |= {"dtype": torch.float32, "output_loading_info": True}
     try:
@@ -68,9 +64,7 @@ class PretrainedImageTower(nn.Module):
     As in open_clip's towers from timm, the last linear layer has `projection_dim` outputs instead of classes: any model
     of `AutoModelForImageClassification` will do, and is saved in its own format.
 
-    Args:
-        classifier: the model; its `num_labels` is the width of the joint space.
-        is_frozen: train the head only; everything before it stays in eval mode.
+    A frozen tower trains its head only; everything before it stays in eval mode.
     """
 
     def __init__(self, classifier: PreTrainedModel, is_frozen: bool = False):
@@ -133,10 +127,6 @@ class LockedTextModel(nn.Module):
     LiT (Zhai et al., 2022, https://arxiv.org/abs/2111.07991) locks the image tower and trains the text tower; here the
     text tower is locked, since a few thousand images teach little language. A text's embedding is the mean of its
     tokens' last hidden states (Reimers & Gurevych, 2019, https://arxiv.org/abs/1908.10084), projected linearly.
-
-    Args:
-        vision_model: the image tower; its `projection_dim` is the width of the joint space.
-        text_model: an encoder whose output has a `last_hidden_state`, such as all-MiniLM-L6-v2.
     """
 
     def __init__(self, vision_model: CLIPVisionModelWithProjection | PretrainedImageTower, text_model: PreTrainedModel):
