@@ -16,6 +16,9 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Remote code is copied here under its folder's name, which two test runs at a time share.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The others have the other cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import datasets
 import no_network.sitecustomize  # noqa: F401
@@ -32,11 +35,26 @@ from transformers import (
 )
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.training.loop import available_cores
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.tokenizer import train_tokenizer
 
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+
+# Each process imports torch, transformers and datasets, and fills a gigabyte.
+MAX_PROCESSES = 4
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config) -> None:
+    """Runs whole folders of tests in a process for each core, where pytest-xdist is installed; `-n 0` is for one."""
+    options, cores = config.option, min(available_cores(), MAX_PROCESSES)
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if is_worker or getattr(options, "numprocesses", 0) is not None or options.usepdb or options.capture == "no":
+        return
+    if cores > 1 and all(map(os.path.isdir, config.args)):
+        options.numprocesses, options.dist = cores, "worksteal"
 
 
 @pytest.fixture

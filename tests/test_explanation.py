@@ -79,6 +79,7 @@ def pictures_with_a_spot(num: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
     return pixels, place, color
 
 
+@pytest.mark.slow
 def test_saliency_peaks_where_the_information_is():
     """A model learns to name the colour of a spot that may be anywhere or nowhere: its maps point at the spot."""
     model = tiny_model(vision_config={"projection_dim": 14}).train()

@@ -1,3 +1,4 @@
+import pytest
 import torch
 from pycocoevalcap.cider.cider import Cider
 from tiny import CAPTIONS, tiny_repository_model
@@ -60,6 +61,7 @@ def test_the_loss_makes_better_samples_likelier_and_worse_ones_less_likely():
     assert not logits.grad[0, 2].any(), "padding has no say"
 
 
+@pytest.mark.slow
 def test_training_on_a_reward_raises_it(tokenizer):
     """The one thing that the objective is for, on a model small enough to see it in seconds."""
     model = tiny_repository_model(tokenizer)
