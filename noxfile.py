@@ -1,4 +1,4 @@
-"""Runs tests/test_versions.py with each served release of transformers and torch, in a virtual environment of its own.
+"""Runs tests/test_versions.py with each supported release of transformers and torch, in separate virtual environments.
 
     nox                                                              every session, then docs/versions.md
     nox -s "matrix(transformers='5.17.0', torchvision=True)"         one of them
@@ -7,17 +7,17 @@
 """
 
 import platform
-import xml.etree.ElementTree
+import re
 from datetime import date
 from pathlib import Path
+from xml.etree import ElementTree
 
 import nox
 
 
-# The first and the last release of each stretch in which transformers changed what TinyCap relies on; 5.24.0 is the
-# newest. Those left out of pyproject.toml are not served.
+# The first and last release of each range with the same behaviour where TinyCap depends on it; 5.24.0 is the newest.
 TRANSFORMERS = ("4.57.1", "4.57.6", "5.0.0", "5.2.0", "5.3.0", "5.4.0", "5.10.4", "5.16.1", "5.17.0", "5.24.0")
-# torch and the torchvision that belongs to it.
+# torchvision by torch.
 TORCHVISION = {"2.13.0": "0.28.0", "2.14.1": "0.29.1"}
 TESTS = ("tests/test_golden_captions.py", "tests/test_versions.py")
 RESULTS = Path(".nox", "results")
@@ -33,7 +33,7 @@ library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 @nox.parametrize("torchvision", [False, True])
 @nox.parametrize("transformers", TRANSFORMERS)
 def matrix(session: nox.Session, transformers: str, torchvision: bool) -> None:
-    """A release of transformers, with torchvision or without."""
+    """A release of transformers, with or without torchvision."""
     check(session, transformers, "2.13.0", torchvision)
 
 
@@ -60,9 +60,9 @@ def check(session: nox.Session, transformers: str, torch: str, torchvision: bool
 
 
 def import_torchvision(session: nox.Session) -> None:
-    """Makes torchvision importable beside a CPU build of torch.
+    """Makes torchvision importable with a CPU build of torch.
 
-    PyPI's is built for CUDA: there, its library doesn't load, and importing it fails for want of two operators.
+    PyPI's build is for CUDA: its library doesn't load there, and the import fails because two operators are missing.
     """
     try:
         session.run("python", "-c", "import torchvision", silent=True)
@@ -75,43 +75,21 @@ def import_torchvision(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def table(session: nox.Session) -> None:
-    """Writes docs/versions.md from what the sessions left in `RESULTS`."""
+    """Writes the date and the table of docs/versions.md from the JUnit files in `RESULTS`."""
     rows = []
     for path in RESULTS.glob("*.xml"):
         transformers, torch, torchvision = path.stem.split()
-        suite = next(xml.etree.ElementTree.parse(path).iter("testsuite"))
-        failed = [
-            case.get("name") for case in suite.iter("testcase") if set(part.tag for part in case) & {"failure", "error"}
-        ]
-        found = {part.get("name"): part.get("value") for part in suite.iter("property")}
-        pixels = [
-            f"{float(found[name]):.2g}" if name in found else "" for name in ("max_difference", "mean_difference")
-        ]
-        passed = int(suite.get("tests")) - len(failed)
-        outcome = ", ".join([f"{passed} passed", *(f"**{name}** failed" for name in failed)])
+        suite = next(ElementTree.parse(path).iter("testsuite"))
+        cases = list(suite.iter("testcase"))
+        failed = [case.get("name") for case in cases if {part.tag for part in case} & {"failure", "error"}]
+        recorded = {part.get("name"): part.get("value") for part in suite.iter("property")}
+        differences = [f"{float(recorded.get(name, 'nan')):.2g}" for name in ("max_difference", "mean_difference")]
+        outcome = ", ".join([f"{len(cases) - len(failed)} passed", *(f"**{name}** failed" for name in failed)])
         order = (*map(int, torch.split(".")), *map(int, transformers.split(".")), torchvision)
-        rows.append((order, [transformers, torch, torchvision, outcome, found.get("image_processor", ""), *pixels]))
-    lines = ["| " + " | ".join(row) + " |" for _, row in sorted(rows)]
-    Path("docs", "versions.md").write_text(
-        TABLE.format(
-            date=date.today(), machine=platform.platform(), python=platform.python_version(), rows="\n".join(lines)
-        ),
-        encoding="utf-8",
-    )
-
-
-TABLE = """# Versions
-
-Written by `nox -s table` on {date}, from the sessions of `noxfile.py` on {machine}, Python {python}.
-
-Each session loads the released checkpoint through every door, from an unrelated directory, runs the pipeline, greedy
-and beam search, a prompt, a static cache, `save_pretrained` and reloading, and two steps of training; the captions of
-twenty images, greedy and with three beams, must be those of `tests/golden_captions.json`.
-
-Where torchvision is installed, transformers 5 resizes with it. The last columns say by how much the pixel values
-(normalised, a grey level is about 0.015) of those images differ from those of Pillow, at most and on average.
-
-| transformers | torch | torchvision | outcome | image processor | max | mean |
-|---|---|---|---|---|---|---|
-{rows}
-"""
+        columns = [transformers, torch, torchvision, outcome, recorded.get("image_processor", ""), *differences]
+        rows.append((order, f"| {' | '.join(columns)} |\n"))
+    page = Path("docs", "versions.md")
+    head, separator, _ = page.read_text(encoding="utf-8").partition("|---|---|---|---|---|---|---|\n")
+    run = f"on {date.today()} with Python {platform.python_version()} on {platform.platform()}"
+    head = re.sub(r"on \d{4}-.*", f"{run}.", head, count=1)
+    page.write_text(head + separator + "".join(row for _, row in sorted(rows)), encoding="utf-8")

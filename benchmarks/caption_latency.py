@@ -1,16 +1,15 @@
-"""What a caption costs: TinyCap by PyTorch and by ONNX, the floor, the reference implementation and published peers.
+"""CPU time of a caption: TinyCap by PyTorch and by ONNX, a hand-written loop, a reference and published peers.
 
     python benchmarks/caption_latency.py --output_dir outputs/caption_latency
 
-All captioners take turns in one process, warm, on one thread, each making exactly 16 tokens greedily, TinyCap also with
-its default of 3 beams: wall and CPU time for batches, every ratio to the greedy floor taken within its round. Start-up
-and peak memory are those of a cold process each, until its first caption. Peers have their published sizes and random
-weights (`peers.py`); TinyCap is the released checkpoint. Writes JSON, a Markdown table and a plot. A short try:
-`--without_peers --batch_sizes 1 --rounds 1`.
+Every captioner generates exactly 16 tokens on one thread, greedily or with the beams of `--num_beams`. Rounds over all
+captioners are interleaved in one warm process, and ratios to the floor (`reference.py`) are taken within a round. Cold
+start (CPU seconds to the first caption) and peak memory are those of a new process each. TinyCap is the released
+checkpoint; peers have random weights (`peers.py`) and run with the first batch size only. Writes JSON, Markdown and a
+plot. Quick check: `--without_peers --batch_sizes 1 --rounds 1`.
 """
 
 import argparse
-import gc
 import json
 import statistics
 import subprocess
@@ -18,23 +17,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache, partial
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
-from floor import Floor
-from peers import PEERS, caption
 from PIL import Image
-from reference import ReferenceCaptioner
 
-from benchmarks.results import benchmark_parser, run_facts, save_results
+from benchmarks.peers import PEERS, caption
+from benchmarks.reference import Floor, ReferenceCaptioner
+from benchmarks.results import benchmark_parser, markdown_table, save_results
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.deploy.export import export_onnx
-
-# With its telemetry off, which is decided before its first import.
-from tinycap.deploy.onnx_captioner import OnnxCaptioner, onnxruntime
-from tinycap.deploy.token_search import beam_search, greedy_search
+from tinycap.deploy.onnx_captioner import OnnxCaptioner
 from tinycap.evaluation.captioning import load_captioner
 from tinycap.evaluation.reports import plot_bars
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -43,302 +40,218 @@ from tinycap.processing_tinycap import load_image
 
 
 NUM_TOKENS = 16
+FROM_FILE = ", from a file"
 FLOOR, FLOOR_FROM_FILE = "floor: by hand, from pixels", "floor: by hand, from a file"
-REFERENCE = "reference implementation"
+# Captioners by name: functions that caption a batch of a given size.
+Captioners = dict[str, Callable[[int], object]]
+# What a new process runs until its first caption, on one thread.
+COMMAND_LINE = "from tinycap.deploy.cli import main; assert main(sys.argv[1:]) == 0"
+# Without tokenizer and image processor, which favours the peers.
+PEER = """
+import torch
+from benchmarks.peers import PEERS, caption
+torch.set_num_threads(1)
+name, folder = sys.argv[1:]
+caption(PEERS[name].model_class.from_pretrained(folder).eval(), PEERS[name].inputs(1), 16)
+"""
+USAGE = """
+cpu_seconds = sum(os.times()[:2])
+from benchmarks.results import peak_memory_mb
+print(json.dumps({"cpu_seconds": cpu_seconds, "peak_memory_mb": peak_memory_mb()}))
+"""
 
 
 def parse_args() -> argparse.Namespace:
     parser = benchmark_parser(__doc__, "caption_latency")
-    parser.add_argument("--model_name_or_path", default=".", help="a TinyCap repository")
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="images run together")
+    parser.add_argument("--model_name_or_path", default=".", help="folder of a TinyCap repository")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 32], help="images captioned together")
     parser.add_argument("--num_beams", type=int, nargs="+", default=[1, 3], help="beams of TinyCap, a row for each")
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each captioner at each batch size")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds over all captioners, for each batch size")
     parser.add_argument("--without_peers", action="store_true", help="TinyCap, floor and reference only")
-    parser.add_argument(
-        "--patience", type=float, default=60.0, help="leave out what would take more seconds a call, by batch size 1"
-    )
     return parser.parse_args()
 
 
-def draw_photo(path: Path) -> None:
-    """A picture of a camera's kind: 640 x 480, with detail everywhere, as JPEG."""
+def draw_image(path: Path) -> None:
+    """640 x 480 pixels with detail everywhere, as a camera's JPEG."""
     noise = np.random.default_rng(0).integers(0, 256, (15, 20, 3), dtype=np.uint8)
     Image.fromarray(noise).resize((640, 480), Image.Resampling.BICUBIC).save(path, quality=90)
 
 
-def tinycap_captioners(
-    folder: str, exported: Path, photo: Path, beams: list[int]
-) -> dict[str, Callable[[int], Callable]]:
-    """For each name, what makes a call for a batch size; rows of more than one beam say so in their names."""
+def tinycap_captioners(folder: str, graphs: Path, image: Path, beams: list[int]) -> Captioners:
+    """The floor and the ways to run TinyCap, with a row for each number of beams.
+
+    Raises:
+        ValueError: floor, pipeline and ONNX don't generate the same caption.
+    """
     model, processor = load_captioner(folder)
-    # An end token that no caption reaches, so that the check for it is paid for and never met.
-    never_ends = {"max_new_tokens": NUM_TOKENS, "eos_token_id": model.config.pad_token_id}
     floor = Floor(model)
     pipe = ImageToTextPipeline(model=model, tokenizer=processor.tokenizer, image_processor=processor.image_processor)
-    sessions = {
-        "ONNX float32": OnnxCaptioner.from_pretrained(exported, num_threads=1),
-        "ONNX int8": OnnxCaptioner.from_pretrained(exported, quantized=True, num_threads=1),
+    onnx = {
+        f"TinyCap, {name}{FROM_FILE}": OnnxCaptioner.from_pretrained(graphs, quantized=quantized, num_threads=1)
+        for name, quantized in (("ONNX float32", False), ("ONNX int8", True))
     }
+    for captioner in onnx.values():
+        captioner.eos_token_ids = []
 
-    def pixels(batch_size: int) -> torch.Tensor:
-        return processor.image_processor([load_image(photo)] * batch_size, return_tensors="pt").pixel_values
+    def read(size: int) -> torch.Tensor:
+        return processor.image_processor([load_image(image)] * size, return_tensors="pt").pixel_values
 
-    def of_pixels(call: Callable) -> Callable[[int], Callable]:
-        def prepare(batch_size: int) -> Callable:
-            pixel_values = pixels(batch_size)
-            return lambda: call(pixel_values)
+    def floor_from_file(size: int) -> list[str]:
+        return processor.batch_decode(floor(read(size), NUM_TOKENS), skip_special_tokens=True)
 
-        return prepare
+    def with_beams(num_beams: int) -> Captioners:
+        options = {"num_beams": num_beams, "max_new_tokens": NUM_TOKENS}
+        # No caption reaches this end token: the stopping criterion is evaluated and never met.
+        torch_options = {**options, "eos_token_id": model.config.pad_token_id}
+        rows = {
+            "TinyCap, generate()": lambda size: model.generate(pixels(size), **torch_options),
+            f"TinyCap, pipeline{FROM_FILE}": lambda size: pipe([str(image)] * size, batch_size=size, **torch_options),
+        }
+        for name, captioner in onnx.items():
+            rows[name] = lambda size, captioner=captioner: captioner([str(image)] * size, **options)
+        return rows if num_beams == 1 else {f"{name}, {num_beams} beams": call for name, call in rows.items()}
 
-    def of_files(call: Callable) -> Callable[[int], Callable]:
-        return lambda batch_size: lambda: call([str(photo)] * batch_size)
-
-    check_same_captions(model, floor, sessions["ONNX float32"], pixels(2), never_ends)
-    captioners = {
-        FLOOR: of_pixels(lambda pixel_values: floor(pixel_values, NUM_TOKENS)),
-        FLOOR_FROM_FILE: of_files(
-            lambda files: processor.batch_decode(floor(pixels(len(files)), NUM_TOKENS), skip_special_tokens=True)
-        ),
-    }
+    pixels = cache(read)
+    _, pipeline, float32, _ = with_beams(1).values()
+    captions = floor_from_file(1)[0].strip(), pipeline(1)[0][0]["generated_text"], float32(1)[0][0].text
+    if len(set(captions)) != 1:
+        raise ValueError(f"expected the same caption from floor, pipeline and ONNX, got {captions}")
+    captioners = {FLOOR: lambda size: floor(pixels(size), NUM_TOKENS), FLOOR_FROM_FILE: floor_from_file}
     for num_beams in beams:
-        suffix = "" if num_beams == 1 else f", {num_beams} beams"
-        options = {**never_ends, "num_beams": num_beams}
-        captioners[f"TinyCap, generate(){suffix}"] = of_pixels(
-            lambda pixel_values, options=options: model.generate(pixel_values, **options)
-        )
-        captioners[f"TinyCap, pipeline, from a file{suffix}"] = of_files(
-            lambda files, options=options: pipe(files, batch_size=len(files), **options)
-        )
-        for name, captioner in sessions.items():
-            captioners[f"TinyCap, {name}{suffix}"] = of_pixels(
-                lambda pixel_values, captioner=captioner, num_beams=num_beams: search_by_onnx(
-                    captioner, pixel_values.numpy(), num_beams
-                )
-            )
-            captioner.eos_token_ids = []
-            captioners[f"TinyCap, {name}, from a file{suffix}"] = of_files(
-                lambda files, captioner=captioner, num_beams=num_beams: captioner(
-                    files, num_beams=num_beams, max_new_tokens=NUM_TOKENS
-                )
-            )
+        captioners |= with_beams(num_beams)
     return captioners
 
 
-def search_by_onnx(captioner: OnnxCaptioner, pixel_values: np.ndarray, num_beams: int = 1) -> list[list[int]]:
-    """The best `NUM_TOKENS` tokens of each image, (B, 3, H, W)."""
-    step = captioner.decoding_step(captioner.encode(pixel_values)[0])
-    prompt = np.full((len(pixel_values), 1), captioner.start_token_id, np.int64)
-    if num_beams == 1:
-        found = greedy_search(step, prompt, [], NUM_TOKENS)
-    else:
-        found = beam_search(step, prompt, [], NUM_TOKENS, num_beams)
-    return [rows[0] for rows in found.tokens]
-
-
-def check_same_captions(model, floor, captioner, pixel_values, never_ends) -> None:
-    """What is compared for its speed says the same.
-
-    Raises:
-        ValueError: it doesn't.
-    """
-    expected = floor(pixel_values, NUM_TOKENS)
-    generated = model.generate(pixel_values, num_beams=1, **never_ends)
-    if (
-        not torch.equal(generated, expected)
-        or search_by_onnx(captioner, pixel_values.numpy()) != expected[:, 1:].tolist()
-    ):
-        raise ValueError("expected the same captions of floor, generate() and ONNX, got different ones")
-
-
-def reference_captioner() -> tuple[Callable[[int], Callable], int]:
-    """The seed architecture with its vocabulary of 50,257: no cache, the head on all positions. And its parameters."""
+def reference_captioner() -> tuple[Callable[[int], object], int]:
+    """The default architecture with its vocabulary of 50,257, without a cache; and its number of parameters."""
     torch.manual_seed(0)
     config = TinyCapConfig(text_config={"hidden_dropout_prob": 0.0})
     model = ReferenceCaptioner(TinyCapForConditionalGeneration(config)).eval()
 
-    @torch.inference_mode()
-    def run(pixel_values: torch.Tensor) -> None:
-        image_embeds = model.encode(pixel_values)
-        tokens = torch.full((len(pixel_values), 1), config.decoder_start_token_id)
-        for _ in range(NUM_TOKENS):
-            logits = model.decode(image_embeds, tokens)
-            tokens = torch.cat([tokens, logits[:, -1:].argmax(dim=-1)], dim=1)
+    def call(size: int) -> torch.Tensor:
+        return model.generate(torch.randn(size, 3, 224, 224), config.decoder_start_token_id, NUM_TOKENS)
 
-    def prepare(batch_size: int) -> Callable:
-        pixel_values = torch.randn(batch_size, 3, 224, 224)
-        return lambda: run(pixel_values)
-
-    return prepare, sum(parameter.numel() for parameter in model.parameters())
+    return call, sum(parameter.numel() for parameter in model.parameters())
 
 
-def timed(call: Callable) -> dict[str, float]:
-    """Median seconds of one call, several of them where it is short."""
-    found = []
-    while not found or (len(found) < 9 and sum(wall for wall, _ in found) < 0.3):
-        wall, cpu = time.perf_counter(), time.process_time()
+def peer_captioner(name: str, model) -> Callable[[int], object]:
+    inputs = cache(PEERS[name].inputs)
+    return lambda size: caption(model, inputs(size), NUM_TOKENS)
+
+
+def cpu_seconds(call: Callable[[], object]) -> float:
+    """Median CPU seconds of a call, over up to nine calls while they take less than 0.3 s."""
+    seconds = []
+    while not seconds or (len(seconds) < 9 and sum(seconds) < 0.3):
+        start = time.process_time()
         call()
-        found.append((time.perf_counter() - wall, time.process_time() - cpu))
-    return {
-        "wall": statistics.median(wall for wall, _ in found),
-        "cpu": statistics.median(cpu for _, cpu in found),
-    }
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
 
 
-def measure(captioners: dict[str, Callable], batch_size: int, rounds: int) -> dict[str, dict]:
-    """Turns of all captioners; medians, and ratios to the floor of the same kind within each round."""
-    calls = {name: prepare(batch_size) for name, prepare in captioners.items()}
-    for call in calls.values():
-        call()
-    turns = {name: [] for name in calls}
-    for index in range(rounds):
-        for name, call in calls.items():
-            turns[name].append(timed(call))
-        print(f"batch {batch_size}: round {index + 1} of {rounds}", flush=True)
+def measure(captioners: Captioners, batch_size: int, rounds: int) -> dict[str, dict]:
+    """Medians over interleaved rounds, of the times and of the ratios to the floor with the same input."""
+    for call in captioners.values():
+        call(batch_size)
+    seconds = {name: [] for name in captioners}
+    for number in range(rounds):
+        for name, call in captioners.items():
+            seconds[name].append(cpu_seconds(partial(call, batch_size)))
+        print(f"batch {batch_size}: round {number + 1} of {rounds}", flush=True)
     results = {}
-    for name, found in turns.items():
-        floors = turns[FLOOR_FROM_FILE if "from a file" in name else FLOOR]
-        results[name] = {
-            kind: {
-                "milliseconds": 1e3 * statistics.median(turn[kind] for turn in found),
-                "ratio_to_floor": statistics.median(turn[kind] / floor[kind] for turn, floor in zip(found, floors)),
-            }
-            for kind in ("wall", "cpu")
-        }
-        results[name]["images_per_second"] = batch_size / statistics.median(turn["wall"] for turn in found)
+    for name, own in seconds.items():
+        floors = seconds[FLOOR_FROM_FILE if FROM_FILE in name else FLOOR]
+        ratio = statistics.median(mine / floor for mine, floor in zip(own, floors))
+        results[name] = {"cpu": {"milliseconds": 1e3 * statistics.median(own), "ratio_to_floor": ratio}}
     return results
 
 
-def cold_start(kind: str, folder: str | Path, argument: str | Path, times: int) -> dict[str, float]:
-    """Medians over cold processes; wall time by this process's clock."""
-    script, found = Path(__file__).with_name("first_caption.py"), []
+def cold_start(program: str, *argv: str | Path, times: int = 3) -> dict[str, float]:
+    """Medians over new processes; the wall time includes the interpreter's start."""
+    command = [sys.executable, "-c", f"import json, os, sys\n{program}\n{USAGE}", *map(str, argv)]
+    runs = []
     for _ in range(times):
         started = time.perf_counter()
-        command = [sys.executable, str(script), kind, str(folder), str(argument)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"{kind} {argument}: {done.stderr[-2000:]}")
-        figures = json.loads(done.stdout.splitlines()[-1])
-        found.append({**figures, "wall_seconds": time.perf_counter() - started})
-    return {name: statistics.median(figures[name] for figures in found) for name in found[0]}
+            raise RuntimeError(f"{argv}: {done.stderr[-2000:]}")
+        usage = json.loads(done.stdout.splitlines()[-1])
+        runs.append({**usage, "wall_seconds": time.perf_counter() - started})
+    return {name: statistics.median(run[name] for run in runs) for name in runs[0]}
 
 
-def size_of(*paths: Path) -> int:
-    return sum(path.stat().st_size for path in paths)
-
-
-def describe_tinycap(folder: Path, exported: Path, photo: Path) -> dict[str, dict]:
-    """Parameters, bytes on disk, start-up and peak memory of the three ways to run TinyCap."""
-    model = TinyCapForConditionalGeneration.from_pretrained(folder)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    graphs = exported / "onnx"
+def describe_systems(folder: str, graphs: Path, image: Path) -> dict[str, dict]:
+    """Parameters, bytes on disk, cold start and peak memory of the ways to run TinyCap."""
+    parameters = TinyCapForConditionalGeneration.from_pretrained(folder).num_parameters()
+    sizes = {path.name: path.stat().st_size for path in graphs.glob("onnx/*")}
+    quantized = sum(size for name, size in sizes.items() if "_quantized" in name)
+    onnx = ("--model", graphs, "--backend", "onnx")
+    ways = {
+        "TinyCap, pipeline": (Path(folder, "model.safetensors").stat().st_size, ("--model", folder)),
+        "TinyCap, ONNX float32": (sum(sizes.values()) - quantized, onnx),
+        "TinyCap, ONNX int8": (quantized, (*onnx, "--quantized")),
+    }
+    common = ("caption", image, "--num-threads", "1", "--quiet")
     return {
-        "TinyCap, pipeline": {
-            "parameters": parameters,
-            "bytes_on_disk": size_of(folder / "model.safetensors"),
-            **cold_start("pytorch", folder, photo, 3),
-        },
-        "TinyCap, ONNX float32": {
-            "parameters": parameters,
-            "bytes_on_disk": size_of(graphs / "encoder_model.onnx", graphs / "decoder_model_merged.onnx"),
-            **cold_start("onnx", exported, photo, 3),
-        },
-        "TinyCap, ONNX int8": {
-            "parameters": parameters,
-            "bytes_on_disk": size_of(*graphs.glob("*_quantized.onnx")),
-            **cold_start("onnx_int8", exported, photo, 3),
-        },
+        name: {"parameters": parameters, "bytes_on_disk": size, **cold_start(COMMAND_LINE, *common, *argv)}
+        for name, (size, argv) in ways.items()
     }
 
 
-def describe_peer(name: str) -> dict:
+def describe_peer(name: str, model) -> dict:
     with tempfile.TemporaryDirectory() as folder:
-        model = PEERS[name].build()
-        parameters = sum(parameter.numel() for parameter in model.parameters())
         model.save_pretrained(folder)
-        del model
-        gc.collect()
-        found = {"parameters": parameters, "bytes_on_disk": size_of(*Path(folder).glob("*.safetensors"))}
-        return {**found, **cold_start("peer", folder, name, 1)}
+        size = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+        start = cold_start(PEER, name, folder, times=1)
+        return {"parameters": model.num_parameters(), "bytes_on_disk": size, **start}
+
+
+def write_results(output_dir: Path, results: dict) -> None:
+    batches, systems = results["batches"], results["systems"]
+    first = next(iter(batches.values()))
+    rows = [[name] for name in first]
+    for row in rows:
+        for size, timings in batches.items():
+            cpu = timings[row[0]]["cpu"] if row[0] in timings else None
+            row.append(f"{cpu['milliseconds'] / size:.1f}, {cpu['ratio_to_floor']:.2f}" if cpu else "-")
+    header = ["captioner", *(f"batch {size}: CPU ms an image, ratio to the floor" for size in batches)]
+    lines = [*markdown_table(header, rows), ""]
+    rows = []
+    for name, system in systems.items():
+        cells = ["-"] * 3
+        if "bytes_on_disk" in system:
+            seconds = f"{system['cpu_seconds']:.2f} ({system['wall_seconds']:.2f})"
+            cells = [f"{system['bytes_on_disk'] / 1e6:,.1f}", seconds, f"{system['peak_memory_mb']:,.0f}"]
+        rows.append([name, f"{system['parameters'] / 1e6:.1f} M", *cells])
+    header = ["captioner", "parameters", "MB on disk", "start to first caption, CPU s (wall s)", "peak memory, MB"]
+    save_results(output_dir, "caption_latency", results, lines + markdown_table(header, rows))
+    bars = {name: timing["cpu"]["ratio_to_floor"] for name, timing in first.items()}
+    plot_bars(bars, output_dir / "caption_latency.png", "CPU time of a caption, as a multiple of the floor")
 
 
 def main() -> None:
     args = parse_args()
     torch.set_num_threads(1)
     transformers.utils.logging.set_verbosity_error()
-    output_dir = Path(args.output_dir)
-    results = {
-        **run_facts(),
-        "onnxruntime": onnxruntime.__version__,
-        "num_tokens": NUM_TOKENS,
-        "rounds": args.rounds,
-        "batches": {},
-    }
+    results = {"onnxruntime": version("onnxruntime"), "num_tokens": NUM_TOKENS, "rounds": args.rounds, "batches": {}}
     with tempfile.TemporaryDirectory() as folder:
-        photo, exported = Path(folder) / "photo.jpg", Path(folder) / "exported"
-        draw_photo(photo)
-        export_onnx(args.model_name_or_path, exported, quantize=True)
-        results["systems"] = describe_tinycap(Path(args.model_name_or_path), exported, photo)
-        captioners = tinycap_captioners(args.model_name_or_path, exported, photo, args.num_beams)
-        captioners[REFERENCE], parameters = reference_captioner()
-        results["systems"][REFERENCE] = {"parameters": parameters}
-        if not args.without_peers:
-            for name, peer in PEERS.items():
-                print(f"{name}: start-up", flush=True)
-                results["systems"][name] = describe_peer(name)
-                captioners[name] = prepare_peer(name, peer.build())
+        image, graphs = Path(folder) / "image.jpg", Path(folder) / "graphs"
+        draw_image(image)
+        export_onnx(args.model_name_or_path, graphs, quantize=True)
+        systems = results["systems"] = describe_systems(args.model_name_or_path, graphs, image)
+        captioners = tinycap_captioners(args.model_name_or_path, graphs, image, args.num_beams)
+        reference, parameters = reference_captioner()
+        captioners["reference implementation"] = reference
+        systems["reference implementation"] = {"parameters": parameters}
+        peers = {}
+        for name in () if args.without_peers else PEERS:
+            model = PEERS[name].build()
+            systems[name], peers[name] = describe_peer(name, model), peer_captioner(name, model)
         for batch_size in args.batch_sizes:
-            kept = captioners
-            if results["batches"]:
-                first = results["batches"][args.batch_sizes[0]]
-                limit = 1e3 * args.patience * args.batch_sizes[0] / batch_size
-                kept = {
-                    name: captioner
-                    for name, captioner in captioners.items()
-                    if name in first and first[name]["wall"]["milliseconds"] <= limit
-                }
-            results["batches"][batch_size] = measure(kept, batch_size, args.rounds)
-            # After each size, so that a run that is broken off leaves what it found.
-            write_results(output_dir, results)
-
-
-def prepare_peer(name: str, model) -> Callable[[int], Callable]:
-    def prepare(batch_size: int) -> Callable:
-        inputs = PEERS[name].inputs(batch_size)
-        return lambda: caption(model, inputs, NUM_TOKENS)
-
-    return prepare
-
-
-def write_results(output_dir: Path, results: dict) -> None:
-    """JSON, a Markdown table and a plot."""
-    sizes = list(results["batches"])
-    first = results["batches"][sizes[0]]
-    head = [f"batch {size}: CPU ms an image, ratio to the floor" for size in sizes]
-    lines = ["| captioner | " + " | ".join(head) + " |", "|---" * (1 + len(sizes)) + "|"]
-    for name in first:
-        cells = []
-        for size in sizes:
-            found = results["batches"][size].get(name)
-            cells.append(
-                f"{found['cpu']['milliseconds'] / size:.1f}, {found['cpu']['ratio_to_floor']:.2f}" if found else "-"
-            )
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
-        "| captioner | parameters | MB on disk | start to first caption, CPU s (wall s) | peak memory, MB |",
-        "|---|---|---|---|---|",
-    ]
-    for name, found in results["systems"].items():
-        if "bytes_on_disk" in found:
-            start = f"{found['cpu_seconds']:.2f} ({found['wall_seconds']:.2f}) | {found['peak_memory_mb']:,.0f}"
-            lines.append(
-                f"| {name} | {found['parameters'] / 1e6:.1f} M | {found['bytes_on_disk'] / 1e6:,.1f} | {start} |"
-            )
-        else:
-            lines.append(f"| {name} | {found['parameters'] / 1e6:.1f} M | - | - | - |")
-    save_results(output_dir, "caption_latency", results, lines)
-    bars = {name: found["cpu"]["ratio_to_floor"] for name, found in first.items() if "from a file" not in name}
-    plot_bars(bars, output_dir / "caption_latency.png", "CPU time for one caption, as a multiple of the floor")
+            results["batches"][batch_size] = measure(captioners | peers, batch_size, args.rounds)
+            # After each batch size: an interrupted run leaves its results.
+            write_results(args.output_dir, results)
+            peers = {}
 
 
 if __name__ == "__main__":

@@ -1,8 +1,4 @@
-"""Other captioners at their published sizes, with random weights: speed doesn't depend on them, and no hub is needed.
-
-Each takes one call of `generate()` on pixel values (and the prompt its kind of model wants) to exactly as many tokens
-as asked for. `caption_latency.py` times them.
-"""
+"""Other captioners at their published sizes, with random weights: speed doesn't depend on them."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,15 +10,7 @@ from transformers import PreTrainedModel
 
 @dataclass
 class Peer:
-    """One captioner.
-
-    Args:
-        model_class: of transformers.
-        config: makes its configuration.
-        image_size: what its image processor resizes to.
-        image_tokens: placeholders for the image in the prompt, and their id.
-        prompt_length: text tokens in the prompt beside them.
-    """
+    """A captioner: its class, its configuration and the sizes of its inputs (pixels, tokens)."""
 
     model_class: type[PreTrainedModel]
     config: Callable
@@ -36,19 +24,19 @@ class Peer:
         return self.model_class(self.config()).eval()
 
     def inputs(self, batch_size: int) -> dict[str, torch.Tensor]:
-        pixel_values = torch.randn(batch_size, 3, self.image_size, self.image_size)
+        inputs = {"pixel_values": torch.randn(batch_size, 3, self.image_size, self.image_size)}
+        if self.image_tokens:
+            ids = [self.image_token_id] * self.image_tokens + list(range(5, 5 + self.prompt_length))
+            inputs["input_ids"] = torch.tensor([ids]).expand(batch_size, -1)
+            inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         if self.model_class is transformers.SmolVLMForConditionalGeneration:
-            # Tiles of an image are an axis of their own.
-            pixel_values = pixel_values[:, None]
-        if not self.image_tokens:
-            return {"pixel_values": pixel_values}
-        ids = [self.image_token_id] * self.image_tokens + list(range(5, 5 + self.prompt_length))
-        input_ids = torch.tensor([ids]).expand(batch_size, -1)
-        return {"pixel_values": pixel_values, "input_ids": input_ids, "attention_mask": torch.ones_like(input_ids)}
+            # (B, tiles, 3, H, W)
+            inputs["pixel_values"] = inputs["pixel_values"][:, None]
+        return inputs
 
 
 def vit_gpt2(decoder_layers: int) -> transformers.VisionEncoderDecoderConfig:
-    """ViT-B/16 at 224 pixels, whose 197 tokens a GPT-2 attends to."""
+    """ViT-B/16 at 224 pixels and a GPT-2 that attends to its 197 tokens."""
     decoder = transformers.GPT2Config(n_layer=decoder_layers, add_cross_attention=True, is_decoder=True)
     config = transformers.VisionEncoderDecoderConfig.from_encoder_decoder_configs(transformers.ViTConfig(), decoder)
     config.decoder_start_token_id = config.pad_token_id = 50256
@@ -68,7 +56,7 @@ def florence_2_base() -> transformers.Florence2Config:
 
 
 def smolvlm_256m() -> transformers.SmolVLMConfig:
-    """SigLIP-B/16 at 512 pixels, 64 tokens a tile, and SmolLM2-135M; it is given one tile."""
+    """SigLIP-B/16 at 512 pixels, 64 tokens a tile, and SmolLM2-135M."""
     vision = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
     text = {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "vocab_size": 49280}
     heads = {"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": False, "pad_token_id": 2}
@@ -81,6 +69,10 @@ def smolvlm_256m() -> transformers.SmolVLMConfig:
     )
 
 
+def blip_base() -> transformers.BlipConfig:
+    return transformers.BlipConfig(vision_config={"image_size": 384})
+
+
 PEERS = {
     "Florence-2-base, 768 px": Peer(
         transformers.Florence2ForConditionalGeneration, florence_2_base, 768, 577, 51288, prompt_length=8
@@ -88,11 +80,7 @@ PEERS = {
     "SmolVLM-256M, one 512 px tile": Peer(
         transformers.SmolVLMForConditionalGeneration, smolvlm_256m, 512, 64, 49190, prompt_length=16
     ),
-    "BLIP-base, 384 px": Peer(
-        transformers.BlipForConditionalGeneration,
-        lambda: transformers.BlipConfig(vision_config={"image_size": 384}),
-        384,
-    ),
+    "BLIP-base, 384 px": Peer(transformers.BlipForConditionalGeneration, blip_base, 384),
     "vit-gpt2-image-captioning": Peer(transformers.VisionEncoderDecoderModel, lambda: vit_gpt2(12), 224),
     "GIT-base": Peer(transformers.GitForCausalLM, transformers.GitConfig, 224),
     "distilvit (ViT-B, distilGPT-2)": Peer(transformers.VisionEncoderDecoderModel, lambda: vit_gpt2(6), 224),
@@ -101,17 +89,8 @@ PEERS = {
 
 @torch.inference_mode()
 def caption(model: PreTrainedModel, inputs: dict[str, torch.Tensor], num_tokens: int) -> torch.Tensor:
-    """Exactly `num_tokens` greedy tokens.
-
-    Raises:
-        ValueError: the model made another number of them.
-    """
-    # Also the model's own, which would fill what a call leaves out. Random weights know no end token.
+    """Exactly `num_tokens` greedy tokens after the prompt."""
+    # `generate` fills in the model's own values for what a call leaves out.
     model.generation_config.eos_token_id = None
     model.generation_config.max_length = None
-    sequences = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, num_beams=1)
-    prompt = inputs["input_ids"].shape[1] if "input_ids" in inputs and not model.config.is_encoder_decoder else 1
-    found = sequences.shape[1] - prompt
-    if found not in (num_tokens, num_tokens + 1):
-        raise ValueError(f"{type(model).__name__}: expected {num_tokens} new tokens, got {found}")
-    return sequences
+    return model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False, num_beams=1)

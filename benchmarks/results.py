@@ -1,16 +1,14 @@
-"""What every benchmark leaves: where and when it ran, its figures as JSON, and a Markdown table for the documents."""
+"""Command line, environment and output files of the benchmarks. Imports nothing heavy: cold starts are measured."""
 
 import argparse
-import datetime
+import json
 import os
 import platform
 import sys
+from collections.abc import Iterable, Sequence
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
-
-import torch
-
-from tinycap.training.logs import write_json, write_text
 
 
 def benchmark_parser(doc: str, name: str) -> argparse.ArgumentParser:
@@ -20,26 +18,37 @@ def benchmark_parser(doc: str, name: str) -> argparse.ArgumentParser:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--output_dir", default=f"outputs/{name}", help="where the results go")
+    parser.add_argument("--output_dir", type=Path, default=f"outputs/{name}", help="where the results are written")
     return parser
 
 
-def run_facts() -> dict[str, str | int]:
-    """The command, date, machine and versions of this run."""
+def run_facts() -> dict[str, str]:
+    """The command, date, machine and library versions of this run."""
     return {
         "command": " ".join(["python", *sys.argv]),
-        "date": datetime.date.today().isoformat(),
+        "date": date.today().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "transformers": version("transformers"),
+        **{name: version(name) for name in ("torch", "transformers")},
     }
 
 
-def save_results(output_dir: str | Path, name: str, results: dict, lines: list[str]) -> None:
-    """Writes `<name>.json` and `<name>.md` to `output_dir`, which is made, and prints the latter."""
+def peak_memory_mb() -> float:
+    """Peak resident memory of this process; `getrusage` would include that of the parent before `exec`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) / 1024
+
+
+def markdown_table(header: Sequence[str], rows: Iterable[Sequence]) -> list[str]:
+    """The lines of a Markdown table."""
+    head, *body = (f"| {' | '.join(map(str, row))} |" for row in (header, *rows))
+    return [head, "|---" * len(header) + "|", *body]
+
+
+def save_results(output_dir: Path, name: str, results: dict, lines: list[str]) -> None:
+    """Writes `<name>.json` and `<name>.md` to `output_dir` and prints the latter."""
     output_dir = Path(output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    write_json(output_dir / f"{name}.json", results)
-    write_text(output_dir / f"{name}.md", "\n".join(lines) + "\n")
+    content = json.dumps({**run_facts(), **results}, indent=2, ensure_ascii=False, default=str)
+    (output_dir / f"{name}.json").write_text(content + "\n", encoding="utf-8")
+    (output_dir / f"{name}.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
     print("\n".join(lines))

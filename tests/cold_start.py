@@ -1,9 +1,9 @@
-"""Eight processes that load the same repository and decode the same data set at once, all caches empty.
+"""Eight processes load the same repository and decode the same data set concurrently, with empty caches.
 
     python cold_start.py REPOSITORY DATASET HOME
 
-Prints JSON: for each process what it captioned and what it decoded, or its error. Run by `test_concurrency.py`: in a
-process of its own, so that it forks before torch has threads, and imports are paid for once.
+Prints JSON: for each process its captions and decoded rows, or its error. `test_concurrency.py` runs it in a new
+process, which forks before torch has threads and imports the libraries only once.
 """
 
 import hashlib
@@ -55,7 +55,7 @@ def run(function, barrier, results) -> None:
 
 
 def at_once(function, number: int) -> list[dict]:
-    """What `number` new processes say that begin `function` at the same moment."""
+    """The results of `number` new processes that start `function` at the same moment."""
     context = multiprocessing.get_context("fork")
     barrier, results = context.Barrier(number), context.Queue()
     processes = [context.Process(target=run, args=(function, barrier, results)) for _ in range(number)]

@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model, a tokenizer, pictures, and a repository made of them."""
+"""Shared fixtures: a tiny model, a tokenizer, images, and a repository of them."""
 
 import atexit
 import json
@@ -8,13 +8,13 @@ import tempfile
 from pathlib import Path
 
 
-# Before any Hugging Face library is imported: they stay offline, and whoever reaches for the network all the same fails
-# at once, here and in every process that a test starts.
+# Set before any Hugging Face library is imported: the libraries stay offline, and any network access fails immediately,
+# here and in every process that a test starts.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["PYTHONPATH"] = f"{Path(__file__).with_name('no_network')}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Remote code is copied here under its folder's name, which two test runs at a time share.
+# Remote code is copied here under its folder's name, which concurrent test runs would share.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The others have the other cores.
@@ -88,7 +88,7 @@ def pictures() -> list[Image.Image]:
 
 @pytest.fixture(scope="session")
 def repository(tmp_path_factory, tokenizer):
-    """A folder as a finished run leaves it: weights, configs, code, tokenizer, processor."""
+    """A folder like the output of a run: weights, configs, code, tokenizer, processor."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-repository"
     model = tiny_repository_model(tokenizer)
     model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
@@ -101,7 +101,7 @@ def repository(tmp_path_factory, tokenizer):
 
 @pytest.fixture(scope="session")
 def photos(tmp_path_factory) -> str:
-    """A folder of parquet: 24 training and 6 validation pictures with two captions each; one row is bad."""
+    """A folder of parquet files: 24 training and 6 validation images with two captions each; one row is corrupt."""
     folder = tmp_path_factory.mktemp("photos")
     for split, first, num in (("train", 0, 24), ("validation", 24, 6)):
         rows = {"image": [], "captions": [], "image_id": []}
@@ -134,7 +134,7 @@ def teacher(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="session")
 def classifier(tmp_path_factory) -> str:
-    """A folder with a tiny pretrained image classifier of seven classes, and its pixels' mean and deviation."""
+    """A folder with a tiny pretrained image classifier of seven classes and its image mean and std."""
     folder = tmp_path_factory.mktemp("classifier")
     torch.manual_seed(0)
     config = MobileNetV2Config(image_size=24, depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, num_labels=7)
@@ -154,7 +154,7 @@ def config_name(tmp_path_factory) -> str:
 
 @pytest.fixture
 def undrawn_figures(monkeypatch) -> None:
-    """Figures are saved as empty files: drawing them takes longer than training a tiny model."""
+    """Saves figures as empty files: drawing takes longer than training a tiny model."""
     monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda figure, *args, **kwargs: None)
     monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
 

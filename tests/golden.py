@@ -1,7 +1,7 @@
-"""Twenty images that every machine can make, and the released checkpoint's captions of them.
+"""Twenty reproducible images and the released checkpoint's captions of them.
 
-Twelve are crops of the two photos that scikit-learn carries, eight are drawn. `python tests/golden.py` writes the
-captions of the code as it is to `golden_captions.json`; do that only where a change of captions is intended.
+Twelve are crops of the two photos in scikit-learn, eight are drawn. `python tests/golden.py` writes the captions of the
+present code to `golden_captions.json`; run it only if a change of captions is intended.
 """
 
 import json
@@ -14,7 +14,7 @@ from sklearn.datasets import load_sample_images
 
 ROOT = Path(__file__).resolve().parents[1]
 GOLDEN_FILE = Path(__file__).with_name("golden_captions.json")
-# What `generate` is told, by the name in the file.
+# Arguments of `generate`, by the name in the file.
 DECODING = {"greedy": {"num_beams": 1}, "3 beams": {"num_beams": 3}}
 
 
@@ -47,7 +47,7 @@ def read_golden_captions() -> dict[str, dict[str, str]]:
 
 
 def make_captions(captioner) -> dict[str, dict[str, str]]:
-    """The same of a pipeline for `image-to-text`."""
+    """The captions of an `image-to-text` pipeline, like `read_golden_captions`."""
     images = golden_images()
     captions = {name: {} for name in images}
     for decoding, kwargs in DECODING.items():

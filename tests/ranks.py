@@ -1,5 +1,5 @@
-"""Ranks of `train_distill.py` on this machine, as torchrun would start them, but forked from a server that has imported
-everything once: importing takes longer than a test's training."""
+"""Ranks of `train_distill.py` on this machine, as started by torchrun, but forked from a server that has already
+imported the libraries: imports take longer than a test's training."""
 
 import json
 import multiprocessing
@@ -15,7 +15,7 @@ def run_rank(rank: int, number: int, port: int, argv: list[str], log: Path, witn
     if number > 1:
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    # As in a process that torchrun starts: loaders' workers are forked, and import nothing anew.
+    # As in a process of torchrun: the loaders' workers are forked and import nothing.
     multiprocessing.set_start_method("fork", force=True)
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
@@ -39,8 +39,8 @@ class Ranks:
 
     Args:
         argv: of `train_distill.py`.
-        log: where all ranks' output goes.
-        witness: beginning of the names of files, to which each rank writes the ids of the images of every step.
+        log: file for the output of all ranks.
+        witness: prefix of files, to which each rank writes the ids of the images of every step.
         number: of ranks.
     """
 

@@ -12,7 +12,7 @@ ROOT = Path(train_distill.__file__).resolve().parent
 
 @pytest.fixture
 def config_file(tmp_path):
-    """Writes a configuration file; returns its path."""
+    """Writes a configuration file and returns its path."""
 
     def write(text: str) -> str:
         path = tmp_path / "recipe.yaml"

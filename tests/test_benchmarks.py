@@ -5,16 +5,15 @@ import torch
 from tiny import tiny_config, tiny_model
 
 from benchmarks import compare_runs
-from benchmarks.floor import Floor
 from benchmarks.peers import PEERS
-from benchmarks.reference import ReferenceCaptioner, as_pairs, reference_losses
+from benchmarks.reference import Floor, ReferenceCaptioner, as_pairs, reference_losses
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import joint_losses
 from tinycap.training.logs import write_json
 
 
 def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
-    """What training throughput is compared with computes the same thing, the slow way."""
+    """Training throughput is compared for the same objective."""
     torch.manual_seed(0)
     model = TinyCapForConditionalGeneration(tiny_config(initializer_range=0.2)).train()
     reference = ReferenceCaptioner(model).train()
@@ -25,7 +24,7 @@ def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
     ours = joint_losses(model, model, batch, teacher_embeds)
 
     def teacher(repeated):
-        assert repeated.shape[0] == 10, "asked for every pair"
+        assert repeated.shape[0] == 10, "runs for every pair"
         return teacher_embeds.repeat_interleave(2, dim=0)
 
     theirs = reference_losses(reference, teacher, as_pairs(batch), start_token_id=1, pad_token_id=0)
@@ -37,10 +36,18 @@ def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
     torch.testing.assert_close(model.vision_model.projection.weight.grad, reference.projection.weight.grad)
 
 
-def test_the_floor_says_what_generate_says(pixel_values):
+def test_floor_and_reference_generate_the_same_tokens_as_generate(pixel_values):
     model = tiny_model()
     expected = model.generate(pixel_values, max_new_tokens=8, min_new_tokens=8, eos_token_id=36)
     assert torch.equal(Floor(model)(pixel_values, 8), expected)
+    assert torch.equal(ReferenceCaptioner(model).eval().generate(pixel_values, 1, 8), expected)
+
+
+def test_a_batch_of_pairs_repeats_each_image_for_its_captions():
+    batch = {"pixel_values": torch.arange(3.0).view(3, 1), "labels": torch.arange(6).view(6, 1)}
+    pairs = as_pairs(batch, limit=5)
+    assert pairs["pixel_values"].flatten().tolist() == [0, 0, 1, 1, 2]
+    assert pairs["labels"].flatten().tolist() == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_muon_has_the_matrices_and_adamw_the_rest():
         parameter.grad = torch.randn_like(parameter)
     optimizer.step()
     assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters()))
-    # As long as AdamW's steps, which is what lets both share a learning rate.
+    # The update has the norm of AdamW's, so that both can share a learning rate.
     taken = muon.param_groups[0]["params"][0]
     old = before[[id(p) for p in model.parameters()].index(id(taken))]
     assert 0.1e-3 < (taken - old * (1 - 1e-4)).square().mean().sqrt() < 0.4e-3

@@ -19,7 +19,7 @@ from tinycap.training.teacher import Teacher
 pytestmark = pytest.mark.slow
 
 
-# The published config.json, but for a text tower of one layer and few words: it is loaded with the file and not asked.
+# The published config.json, except for a tiny text tower, which is loaded but not used.
 CONFIG = {
     "projection_dim": 512,
     "vision_config": {
@@ -58,7 +58,7 @@ NUM_PHOTOS = 2
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """The folder, removed at the end of this file: 350 MB."""
+    """The folder (350 MB), removed after this module."""
     path = tmp_path_factory.mktemp("clip-vit-base-patch32")
     torch.manual_seed(5)
     CLIPModel(CLIPConfig(**CONFIG)).save_pretrained(path)
@@ -74,7 +74,7 @@ def pictures():
 
 @pytest.fixture(scope="module")
 def photos(pictures, tmp_path_factory) -> str:
-    """The same photos to train and to validate on."""
+    """The same photos for training and validation."""
     path = tmp_path_factory.mktemp("photos")
     rows = {
         "image": [{"bytes": png_bytes(picture), "path": None} for picture in pictures],
@@ -89,7 +89,7 @@ def photos(pictures, tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def clips_own(folder, pictures) -> dict[str, torch.Tensor]:
-    """What CLIP itself, with its own preprocessing, makes of the photos: both features, at unit norm."""
+    """CLIP's own features of the photos with its own preprocessing: both kinds, unit norm."""
     pixels = AutoImageProcessor.from_pretrained(folder)(pictures, return_tensors="pt").pixel_values
     clip = CLIPModel.from_pretrained(folder).eval()
     with torch.no_grad():

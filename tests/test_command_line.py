@@ -1,4 +1,4 @@
-"""`tinycap caption` and `tinycap embed`, as a user calls them, on the tiny repository."""
+"""`tinycap caption` and `tinycap embed` as called by a user, on the tiny repository."""
 
 import csv
 import importlib.metadata
@@ -31,7 +31,7 @@ NAMES = ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png"]
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """A folder of five pictures, the current one."""
+    """A folder of five images, the working directory."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos" / "deep").mkdir(parents=True)
     for seed, name in enumerate(NAMES):
@@ -42,7 +42,7 @@ def photos(tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def expected(repository):
-    """The pipeline's captions of the pictures."""
+    """The pipeline's captions of the images."""
     captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
     captions = [captioner(draw_picture(seed))[0]["generated_text"] for seed in range(len(NAMES))]
     assert len(set(captions)) > 1
@@ -99,7 +99,7 @@ def test_a_stopped_run_goes_on_after_the_last_whole_row(run, photos, expected, t
     assert run("caption", "photos", "--output", output) == 1
     whole = output.read_text()
     kept = whole[: whole.index("photos/deep/e.png")].rsplit("\n", 1)[0] + "\n"
-    # What a kill leaves, and a caption by which to tell that its row was not made again.
+    # A file as after a kill, with a caption that shows that its row wasn't written again.
     kept = kept.replace(expected["photos/a.png"], "as it was", 1)
     output.write_text(kept + whole[len(kept) : len(kept) + 9])
     (tmp_path / "later.png").rename(photos / "b.png")
@@ -168,7 +168,7 @@ def test_a_shard_resumes_and_takes_its_share_of_new_images(run, photos, expected
     whole = {shard: tmp_path / f"captions.{shard[0]}-of-2.{kind}" for shard in ("1/2", "2/2")}
     for shard, path in whole.items():
         assert run("caption", "photos", *flags, shard) == 0
-        # As a kill leaves it.
+        # As after a kill.
         path.write_bytes(path.read_bytes()[:-3])
     for name in "fghijk":
         draw_picture(0).save(photos / f"{name}.png")
@@ -265,7 +265,7 @@ def test_a_caption_below_the_confidence_is_no_caption(repository, photos, expect
     model = shutil.copytree(repository, tmp_path / "model")
     assert cli.main(["caption", "photos", "--confidence", "--model", str(model)]) == 2
     assert "confidence.json" in capsys.readouterr().err
-    # Confidence by length alone, so that it is known without the model's probabilities.
+    # A confidence that depends on the length alone, independent of the model's probabilities.
     coefficients = {"mean_log_prob": 0.0, "num_tokens": 1.0}
     calibration = {"num_beams": 1, "intercept": -9.0, "coefficients": coefficients}
     (model / "confidence.json").write_text(json.dumps({"calibrations": [calibration]}))
@@ -273,7 +273,7 @@ def test_a_caption_below_the_confidence_is_no_caption(repository, photos, expect
     assert cli.main(["caption", "photos", "--min-confidence", "0.4", *flags, "--max-new-tokens", "9"]) == 0
     rows = read_rows(tmp_path / "c.jsonl")
     assert all((row["caption"] is None) == (row["confidence"] < 0.4) for row in rows)
-    # Captions of nine tokens get 0.5, one shorter less than 0.3.
+    # Captions of nine tokens get 0.5, shorter ones less than 0.3.
     assert {round(row["confidence"], 2) for row in rows} >= {0.5}
     assert cli.main(["caption", "photos", "--min-confidence", "0.51", "--model", str(model), "--confidence"]) == 0
     assert capsys.readouterr().out.splitlines()[0] == "photos/a.png\t0.50\t"
@@ -384,7 +384,7 @@ def test_lists_are_read_as_windows_writes_them(run, photos, expected, tmp_path, 
 
 
 def test_a_sidecar_that_cannot_be_written_is_named_and_the_others_are(run, photos, expected, capsys):
-    # Names of 255 bytes, the longest there are: the first one's sidecar has as many, the second one's more.
+    # Names of 255 bytes, the maximum: the first sidecar's name has as many, the second one's more.
     longest, too_long = "b" * 251 + ".png", "c" * 253 + ".x"
     shutil.copy(photos / "a.png", photos / longest)
     (photos / "a.png").rename(photos / too_long)
@@ -472,10 +472,10 @@ def test_a_run_killed_anywhere_goes_on(tmp_path, kind):
         output = RowFile(tmp_path / f"c.{kind}", RowShape())
         output.path.write_bytes(content[:length])
         if kind == "csv" and content[:length].endswith(b'"b\n'):
-            continue  # As well an editor's open quote: refused.
+            continue  # Could be an unclosed quote from an editor: an error.
         done = output.start(False, ["a.png"])
         assert done <= {result.image for result in results}
-        # A row is kept as soon as all of it is there.
+        # A complete row is kept.
         assert length < ends[0] + 3 or "a.png" in done
         assert length >= ends[0] or "a.png" not in done
         assert length < ends[1] + 4 or 'b\n".png' in done
@@ -611,7 +611,7 @@ def test_a_command_that_makes_no_sense_says_why_and_writes_nothing(photos, tmp_p
 
 
 def test_the_recipe_for_datasets_in_the_documentation_works(repository, photos, expected):
-    """As it stands there, but for the names of model and data and the number of processes."""
+    """Unchanged except for the names of model and data set and the number of processes."""
     (photos / "bad.jpg").write_bytes(b"no picture")
     text = (cli.RELEASED_MODEL / "docs" / "command_line.md").read_text(encoding="utf-8")
     code = text.split("<!-- recipe: datasets -->")[1].split("```python\n")[1].split("```")[0]

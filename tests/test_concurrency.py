@@ -1,4 +1,4 @@
-"""Eight threads around one model, eight processes around the same cold caches."""
+"""Eight threads share a model; eight processes share the same cold caches."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from transformers import AutoProcessor, pipeline
 import tinycap
 
 
-# How Python complains of a module whose file ends too early.
+# Python's errors for a module whose file is incomplete.
 HALF_A_FILE = (
     "AttributeError: module 'transformers_modules",
     "ImportError: cannot import name",
@@ -28,7 +28,7 @@ HALF_A_FILE = (
 
 @pytest.fixture
 def hurried_threads():
-    """Threads that take turns fifty times as often as usual."""
+    """Makes threads switch fifty times as often as usual."""
     usual = sys.getswitchinterval()
     sys.setswitchinterval(1e-4)
     yield
@@ -36,7 +36,7 @@ def hurried_threads():
 
 
 def in_eight_threads(function, jobs):
-    """Results of `function` for all jobs, each thread in another order; and how many threads were at work at once."""
+    """Results of `function` for all jobs, each thread in another order, and the maximum number of busy threads."""
     start, busy, most = threading.Barrier(8), set(), []
 
     def work(offset):
@@ -65,7 +65,7 @@ def test_one_model_gives_eight_threads_the_captions_it_gives_one(repository, pic
         kwargs = {"num_beams": num_beams, **({"prompt": prompt} if prompt else {})}
         inputs = processor(images=pictures[index], text=prompt or "", return_tensors="pt")
         tokens = captioner.model.generate(**inputs, num_beams=num_beams)
-        # Beams differ in length, so that a cache shared by mistake has another shape.
+        # Beams differ in length, so that a cache shared by mistake has the wrong shape.
         return (
             captioner(pictures[index], **kwargs)[0]["generated_text"],
             [entries[0]["generated_text"] for entries in captioner([pictures[index], pictures[0]], batch_size=2)],
@@ -81,7 +81,7 @@ def test_one_model_gives_eight_threads_the_captions_it_gives_one(repository, pic
 
 @pytest.mark.slow
 def test_a_thread_that_takes_gradients_leaves_the_others_captions_alone(model, pixel_values, labels, hurried_threads):
-    """The cross-attention has another path with gradients: which one is taken is each thread's own matter."""
+    """Cross-attention has another path with gradients, which is chosen for each thread."""
 
     def run(job):
         if job % 2:
@@ -114,8 +114,8 @@ def test_eight_processes_start_at_once_with_cold_caches(repository, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    # transformers copies code into its cache in place: once in some hundred cold loads, one process imports half a file
-    # and says so. Nothing worse may come of it: no other caption, and no cache that stays broken.
+    # transformers copies code into its cache in place: about once in a hundred cold loads, a process imports an
+    # incomplete file and raises an error. It must not affect captions or leave a corrupt cache.
     errors = [one["error"] for one in found["captions"] if "error" in one]
     assert len(errors) < 8 and all(error.startswith(HALF_A_FILE) for error in errors), errors
     captions = [one["found"] for one in [*found["captions"], *found["captions_later"]] if "error" not in one]

@@ -1,4 +1,4 @@
-"""The confidence of a caption: from the model's own probabilities to a calibrated one."""
+"""The confidence of a caption: from the model's token probabilities to a calibrated probability."""
 
 import hashlib
 import json
@@ -49,10 +49,10 @@ def calibrated_repository(repository, tmp_path):
     ],
 )
 def test_the_models_probability_of_its_caption_is_that_of_reading_it(model, pixel_values, options):
-    """However it was searched for, the sum is what one pass over the finished caption gives."""
+    """For every kind of search, the sum equals that of one forward pass over the finished caption."""
     usual = model.generate(pixel_values, max_new_tokens=11, **options)
     for end_token in (token for token in usual.unique().tolist() if token > 2):
-        # The first end token with which captions of several lengths come out: one length shows nothing of padding.
+        # The first end token that gives captions of several lengths: equal lengths don't test padding.
         model.generation_config.eos_token_id = [2, end_token]
         generated = model.generate(
             pixel_values, max_new_tokens=11, return_dict_in_generate=True, output_logits=True, **options
@@ -187,7 +187,7 @@ def test_a_log_probability_that_is_nan_gives_no_confidence():
 
 @pytest.fixture
 def hub_cache(repository, tmp_path):
-    """A Hub cache with a model of two revisions, "main" without and "v2" with a calibration."""
+    """A Hub cache with two revisions of a model, "main" without and "v2" with a calibration."""
     cache = tmp_path / "cache"
     for revision, commit in (("main", "1" * 40), ("v2", "2" * 40)):
         model = cache / "models--me--captioner"
@@ -241,7 +241,7 @@ def test_the_nearest_number_of_beams_is_taken_and_no_score_overflows():
 
 
 def synthetic(count: int, seed: int = 0):
-    """Features, and captions that are right with a known probability."""
+    """Features, and labels that are right with a known probability."""
     random = np.random.default_rng(seed)
     num_tokens = random.integers(5, 20, count)
     features = np.stack([-random.random(count) * 3, num_tokens], axis=1)
@@ -256,7 +256,7 @@ def test_fitting_finds_the_probabilities_that_made_the_captions_right():
     assert np.abs(predicted - truth[2000:]).mean() < 0.03
     judged = confidence.judge(predicted, right[2000:], seed=0)
     assert judged["ece"] < 0.04 and judged["brier"] < judged["brier_of_base_rate"]
-    # The same, twice as sure of itself, is caught.
+    # An overconfident variant is detected.
     sure = 1 / (1 + ((1 - predicted) / predicted) ** 3)
     overconfident = confidence.judge(sure, right[2000:], seed=0)
     assert overconfident["ece"] > 3 * judged["ece"] and overconfident["auc"] == pytest.approx(judged["auc"])
@@ -291,7 +291,7 @@ def test_the_mean_of_the_captions_ciders_is_the_corpus_cider():
 
 @pytest.fixture(scope="module")
 def captioned(repository, tmp_path_factory):
-    """Pictures whose references are the model's own caption for every other one, and something else for the rest."""
+    """Images whose references are the model's own caption for every other one, and another text for the rest."""
     folder = tmp_path_factory.mktemp("captioned")
     captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
     pictures = [draw_picture(seed) for seed in range(200)]

@@ -32,7 +32,7 @@ def png(seed: int, size: tuple[int, int] = (40, 30)) -> bytes:
 
 
 def rows_of(num: int, **bad) -> datasets.Dataset:
-    """`num` rows of a picture with two captions; `bad` replaces the image or captions of a row: `image_3=b""`."""
+    """`num` rows of an image with two captions; `bad` replaces the image or captions of a row: `image_3=b""`."""
     rows = {
         "image": [{"bytes": png(index), "path": None} for index in range(num)],
         "captions": [[CAPTIONS[index % 4], f"picture {index}"] for index in range(num)],
@@ -123,7 +123,7 @@ def test_without_a_validation_split_a_seeded_twentieth_is_held_out(parquet):
 
 
 def one_row_a_caption(num: int, ids: bool = True, first: int = 0) -> datasets.Dataset:
-    """`num` images with three captions each, a row for each caption; rows of an image don't lie side by side."""
+    """`num` images with three captions each, a row for each caption; rows of an image aren't adjacent."""
     rows = [
         {
             "image": {"bytes": png(index), "path": None},
@@ -251,7 +251,7 @@ def test_a_skipped_row_of_a_held_out_split_has_its_file_and_its_number_in_the_ta
         lines.append(json.dumps({"file_name": f"{index}.png", "text": "" if index == 30 else "a dog"}))
     (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
     path = tmp_path / ".skipped.jsonl"
-    for _ in range(2):  # A run, and one that resumes it.
+    for _ in range(2):  # A run and its resumption.
         skipped = SkippedRows(path, max_share=1.0)
         for split in load_splits(str(tmp_path)):
             decode(split, skipped)
@@ -342,7 +342,7 @@ def test_pixels_are_normalised_as_the_image_processor_does(tokenizer):
     from tinycap.training.repository import create_image_processor
 
     processor = create_image_processor(24)
-    # Of the model's own size, so that neither resizes.
+    # The model's input size, so that neither resizes.
     rows = decode(rows_of(3, **{f"image_{index}": png(index, (24, 24)) for index in range(3)}))
     collator = CaptionCollator(tokenizer, 12, processor.image_mean, processor.image_std)
     batch = collator([CaptionDataset(rows, 24)[index] for index in range(3)])
@@ -384,7 +384,7 @@ def test_a_mixed_picture_is_two_photos_in_one_and_has_no_captions(tokenizer):
         if not mixed:
             assert torch.equal(sample["pixels"].float(), alone[row])
             continue
-        # How much of which other photo explains the difference to the photo alone?
+        # Which other image, with which weight, explains the difference to the image alone?
         difference = sample["pixels"].float() - alone[row]
         errors = {}
         for other in range(6):
@@ -438,7 +438,7 @@ def test_processes_together_take_the_steps_that_one_would(num_rows, batch_size, 
     assert sorted(row for step in together for _, row in step) == list(range(num_rows)), "each just once"
     assert all(batch for share in shares for batch in share), "nobody stands idle"
     if num_rows > 10:
-        # Of fewer photos each process gets one, where a single process would take two steps.
+        # With fewer images each process gets one, where a single process would take two steps.
         assert together == alone
         sizes = [len(step) for step in together]
         assert max(sizes) - min(sizes) <= 1

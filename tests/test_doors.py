@@ -1,4 +1,4 @@
-"""The three doors, each from another working directory and, where code is loaded, in a process of its own."""
+"""The three ways to load the model, from another working directory and, where code is loaded, in a new process."""
 
 import json
 import os
@@ -36,8 +36,8 @@ def another_working_directory(tmp_path, monkeypatch):
 
 
 def run_elsewhere(code: str, folder) -> str:
-    """Runs `code` in a fresh interpreter that knows nothing of this project's folder."""
-    # All that stays on the path is what forbids the network.
+    """Runs `code` in a new interpreter without this project's folder on its path."""
+    # Only the module that forbids network access stays on the path.
     environment = {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).with_name("no_network"))}
     process = subprocess.run(
         [sys.executable, "-c", code, str(folder)], capture_output=True, text=True, env=environment, check=False
@@ -143,7 +143,7 @@ def test_weights_load_in_the_wanted_precision_and_generate(repository, dtype, pi
 def test_the_builtin_image_text_to_text_pipeline_captions_and_continues(repository, pictures):
     captioner = pipeline("image-text-to-text", model=str(repository), **TRUST)
     expected = pipeline("image-to-text", model=str(repository), **TRUST)
-    # transformers 4 has a length of its own for this task.
+    # transformers 4 has a default length for this task.
     found = captioner(images=pictures[0], text="", generate_kwargs={"max_new_tokens": 9})
     assert found[0]["generated_text"].strip() == expected(pictures[0])[0]["generated_text"]
     found = captioner(images=pictures[:2], text=["A brown", "Two"])
@@ -198,7 +198,7 @@ def test_the_root_of_the_project_is_such_a_repository(pictures, tmp_path):
         auto_class.from_pretrained(root, **TRUST)
     builtin = pipeline("image-text-to-text", model=root, **TRUST)
     assert builtin(images=pictures[0], text="A")[0]["generated_text"].startswith("A")
-    # The seed architecture, with a smaller vocabulary.
+    # The default architecture with a smaller vocabulary.
     student, text = captioner.model.vision_model, captioner.model.config.text_config
     assert student.num_parameters() == 3_003_456
     assert (text.hidden_size, text.num_hidden_layers, text.max_position_embeddings) == (256, 2, 64)

@@ -8,7 +8,7 @@ from tinycap.training.efficientnet_lite import convert
 
 @pytest.fixture(scope="module")
 def weights() -> dict[str, torch.Tensor]:
-    """Weights of the right shapes under foreign names, as EfficientNet-Lite0 has them: without gates."""
+    """Weights with EfficientNet-Lite0's names and shapes, without gates."""
     generator = torch.Generator().manual_seed(0)
     gated = EfficientNetForImageClassification.config_class(hidden_dim=1280, num_labels=1000, width_coefficient=1.0)
     gated.depth_coefficient = 1.0
@@ -16,7 +16,7 @@ def weights() -> dict[str, torch.Tensor]:
     kept = [value for name, value in shapes.items() if "squeeze_excite" not in name]
     for value in kept:
         if value.dim() > 1:
-            # Activations of about one, layer after layer.
+            # Keeps activations near one in all layers.
             value.normal_(0, value[0].numel() ** -0.5, generator=generator)
     return {f"layer {index}": value for index, value in enumerate(kept)}
 

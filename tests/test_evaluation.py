@@ -134,7 +134,7 @@ def test_the_metric_loads_by_evaluate_offline_and_gives_the_same_scores(tmp_path
 
 @pytest.fixture
 def cone():
-    """600 directions in a narrow cone, as CLIP's are."""
+    """600 embeddings in a narrow cone, like CLIP's."""
     torch.manual_seed(0)
     return torch.nn.functional.normalize(torch.randn(600, 12) + 4.0, dim=-1)
 
@@ -234,7 +234,7 @@ def test_a_contact_sheet_shows_every_picture(tmp_path):
 
 
 def sheet_fonts(monkeypatch, tmp_path, caption: str, fonts: dict[str, str]) -> list[str]:
-    """The families a contact sheet's caption is drawn with, where just `fonts` are installed: letters by name."""
+    """The font families of a contact sheet's caption if only `fonts` (letters by name) are installed."""
     from matplotlib import figure, font_manager
 
     installed = [font_manager.FontEntry(fname=name, name=name) for name in fonts]
@@ -366,7 +366,7 @@ def test_evaluation_runs_no_code_of_the_models_repository(command, repository, p
         (folder / name).write_text(json.dumps(content))
     for path in [*folder.glob("*.py"), folder / "evil.py"]:
         path.write_text(f"open({str(tmp_path / 'was_run')!r}, 'w')")
-    # Captions, or an error; the calibration finds too few of them right.
+    # Captions or an error; too few are right for a calibration.
     flags = ["--model_name_or_path", str(folder), "--dataset_name", photos, "--output_dir", str(tmp_path / "out")]
     with contextlib.suppress(ValueError, AttributeError):
         command(flags)

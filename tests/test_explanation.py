@@ -10,7 +10,7 @@ TOKENS = [[5, 9, 2], [7, 2], [4, 4, 4, 4, 2], [30, 2], [11, 12, 13]]
 
 
 def log_probabilities(model, pixel_values) -> torch.Tensor:
-    """By one forward pass for each caption: no padding, nothing shared with the code under test."""
+    """By one forward pass for each caption, without padding and without the code under test."""
     found = []
     for pixels, tokens in zip(pixel_values, TOKENS):
         with torch.no_grad():
@@ -67,7 +67,7 @@ def test_a_map_is_the_same_in_chunks_and_leaves_no_gradient(model, pixel_values,
 
 
 def pictures_with_a_spot(num: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Grey noise with one patch, anywhere, of one of two colours, or (2) without: pictures, where it is, and which."""
+    """Grey noise with a patch of one of two colours at a random place, or (2) without: images, places and colours."""
     generator = torch.Generator().manual_seed(seed)
     pixels = 0.5 * torch.randn(num, 3, 24, 24, generator=generator)
     place = torch.randint(9, (num,), generator=generator)
@@ -81,7 +81,7 @@ def pictures_with_a_spot(num: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 
 @pytest.mark.slow
 def test_saliency_peaks_where_the_information_is():
-    """A model learns to name the colour of a spot that may be anywhere or nowhere: its maps point at the spot."""
+    """A model learns to name the colour of a patch at a random place, or its absence: its maps must peak there."""
     model = tiny_model(vision_config={"projection_dim": 14}).train()
     words = torch.tensor([[10, 2], [20, 2], [30, 2]])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

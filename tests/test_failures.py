@@ -16,7 +16,7 @@ def failures(caption: str, *references: str) -> dict[str, str]:
 DOGS = ["A brown dog runs on the grass.", "A tan dog is running.", "The dog runs across a lawn."]
 
 
-# --- what a caption says ----------------------------------------------------------------------------------------------
+# --- parsing captions -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_words_of_two_parts_plurals_and_words_for_several_things_are_known():
     assert parse_caption("qwerty uiop").named == set()
 
 
-# --- what is wrong with it --------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 def test_a_true_caption_has_no_failures():
@@ -118,7 +118,7 @@ def test_a_category_is_what_most_humans_name():
 def test_the_analysis_sets_the_model_between_humans_and_captions_of_other_photos():
     references = [DOGS, ["Two men on a street.", "Two people on a road.", "Two guys in a city."]] * 6
     captions = ["A brown dog runs on grass.", "Two women on a street."] * 6
-    # An odd shift puts every caption at a photo of the other sort.
+    # An odd shift assigns every caption to an image of the other kind.
     seed = next(
         seed
         for seed in range(20)

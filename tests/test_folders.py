@@ -1,4 +1,4 @@
-"""The layouts in which people keep captioned images: each is read, and what is left out is counted and named."""
+"""Common layouts of captioned images are read; skipped entries are counted and named."""
 
 import csv
 import json

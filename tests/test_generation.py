@@ -63,7 +63,7 @@ def test_captions_come_straight_from_an_embedding_of_any_norm(model, pixel_value
 
 
 def test_encoder_outputs_serve_several_generations(model, pixel_values):
-    """GenerationMixin repeats their tensors for the beams in place: that mustn't reach the caller's object."""
+    """GenerationMixin repeats their tensors for the beams in place; the caller's object must stay unchanged."""
     encoded = model.get_encoder()(pixel_values)
     first = model.generate(encoder_outputs=encoded, num_beams=3, **LONG)
     assert encoded.image_embeds.shape == (5, 14) and encoded.last_hidden_state.shape == (5, 10, 12)
@@ -82,7 +82,7 @@ def test_a_static_cache_gives_the_same_captions(model, pixel_values, implementat
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
 def test_a_replaced_forward_is_used_for_every_token(model, pixel_values, options):
-    """As `model.forward = torch.compile(model.forward)` replaces it."""
+    """Like `model.forward = torch.compile(model.forward)`."""
     expected = model.generate(pixel_values, **LONG)
     steps, forward = [], model.forward
 
@@ -264,7 +264,7 @@ def test_a_prompt_gets_its_start_token_when_it_lacks_one(model, pixel_values):
 
 @pytest.mark.parametrize("pad_token_id", [0, 1])
 def test_prompts_of_different_lengths_in_a_batch_end_as_they_do_alone(pixel_values, pad_token_id):
-    """Also where pad and start token are the same one, as GPT-2's are."""
+    """Also with the same pad and start token, as in GPT-2."""
     model = tiny_model(pad_token_id=pad_token_id)
     pad = pad_token_id
     ids = torch.tensor([[pad, pad, 5], [6, 7, 8]])
@@ -279,7 +279,7 @@ def test_prompts_of_different_lengths_in_a_batch_end_as_they_do_alone(pixel_valu
 @pytest.mark.parametrize("has_start", [True, False])
 @pytest.mark.parametrize("padding", [1, 2, 13])
 def test_padding_of_every_row_changes_nothing(model, pixel_values, padding, has_start):
-    """As `pad_to_multiple_of` and `padding="max_length"` put it, up to where no position would be left."""
+    """As by `pad_to_multiple_of` and `padding="max_length"`, even if the padding fills all positions."""
     prompts = torch.tensor([[0, 1, 5], [1, 6, 7]] if has_start else [[0, 5], [6, 7]])
     mask = (prompts > 0).long()
     expected = model.generate(pixel_values[:2], input_ids=prompts, attention_mask=mask, **LONG)

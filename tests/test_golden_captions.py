@@ -1,4 +1,4 @@
-"""The released checkpoint's captions, unchanged by what is rewritten or upgraded around it."""
+"""The released checkpoint's captions must not change with the code or the libraries."""
 
 from golden import ROOT, golden_images, make_captions, read_golden_captions
 from transformers import pipeline

@@ -1,4 +1,4 @@
-"""Checkpoints that strangers made: an error that names the file, before memory is asked for, and no pickle opened."""
+"""Untrusted checkpoints: an error that names the file, before memory is allocated, and no pickle is loaded."""
 
 import json
 import pickle
@@ -25,7 +25,7 @@ WEIGHTS = "model.safetensors"
 
 @pytest.fixture
 def copy(repository, tmp_path):
-    """The tiny repository, to be spoilt."""
+    """A copy of the tiny repository, to be corrupted."""
     return Path(shutil.copytree(repository, tmp_path / "copy"))
 
 
@@ -56,7 +56,7 @@ def change_config(folder, part=None, **values):
 
 
 def change_weights(folder, **values):
-    """Replaces tensors; `None` leaves one out. Dots are written as two underscores."""
+    """Replaces tensors; `None` removes one. Dots are written as two underscores."""
     weights = load_file(folder / WEIGHTS)
     for name, value in values.items():
         name = name.replace("__", ".")
@@ -86,7 +86,7 @@ def test_a_pickle_is_refused_and_never_opened_and_the_error_says_how_to_convert_
 
 def test_what_the_error_says_converts_it(copy, pixel_values, monkeypatch):
     expected = from_auto_class(copy)(pixel_values).logits
-    # As older libraries wrote them: with the tied weight under both its names.
+    # Like files of older libraries: with the tied weight under both names.
     weights = dict(load_file(copy / WEIGHTS))
     weights["lm_head.weight"] = weights["decoder.embed_tokens.weight"]
     torch.save(weights, copy / "pytorch_model.bin")
@@ -210,7 +210,7 @@ def test_a_student_alone_still_begins_a_captioner(copy):
 )
 def test_a_config_that_contradicts_its_weights_allocates_no_memory(copy, door, part, values, named, monkeypatch):
     change_config(copy, part, **values)
-    # Whatever copy of the modeling file a door uses, it builds its layers by these; on the meta device they are free.
+    # All copies of the modeling file build their layers from these; on the meta device they take no memory.
     init = torch.nn.LayerNorm.__init__
 
     def on_meta(self, *args, **kwargs):

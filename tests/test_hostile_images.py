@@ -1,4 +1,4 @@
-"""Files that strangers send: a caption or a clear error naming the file, and nothing else."""
+"""Untrusted image files: a caption or a clear error that names the file."""
 
 import io
 import os
@@ -18,7 +18,7 @@ from tinycap import processing_tinycap
 from tinycap.processing_tinycap import MAX_IMAGE_PIXELS, MAX_SLOW_IMAGE_PIXELS, load_image
 
 
-# Pillow says what it finds wrong with a file; these tests look at what becomes of it.
+# Pillow's warnings about the files aren't tested.
 pytestmark = [
     pytest.mark.filterwarnings("ignore::UserWarning:PIL"),
     pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning"),
@@ -57,12 +57,12 @@ def test_500_broken_files_end_in_captions_or_errors_naming_the_file(captioner, f
     assert len(seen) == 500
     assert {case.mutation for case in seen} == set(MUTATIONS)
     assert {case.kind for case in seen} == {seed.kind for seed in SEEDS.values()}
-    # The largest picture that is decoded at all, once, in its decoder's buffers.
+    # The largest image that is decoded, once, in the decoder's buffers.
     assert not peak or peak[0] < 1500
 
 
 def test_a_command_line_is_a_door_like_the_others(captioner, folder, tmp_path):
-    """What `fuzz_images.py --command` drives: here a program that reads the files, and one that crashes on them."""
+    """As in `fuzz_images.py --command`: a program that reads the files, and one that crashes."""
     program = tmp_path / "command.py"
     program.write_text(
         "import sys, PIL.Image\n"
@@ -78,18 +78,18 @@ def test_a_command_line_is_a_door_like_the_others(captioner, folder, tmp_path):
     assert all("KeyError" in outcome.problems[0] for outcome in drive(batch, captioner, folder, (door,)))
 
 
-# --- what was found -------------------------------------------------------------------------------------------------
+# --- regressions ------------------------------------------------------------------------------------------------------
 
 
 def flat_png(width: int, height: int) -> bytes:
-    """A whole PNG of one grey, whatever its size."""
+    """A complete PNG of one grey, of any size."""
     packer = zlib.compressobj(1)
     lines = b"".join(packer.compress(bytes(width + 1)) for _ in range(height)) + packer.flush()
     return png_of([(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)), (b"IDAT", lines), (b"IEND", b"")])
 
 
 def webp_that_claims(width: int, height: int) -> bytes:
-    """A small animation on a canvas of another size."""
+    """A small animation on a canvas of another declared size."""
     frames = [draw_picture(1), draw_picture(2)]
     buffer = io.BytesIO()
     frames[0].save(buffer, "WEBP", lossless=True, save_all=True, append_images=frames[1:])
@@ -99,7 +99,7 @@ def webp_that_claims(width: int, height: int) -> bytes:
 
 
 def test_a_small_animation_on_an_enormous_canvas_is_refused():
-    """It took 18 seconds and 4.7 GB, for a caption of nothing."""
+    """Decoding it would take 18 seconds and 4.7 GB."""
     data = webp_that_claims(9_000, 16_000)
     with Image.open(io.BytesIO(data)) as opened:
         assert opened.size == (9_000, 16_000), "the claim isn't there"
@@ -109,7 +109,7 @@ def test_a_small_animation_on_an_enormous_canvas_is_refused():
 
 
 def test_thousands_of_scans_over_a_large_jpeg_are_refused():
-    """422 kB took 16 seconds of processor time."""
+    """Decoding its 422 kB would take 16 seconds of CPU time."""
     buffer = io.BytesIO()
     Image.new("L", (2_900, 2_800), 90).save(buffer, "JPEG", progressive=True)
     data = buffer.getvalue()
@@ -122,7 +122,7 @@ def test_thousands_of_scans_over_a_large_jpeg_are_refused():
 
 
 def test_large_images_are_shrunk_before_their_colours_are_converted():
-    """Transparency over white took four copies of all pixels: 2 GB for 3 MB of PNG."""
+    """At full size, transparency over white would take four copies of all pixels: 2 GB for 3 MB of PNG."""
     picture = Image.new("LA", (4_500, 4_400), (0, 0))
     ImageDraw.Draw(picture).rectangle((0, 0, 2_250, 4_400), fill=(40, 255))
     data = png_bytes(picture)
@@ -165,10 +165,10 @@ def test_more_pixels_than_any_phone_takes_are_refused():
 
 
 def test_a_jpeg_of_200_megapixels_is_decoded_at_a_fraction():
-    """What phones take; Pillow's own limit is 179 million pixels."""
+    """Phones take such photos; Pillow's limit is 179 million pixels."""
     flat = Image.new("L", (16_320, 12_240), 90)
     buffer = io.BytesIO()
-    # As cameras do, with a thumbnail whose scan isn't one of the image's.
+    # Like a camera's file, with a thumbnail whose scan isn't one of the image's.
     exif = b"Exif\0\0" + b"\xff\xd8\xff\xda\xff\xd9"
     flat.save(buffer, "JPEG", exif=exif)
     flat.close()
@@ -190,7 +190,7 @@ def test_a_jpeg_too_large_even_at_a_fraction_is_refused(width, height):
 
 
 def test_large_jpegs_of_several_scans_are_refused():
-    """All their coefficients are kept until the last scan: 640 MB for 200 million pixels."""
+    """The decoder keeps all coefficients until the last scan: 640 MB for 200 million pixels."""
     buffer = io.BytesIO()
     Image.new("L", (2_000, 1_000)).save(buffer, "JPEG", progressive=True)
     data = bytearray(buffer.getvalue())
@@ -203,7 +203,7 @@ def test_large_jpegs_of_several_scans_are_refused():
 
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF", "HEIF", "JPEG2000"])
 def test_slow_formats_have_limits_of_their_own(kind, monkeypatch):
-    """What phones take of 48 and 50 megapixels fits; it was refused."""
+    """Photos of phones, with 48 and 50 megapixels, are within the limits."""
     limits = processing_tinycap.MAX_SLOW_IMAGE_PIXELS
     assert kind == "JPEG2000" or 8_192 * 6_144 <= limits[kind] < 2**26
     if kind == "HEIF":
@@ -239,7 +239,7 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 def test_base64_and_urls_show_transparency_over_white(monkeypatch):
-    """Both were painted black, where the same file was white."""
+    """Like files."""
     import base64
 
     from transformers import image_utils
@@ -294,7 +294,7 @@ def test_pixels_that_are_no_numbers_are_an_error():
 
 
 def test_no_file_stays_open(tmp_path):
-    """Each broken file left its handle to the garbage collector: a folder of them ran out of handles."""
+    """Otherwise a folder of corrupt files runs out of file handles."""
     path = tmp_path / "cut.png"
     path.write_bytes(png_bytes(draw_picture(1, (200, 200)))[:-40])
     before = len(os.listdir("/proc/self/fd"))
@@ -302,6 +302,6 @@ def test_no_file_stays_open(tmp_path):
     for _ in range(5):
         with pytest.raises(ValueError) as error:
             load_image(path)
-        # The error holds its frames, and these held the open image.
+        # The error refers to its frames, and these to the open image.
         kept.append(error)
     assert len(os.listdir("/proc/self/fd")) == before

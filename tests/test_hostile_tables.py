@@ -1,4 +1,4 @@
-"""Captions and tables as they come: text is text, and what can't be read is named by file, row and column."""
+"""Captions and tables in the wild: text stays text, and errors name file, row and column."""
 
 import json
 
@@ -153,7 +153,7 @@ def test_an_empty_file_is_not_replaced_by_one_of_its_name_here(tmp_path, monkeyp
 
 
 def imagefolder(folder, change=lambda lines: lines, text=lambda text: text):
-    """Twelve pictures and their metadata.jsonl, whose lines or text are changed."""
+    """Twelve images and a metadata.jsonl with changed lines or text."""
     train = folder / "photos" / "train"
     train.mkdir(parents=True)
     for index in range(12):
@@ -206,7 +206,7 @@ def test_nulls_and_empty_captions_are_skipped_rows(tmp_path, value):
 
 
 def parquet(folder, spoil=None, **columns):
-    """A parquet of twelve rows; `columns` replace whole columns, `spoil` the file's bytes."""
+    """A parquet file of twelve rows; `columns` replaces columns, `spoil` the file's bytes."""
     train = folder / "train"
     train.mkdir()
     images = [{"bytes": png_bytes(draw_picture(index)), "path": None} for index in range(12)]

@@ -1,4 +1,4 @@
-"""Rules of the house that a reader relies on."""
+"""Rules of the repository: what its code imports, calls and uploads."""
 
 import ast
 import socket
@@ -23,7 +23,7 @@ MODEL_FILES = (
 
 
 def imports_of(path: Path) -> set[str]:
-    """First names of everything a file imports; relative imports by their file's name, with a dot."""
+    """Top-level names of a file's imports; relative imports by their module, with a dot."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -34,8 +34,8 @@ def imports_of(path: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("name", MODEL_FILES)
-def test_remote_code_imports_only_torch_transformers_safetensors_and_pillow(name):
-    # pillow_heif is optional: transformers' own check leaves out what is imported in a `try`.
+def test_remote_code_imports_only_its_declared_packages(name):
+    # pillow_heif is optional: transformers' check ignores imports in a `try`.
     packages = {"torch", "transformers", "safetensors", "PIL", "pillow_heif"}
     allowed = set(sys.stdlib_module_names) | packages | {f".{file[:-3]}" for file in MODEL_FILES}
     assert imports_of(ROOT / name) <= allowed
@@ -43,20 +43,20 @@ def test_remote_code_imports_only_torch_transformers_safetensors_and_pillow(name
 
 
 def test_no_file_imports_auto_image_processor_from_the_top_of_transformers():
-    """There, 5.4 to 5.16 demand torchvision for it; its own module doesn't."""
+    """From there, 5.4 to 5.16 require torchvision for it."""
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             names = {alias.name for alias in node.names} if isinstance(node, ast.ImportFrom) else set()
             assert "AutoImageProcessor" not in names or node.module != "transformers", path
 
 
-# What opens sockets, starts programs, runs what a file holds, or reaches past Python.
+# Modules that open sockets, start programs, run code from files, or call native code.
 REACHING = {
     *("asyncio", "ctypes", "ftplib", "http", "imaplib", "marshal", "multiprocessing", "pickle", "poplib", "pty"),
     *("runpy", "selectors", "shelve", "shutil", "smtplib", "socket", "socketserver", "ssl", "subprocess", "telnetlib"),
     *("tempfile", "urllib", "webbrowser", "xmlrpc"),
 }
-# Calls, by the last part of their name, that write files, run code or unpickle. `save_pretrained` is the caller's wish.
+# Calls, by the last part of their name, that write files, run code or unpickle. `save_pretrained` is allowed.
 FORBIDDEN_CALLS = {
     *("eval", "exec", "compile", "__import__", "import_module", "system", "popen", "spawn", "fork", "execv"),
     *("write_text", "write_bytes", "mkdir", "makedirs", "touch", "remove", "unlink", "rmdir", "rename", "symlink_to"),
@@ -69,7 +69,7 @@ def calls_of(path: Path) -> list[ast.Call]:
 
 
 def forbidden_calls(path: Path) -> list[str]:
-    """Calls that write, run or unpickle something; `open` may only read."""
+    """Calls that write files, run code or unpickle; `open` may only read."""
     found = []
     for call in calls_of(path):
         name = ast.unparse(call.func)
@@ -101,7 +101,7 @@ REACH = "import socket; socket.create_connection(('192.0.2.1', 80), timeout=0.1)
 
 
 def test_the_network_is_forbidden_to_tests_and_their_processes():
-    # First: without the guard, what follows would be real.
+    # Checked first: without the guard, the calls below would reach the network.
     assert socket._network_is_forbidden
     with pytest.raises(AssertionError, match="expected no network in a test, got a connection to 192.0.2.1"):
         exec(REACH)
@@ -114,7 +114,7 @@ def test_the_network_is_forbidden_to_tests_and_their_processes():
 
 
 def test_the_hub_is_not_asked_where_it_is_said_to_be_offline(tmp_path):
-    """Each way in ends in an error that says so, with no connection tried: that would be another error."""
+    """Each loader raises its own error without trying a connection, which would be another error."""
     from transformers import AutoModel
 
     from tinycap.training.data import load_split
@@ -143,7 +143,7 @@ def test_the_hub_is_not_asked_where_it_is_said_to_be_offline(tmp_path):
 )
 def test_arrows_go_one_way(folder, forbidden):
     for path in (ROOT / "tinycap" / folder).rglob("*.py"):
-        # The metrics are a leaf: they import nothing of the package, and a reward is made of them.
+        # The metrics import nothing else of the package, and the CIDEr reward uses them.
         text = path.read_text(encoding="utf-8").replace("tinycap.evaluation.caption_metrics", "")
         assert forbidden not in text, path
 

@@ -17,7 +17,7 @@ EVIL = "</script><script>alert(1)</script><!-- <b>bold</b> & \"quoted\" 'words' 
 
 
 class Page(HTMLParser):
-    """The elements of a page, and the text inside of each script."""
+    """The elements of a page and the text of each script."""
 
     def __init__(self, text: str):
         super().__init__()
@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
 @pytest.fixture(scope="module")
 def evaluated(repository, tmp_path_factory):
-    """The folder that the command leaves, for five pictures with hostile captions and one that is broken."""
+    """The output folder for five images with hostile captions and a corrupt one."""
     folder = tmp_path_factory.mktemp("evaluation")
     paths = []
     for index in range(6):
@@ -94,7 +94,7 @@ def test_captions_are_text_and_never_markup(page, evaluated):
     assert any(
         " ".join(EVIL.split()) in reference for photo in page.data["photos"] for reference in photo["references"]
     )
-    # What the page's own script puts in, it puts in as text.
+    # The page's script inserts values as text.
     assert all(word not in page.scripts[1] for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval("))
 
 

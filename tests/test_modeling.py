@@ -231,7 +231,7 @@ def test_the_cache_is_taken_under_the_name_of_either_transformers(model, pixel_v
     logits_of(model, pixel_values, tokens[:, :4], **{name: cache})
     assert cache.get_seq_length() == 4
     torch.testing.assert_close(logits_of(model, pixel_values, tokens[:, 4:], **{name: cache}), whole[:, 4:])
-    # A name is deprecated only where `generate` uses another.
+    # The old name is deprecated only where `generate` uses another.
     assert any("deprecated" in str(one.message) for one in recwarn) == (CACHE == "cache" != name)
 
 
@@ -273,7 +273,7 @@ def test_padding_stays_without_effect_in_cached_steps(model, pixel_values, token
     torch.testing.assert_close(second.logits[1:2], alone[:, 2:], atol=1e-5, rtol=0)
 
 
-# --- one memory token (points 1 and 2 of what an expert should know) --------------------------------------------------
+# --- one memory token -------------------------------------------------------------------------------------------------
 
 
 def test_the_one_token_shortcut_equals_full_cross_attention(model, pixel_values, tokens):
@@ -317,7 +317,7 @@ def test_cross_attention_weights_of_one_token_are_ones(model, pixel_values, toke
 
 
 def test_a_unit_norm_embedding_enters_the_decoder_at_the_size_of_its_token_embeddings():
-    """Raw, a 768-vector of norm 1 would change the first logits some 28 times less."""
+    """Unscaled, a 768-vector of norm 1 would change the first logits 28 times less."""
     torch.manual_seed(0)
     images = torch.randn(8, 3, 224, 224)
     effect = {}
@@ -359,7 +359,7 @@ def test_the_loss_is_the_sum_of_its_named_parts(pixel_values, labels):
 def test_pictures_without_captions_train_the_student_by_the_teacher_alone(pixel_values, labels, replaced):
     model = tiny_model(distill_weight=0.25)
     if replaced:
-        # A head that is called as a module, as adapters are.
+        # A head that is called as a module, like adapters.
         model.lm_head.register_forward_hook(lambda module, inputs, output: output)
     teacher = torch.randn(5, 14)
     output = model(pixel_values, labels=torch.full_like(labels, -100), teacher_embeds=teacher, skip_logits=True)
@@ -414,7 +414,7 @@ def test_memory_noise_has_the_length_that_the_config_says():
     memory = F.normalize(torch.randn(50, 1, 1001, generator=torch.Generator().manual_seed(0)), dim=-1)
     moved = model.add_noise(memory)
     torch.testing.assert_close(moved.norm(dim=-1), torch.ones(50, 1))
-    # At right angles to the embedding, as any random direction of so many dimensions.
+    # Orthogonal to the embedding, like almost any random direction in so many dimensions.
     cosines = (moved * memory).sum(dim=-1)
     assert cosines.mean().item() == pytest.approx((1 + 0.75**2) ** -0.5, abs=0.02) and cosines.std() > 0
 
@@ -442,19 +442,19 @@ def test_captions_that_do_not_divide_among_the_images_are_an_error(model, pixel_
 
 
 def test_gradients_reach_every_parameter(pixel_values, labels):
-    """With one memory token, queries and keys of the cross-attention take part, though their gradient is zero."""
+    """With one memory token, queries and keys of the cross-attention get gradients of zero."""
     for memory in ("embedding", "patches"):
         model = tiny_model(memory=memory).train()
         model(pixel_values, labels=labels, teacher_embeds=torch.randn(5, 14)).loss.backward()
         silent = [name for name, parameter in model.named_parameters() if parameter.grad is None]
         assert not silent, silent
         zero = {name for name, parameter in model.named_parameters() if parameter.grad.abs().max() < 1e-8}
-        # A shift of all scores of a softmax changes nothing: no key bias ever learns.
+        # A softmax is invariant to a shift of all scores: key biases have no gradient.
         zero = {name for name in zero if not name.endswith("k_proj.bias")}
         if memory == "embedding":
             expected = {n for n, _ in model.named_parameters() if "cross_attn.q_" in n or "cross_attn.k_proj.w" in n}
             expected |= {name for name, _ in model.named_parameters() if ".layer_norm2." in name and "decoder" in name}
-            # The last positions of the table are beyond these captions, but the table itself learns.
+            # These captions don't reach the last positions, but the table as a whole has gradients.
             assert zero == expected
         else:
             assert not zero
@@ -551,7 +551,7 @@ def test_text_under_a_processors_names_is_the_decoders(model, pixel_values, toke
         given = model(pixel_values=pixel_values, input_ids=tokens, attention_mask=mask)
         embedded = model(pixel_values, attention_mask=mask, inputs_embeds=model.get_input_embeddings()(tokens))
     assert torch.equal(given.logits, expected) and torch.equal(embedded.logits, expected)
-    # As peft calls it.
+    # Called as by peft.
     nothing = {"input_ids": None, "attention_mask": None, "inputs_embeds": None, "decoder_inputs_embeds": None}
     loss = model(pixel_values=pixel_values, labels=tokens, **nothing).loss
     torch.testing.assert_close(loss, model(pixel_values, labels=tokens).loss)
@@ -606,7 +606,7 @@ def test_a_static_cache_of_an_older_transformers_is_an_error(model, pixel_values
 
 
 class StoredAsInt8(nn.Module):
-    """A linear layer whose weight has another dtype than its inputs, as bitsandbytes' and others have."""
+    """A linear layer whose weight has another dtype than its inputs, like bitsandbytes'."""
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
@@ -667,7 +667,7 @@ def test_torchao_quantises_while_loading_and_after(model, pixel_values, tmp_path
 @pytest.mark.parametrize("bits", [4, 8])
 def test_bitsandbytes_quantises_saves_and_reloads(pixel_values, bits, tmp_path):
     pytest.importorskip("bitsandbytes")
-    # Blocks of 64 values are its smallest.
+    # Its smallest blocks have 64 values.
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 2}
     model = tiny_model(vision_config={**sizes, "projection_dim": 64}, text_config=sizes)
     model.save_pretrained(tmp_path / "float")
@@ -697,7 +697,7 @@ def test_a_lora_trains_saves_and_reloads(model, pixel_values, labels, tmp_path):
 
 
 def test_a_head_that_the_library_left_untied_is_tied_after_loading(model, pixel_values, tmp_path, monkeypatch):
-    """As transformers 5.3 leaves it."""
+    """transformers 5.3 doesn't tie it."""
     model.save_pretrained(tmp_path)
     load = PreTrainedModel.from_pretrained.__func__
 
@@ -760,7 +760,7 @@ def test_a_captioner_begins_from_the_folder_of_a_student_alone(model, pixel_valu
 
 
 def test_positions_begin_apart_from_each_other_and_as_loud_as_patches():
-    """At the usual 0.02 they are drowned by the patch embedding, and the student learns what but not where."""
+    """With a std of 0.02 they would be negligible beside the patch embeddings, and locations wouldn't be learned."""
     embeddings = TinyCapVisionModel(TinyCapVisionConfig(**VISION)).embeddings
     positions = embeddings.position_embeddings[0, 1:].detach()
     apart = torch.cdist(positions, positions) + 9 * torch.eye(len(positions))
@@ -774,7 +774,7 @@ def test_loaded_positions_stay_when_another_weight_of_the_embeddings_is_missing(
     weights = load_file(tmp_path / "model.safetensors")
     del weights["vision_model.embeddings.cls_token"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    # Without asking for the report, a missing weight is an error.
+    # Without output_loading_info, a missing weight is an error.
     loaded, _ = TinyCapForConditionalGeneration.from_pretrained(tmp_path, output_loading_info=True)
     loaded = loaded.vision_model.embeddings
     assert torch.equal(loaded.position_embeddings, model.vision_model.embeddings.position_embeddings)
@@ -821,7 +821,7 @@ def test_the_loss_in_chunks_has_the_plain_value_and_gradients(rows, smoothing, m
 
 @pytest.mark.parametrize("skip_logits", [False, True])
 def test_half_precision_keeps_the_heads_negative_gradients(model, skip_logits):
-    """A wrong token of probability 1e-7 has a gradient that float16 holds only after the loss is scaled."""
+    """The gradient of a wrong token of probability 1e-7 is representable in float16 only with loss scaling."""
     states, labels = torch.zeros(1, 20, 16), torch.full((1, 20), 5)
     states[..., 0] = 4.0
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The exported graphs and the captioner without PyTorch, held to `generate()` and the pipeline."""
+"""The exported graphs and the captioner without PyTorch, compared with `generate()` and the pipeline."""
 
 import itertools
 import json
@@ -73,7 +73,7 @@ def test_scores_are_the_log_probabilities_that_the_model_gives_the_tokens(model,
 
 @pytest.mark.parametrize("memory", ["embedding", "patches"])
 def test_the_graphs_say_what_the_model_says(memory, pixel_values):
-    """As modules, before any export: both kinds of memory, with and without a cache."""
+    """As modules, without an export: both kinds of memory, with and without a cache."""
     model = tiny_model(memory=memory)
     tokens = torch.randint(3, 37, (5, 6), generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
@@ -97,7 +97,7 @@ def test_memory_of_patches_is_exported_too(tokenizer, tmp_path, pictures):
     model.generation_config = create_generation_config(tokenizer, max_new_tokens=7, num_beams=2)
     processor = create_image_processor(24)
     save_repository(tmp_path / "patches", model, tokenizer, processor)
-    # Into the repository itself, where the small files are already.
+    # Into the repository itself, which already has the small files.
     export_onnx(tmp_path / "patches", tmp_path / "patches", quantize=False)
     assert not list((tmp_path / "patches" / "onnx").glob("*quantized*"))
     captioner = OnnxCaptioner.from_pretrained(tmp_path / "patches")
@@ -107,7 +107,7 @@ def test_memory_of_patches_is_exported_too(tokenizer, tmp_path, pictures):
 
 
 def decoding_step(model: TinyCapForConditionalGeneration, pixel_values: torch.Tensor):
-    """The model as the searches ask for it, without an export."""
+    """The model as a step function of the searches, without an export."""
     states, cache = EncoderGraph(model)(pixel_values)[0], []
 
     def step(tokens: np.ndarray, rows: np.ndarray | None) -> np.ndarray:
@@ -123,7 +123,7 @@ def decoding_step(model: TinyCapForConditionalGeneration, pixel_values: torch.Te
 
 
 def model_with_end(bias: float) -> TinyCapForConditionalGeneration:
-    """A tiny model whose end token is the likelier the higher the bias."""
+    """A tiny model whose end token becomes more likely with the bias."""
     model = tiny_model()
     model.lm_head = torch.nn.Linear(16, 37)
     torch.nn.init.normal_(model.lm_head.weight, std=0.5, generator=torch.Generator().manual_seed(4))
@@ -195,7 +195,7 @@ def test_preprocessing_that_would_differ_is_refused(repository, change, words):
 
 
 def test_the_captioner_needs_neither_pytorch_nor_transformers(exported, captioner, tmp_path):
-    """In a process that can import neither, from a rotated JPEG to its caption."""
+    """From a rotated JPEG to its caption, in a process that can import neither."""
     exif = Image.Exif()
     exif[0x0112] = 6
     draw_picture(3, (90, 60)).save(tmp_path / "photo.jpg", exif=exif)
@@ -222,7 +222,7 @@ def test_the_captioner_needs_neither_pytorch_nor_transformers(exported, captione
 
 @pytest.mark.parametrize("module", ["deploy.onnx_captioner", "deploy.captioners", "deploy.export"])
 def test_onnxruntime_is_imported_with_its_telemetry_off(tmp_path, module):
-    """It asked for a connection to its vendor and wrote a device id into the home folder."""
+    """Otherwise it connects to its vendor and writes a device id to the home folder."""
     code = """
         import importlib, os, sys
 

@@ -1,4 +1,4 @@
-"""Training in two real processes, over gloo, on a CPU: what DDP does with the loop."""
+"""Training in two real processes over gloo on a CPU, with DDP."""
 
 import json
 import os
@@ -28,13 +28,13 @@ def without(flags: list[str], *dropped: str) -> list[str]:
 
 
 def seen_by(witness: Path, after: int = 0) -> list[list[str]]:
-    """For each process, the photos of all its steps behind `after`."""
+    """For each process, the images of all its steps from `after` on."""
     rows = [[json.loads(line) for line in Path(f"{witness}-{rank}").read_text().splitlines()] for rank in range(2)]
     return [[name for row in share if row["step"] > after for name in row["ids"]] for share in rows]
 
 
 def test_two_processes_come_to_the_weights_of_one_within_1e5(flags, tmp_path):
-    # 23 photos by 2 x 3 x 2: the last step of an epoch is a smaller one, and captions differ in length.
+    # 23 images by 2 x 3 x 2: the last step of an epoch is smaller, and captions differ in length.
     common = [*flags, "--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "20", "--learning_rate", "3e-3"]
     common += ["--gradient_accumulation_steps", "2", "--checkpointing_steps", "20"]
     both = Ranks([*common, "--per_device_train_batch_size", "3"], tmp_path / "log", tmp_path / "seen")
@@ -47,7 +47,7 @@ def test_two_processes_come_to_the_weights_of_one_within_1e5(flags, tmp_path):
     losses = [[row["loss"] for row in log_rows(tmp_path / name) if "loss" in row] for name in ("one", "out")]
     assert len(losses[0]) == 20 and losses[1] == pytest.approx(losses[0], abs=1e-5)
     counts = [Counter(share) for share in seen_by(tmp_path / "seen")]
-    # 20 steps of two batches, four batches an epoch: each photo just once in each of ten epochs.
+    # 20 steps of two batches, four batches an epoch: each image once in each of ten epochs.
     assert set((counts[0] + counts[1]).values()) == {10} and len(counts[0] + counts[1]) == 23
 
 
@@ -70,7 +70,7 @@ def test_two_processes_train_a_patch_memory_without_a_teacher(flags, tmp_path):
 
 @pytest.fixture
 def uneven(tmp_path) -> str:
-    """Two shards of nine and two pictures, and three to validate on."""
+    """Two shards of nine and two images, and three validation images."""
     folder = tmp_path / "uneven"
     folder.mkdir()
     first = 0
@@ -101,7 +101,7 @@ def test_uneven_shards_show_every_image_once_an_epoch_also_resumed(flags, uneven
     assert [len(share) for share in seen] in ([18, 4], [4, 18])
     assert Counter(sum(seen, [])) == {f"photo-{index}": 2 for index in range(11)}
     whole = load_file(tmp_path / "out" / "model.safetensors")
-    # Stopped in the middle of the first epoch, when one process had nothing left.
+    # Stopped in the middle of the first epoch, when one process had no batch left.
     for name in ("model.safetensors", "eval_results.json"):
         (tmp_path / "out" / name).unlink()
     checkpoint = tmp_path / "out" / "checkpoint-3"
@@ -115,7 +115,7 @@ def test_uneven_shards_show_every_image_once_an_epoch_also_resumed(flags, uneven
 
 
 def test_a_stopped_pair_of_processes_leaves_a_checkpoint_and_goes_on(flags, tmp_path):
-    # A schedule that lets a resumed run have another length.
+    # A schedule with which a resumed run may have another length.
     common = [*flags, "--per_device_train_batch_size", "3", "--checkpointing_steps", "100000"]
     common += ["--lr_scheduler_type", "constant_with_warmup"]
     # The real launcher; `accelerate launch --cpu --num_processes 2` would start one process.

@@ -23,7 +23,7 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 
 
 def declared_png(width: int, height: int) -> bytes:
-    """A PNG of a few bytes whose header declares any size."""
+    """A PNG of a few bytes with any declared size."""
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     chunks = b"".join(
         struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -83,7 +83,7 @@ def test_sixteen_bits_are_scaled_and_not_clipped_to_white():
 
 
 def linear_profile(space: bytes = b"RGB ", swapped: bool = False) -> bytes:
-    """A matrix (or grey) profile of linear light, its green and blue primaries exchanged where asked for."""
+    """A matrix (or grey) profile of linear light, with green and blue primaries swapped if requested."""
     columns = [(0.4361, 0.2225, 0.0139), (0.3851, 0.7169, 0.0971), (0.1431, 0.0606, 0.7139)]
     if swapped:
         columns[1:] = columns[:0:-1]
@@ -146,7 +146,7 @@ def test_every_mode_is_converted_by_a_profile_of_its_kind(mode):
     image.info["icc_profile"] = profile
     shown = load_image(image)
     if mode in ("CMYK", "1"):
-        # Of another colour space; black and white, which stay so.
+        # Of another colour space; black and white are unchanged.
         assert largest_difference(shown, plain) == 0
     else:
         assert sum(shown.convert("L").tobytes()) > 1.1 * sum(plain.convert("L").tobytes()), "linear light is brighter"
@@ -259,7 +259,7 @@ def test_the_callers_picture_is_left_as_it_was():
 
 
 class TransposingProcessor:
-    """As those on torchvision: channels come first before `input_data_format` is looked at, if it is."""
+    """Like torchvision-based processors, it transposes to channels-first before `input_data_format` is used."""
 
     size = {"shortest_edge": 24}
 
@@ -287,5 +287,5 @@ def test_rows_of_a_tiny_image_are_not_taken_for_channels(size):
     images = [draw_picture(3, (24, 24)).resize(size), draw_picture(4, (31, 29))]
     processor = create_image_processor(24)
     expected = torch.from_numpy(ImagePreprocessor(processor.to_dict())(images))
-    # torchvision's bicubic is another one.
+    # torchvision's bicubic filter differs.
     torch.testing.assert_close(preprocess_images(processor, images), expected, rtol=0, atol=0.1)

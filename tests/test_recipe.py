@@ -1,4 +1,4 @@
-"""Recipes: several stages by one command."""
+"""Recipes: several stages in one command."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ VARIABLES = ["dataset=photos", "text_model=encoder"]
 
 @pytest.fixture
 def launched(monkeypatch) -> list[list[str]]:
-    """The commands of the stages, each of which leaves its result without being run."""
+    """Records the stages' commands, which aren't run, and writes their results."""
     commands = []
 
     def run(command, check):

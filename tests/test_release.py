@@ -38,7 +38,7 @@ LATENCY = {
 
 @pytest.fixture
 def folders(repository, tmp_path, monkeypatch):
-    """The folders that a release is made of, and a root to put it in."""
+    """The input folders of a release, and a root for its output."""
     (tmp_path / "root" / "docs").mkdir(parents=True)
     shutil.copy(release.ROOT / "docs" / "model_card_template.md", tmp_path / "root" / "docs")
     (tmp_path / "root" / "README.md").write_text("---\nlicense: old\n---\n\n# The readme\n\n---\n\nText.\n")
@@ -105,19 +105,24 @@ def flags(folders) -> list[str]:
     ]
 
 
+def read_card(folders) -> str:
+    """The card without line breaks, which depend on the template."""
+    return " ".join((folders / "root" / "model_card.md").read_text().split())
+
+
 def test_a_release_puts_model_and_card_at_the_root(folders):
     release.main(flags(folders))
     root = folders / "root"
     for name in release.RELEASED:
         assert (root / name).read_bytes() == (folders / "model" / name).read_bytes()
-    card = (root / "model_card.md").read_text()
+    card = read_card(folders)
     assert "value: 21.46" in card and "| **TinyCap** | 21.5 | 50.0 | 12.0 | 40.0 | 321 |" in card
     assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
     assert "beam search with 3 beams, length penalty 0.8" in card
     assert "teacher 1.5 hours, student 2.0 hours" in card, "both stages of each"
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
-    assert "$" not in card.split("```bash")[0] and "@" not in card
+    assert "{{" not in card and "{%" not in card and "@" not in card
     assert Image.open(root / "docs" / "curves.png").width > 300
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
 
@@ -127,12 +132,12 @@ def test_a_length_penalty_that_no_config_names_is_the_default(folders):
     evaluation = json.loads(path.read_text())
     path.write_text(json.dumps({**evaluation, "decoding": {"num_beams": 3, "length_penalty": None}}))
     release.main(flags(folders))
-    assert "beam search with 3 beams, length penalty 1.0" in (folders / "root" / "model_card.md").read_text()
+    assert "beam search with 3 beams, length penalty 1.0" in read_card(folders)
 
 
 def test_the_card_shows_what_is_wrong_with_evidence(folders):
     release.main(flags(folders))
-    card = (folders / "root" / "model_card.md").read_text()
+    card = read_card(folders)
     assert "| wrong object | 33.3 | 0.0 | " in card and "| wrong count | 33.3 | 0.0 | " in card
     assert "- wrong object: “A boy \\| with a \\$5 ball.”: ball (humans: toy)" in card
     assert "- wrong count: “Two women sit on a sled.”: person: 2 (humans: 1)" in card
@@ -140,7 +145,7 @@ def test_the_card_shows_what_is_wrong_with_evidence(folders):
     assert "| photo-2 | A boy \\| with a \\$5 ball. | A boy with a kite. | 33 |" in card and "photo-9" not in card
     assert "| dogs | 1 | 11.0 | 100 | 100 | 0 | 0 |" in card
     assert "67 % of the captions name a person's gender" in card
-    assert "| noise | 3 of 20 | 100 | 0.43 | A dog runs. |" in card and "is 0.39 on photos" in card
+    assert "| noise | 3 of 20 | 100 | 0.43 | A dog runs. |" in card and "is 0.39 on validation images" in card
 
 
 def test_the_hub_finds_the_results_in_card_and_readme(folders):
@@ -154,7 +159,7 @@ def test_the_hub_finds_the_results_in_card_and_readme(folders):
     readme = (folders / "root" / "README.md").read_text()
     assert readme.endswith("---\n\n# The readme\n\n---\n\nText.\n") and "old" not in readme
     release.main(flags(folders))
-    assert (folders / "root" / "README.md").read_text() == readme, "once, however often"
+    assert (folders / "root" / "README.md").read_text() == readme, "a second release changes nothing"
 
 
 @pytest.mark.parametrize(
@@ -167,7 +172,7 @@ def test_the_hub_finds_the_results_in_card_and_readme(folders):
         ("evaluation/unlike_photos.png", "--failures"),
     ],
 )
-def test_a_missing_figure_leaves_the_root_as_it_was(folders, name, words):
+def test_a_missing_file_leaves_the_root_unchanged(folders, name, words):
     (folders / name).unlink()
     with pytest.raises(ValueError, match=words):
         release.main(flags(folders))
@@ -196,7 +201,7 @@ def test_one_command_evaluates_and_fills_the_card(folders, monkeypatch):
 
     monkeypatch.setattr(release, "run_evaluation", run_evaluation)
     release.main([*flags(folders), "--dataset_name", "my_photos"])
-    assert "value: 21.46" in (folders / "root" / "model_card.md").read_text()
+    assert "value: 21.46" in read_card(folders)
 
 
 def test_an_evaluation_without_baselines_is_an_error(folders):
@@ -204,5 +209,5 @@ def test_an_evaluation_without_baselines_is_an_error(folders):
     content = json.loads(path.read_text())
     del content["baselines"]
     path.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match="expected an evaluation with baselines"):
+    with pytest.raises(ValueError, match="baselines.*was the evaluation run with"):
         release.main(flags(folders))

@@ -1,4 +1,4 @@
-"""A run of train_distill.py as its user sees it: what is refused, recorded, resumed, uploaded and said at its end."""
+"""A run of train_distill.py from the user's view: errors, log, resuming, upload and final output."""
 
 import json
 import logging
@@ -72,7 +72,7 @@ def test_a_teacher_resumes_with_its_own_flags_only(photos, tmp_path):
         train_teacher.main([*flags, "--weight_decay", "0.3", "--resume_from_checkpoint", "latest"])
 
 
-# --- what isn't given overrules no configuration ----------------------------------------------------------------------
+# --- flags that aren't given keep the configuration -------------------------------------------------------------------
 
 CONFIGURED = {"distill_weight": 3.0, "label_smoothing": 0.2, "memory_noise": 0.3}
 
@@ -258,7 +258,7 @@ def test_a_run_too_short_for_fresh_weights_is_warned_of(steps, model, warned, ca
 
 
 class Interrupts:
-    """Sends the process Ctrl-C in the steps that are named, once or more."""
+    """Sends the process Ctrl-C in the given steps, once or more."""
 
     def __init__(self, monkeypatch, step: int, times: int, script=train_distill):
         check_finite = script.check_finite
@@ -281,7 +281,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_the_command_that_goes_on(flags, tmp_
         with pytest.raises(SystemExit) as stopped, caplog.at_level(logging.WARNING):
             train_distill.main([*flags, "--dataloader_num_workers", "1"])
     assert stopped.value.code == 130
-    # The step after: all processes agree on a stop before they take one.
+    # One step later: all processes agree on a stop before they take a step.
     assert (tmp_path / "out" / "checkpoint-4").is_dir()
     command = caplog.text.splitlines()[-1].split()
     assert command[-2:] == ["--resume_from_checkpoint", "latest"] and "--overwrite_output_dir" not in command
@@ -313,14 +313,14 @@ def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_pat
     assert (tmp_path / "out" / "model.safetensors").exists()
 
 
-# --- what is left behind ----------------------------------------------------------------------------------------------
+# --- output files -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_the_cards_code_runs_from_another_folder_and_names_the_base_model(
     flags, repository, tmp_path, capsys, monkeypatch
 ):
-    # Figures are drawn: the code captions one of them.
+    # Figures are drawn, because one of them is captioned.
     monkeypatch.undo()
     drop = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--patch_dropout", "--dropout")
     adapted = [*without(flags, *drop), "--model_name_or_path", str(repository), "--distill_weight", "0"]

@@ -1,4 +1,4 @@
-"""The output folder: what a run refuses, what it clears, and what a resumed run may change."""
+"""The output folder: what is an error, what is deleted, and what a resumed run may change."""
 
 import json
 from argparse import Namespace
@@ -21,7 +21,7 @@ def run_of(folder, **changes) -> Namespace:
 
 
 def leave_a_run(folder, **changes) -> None:
-    """What a run on scenes leaves, its teacher included."""
+    """Writes the files of a run on scenes, its teacher included."""
     folder.mkdir(exist_ok=True)
     for place in (folder, folder / "teacher"):
         place.mkdir(exist_ok=True)

@@ -63,7 +63,7 @@ def test_the_loss_makes_better_samples_likelier_and_worse_ones_less_likely():
 
 @pytest.mark.slow
 def test_training_on_a_reward_raises_it(tokenizer):
-    """The one thing that the objective is for, on a model small enough to see it in seconds."""
+    """On a model that is small enough to train in seconds."""
     model = tiny_repository_model(tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():

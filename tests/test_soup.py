@@ -1,4 +1,4 @@
-"""A model whose weights are the mean of several."""
+"""Model soups: the mean of several models' weights."""
 
 import json
 import shutil
@@ -13,7 +13,7 @@ from tinycap.training import soup
 
 
 def change(folder, file: str, **fields) -> None:
-    """Other fields in a JSON file of a model's folder; `part__field` for one of a part."""
+    """Changes fields of a JSON file in a model's folder; `part__field` for a nested one."""
     content = json.loads((folder / file).read_text())
     for name, value in fields.items():
         part, _, field = name.rpartition("__")
@@ -23,7 +23,7 @@ def change(folder, file: str, **fields) -> None:
 
 @pytest.fixture
 def models(made_models, tmp_path):
-    """Three models: the repository's, and two whose weights lie apart from it, in folders of their own."""
+    """Folders of three models: the repository's and two with other weights."""
     return [shutil.copytree(folder, tmp_path / folder.name) for folder in made_models]
 
 

@@ -185,7 +185,7 @@ def test_learned_positions_fix_a_towers_size_convolutions_take_any(classifier, t
     assert convolutional(torch.rand(2, 3, 40, 40)).image_embeds.shape == (2, 13)
 
 
-# --- what is no teacher -----------------------------------------------------------------------------------------------
+# --- invalid teachers -------------------------------------------------------------------------------------------------
 
 
 def test_a_model_that_is_no_clip_is_an_error_that_says_what_it_is(tmp_path):

@@ -37,7 +37,7 @@ def collator(tokenizer) -> CaptionCollator:
 
 @pytest.fixture
 def build(collator, tmp_path, monkeypatch):
-    """Builds in small files, and counts the photos that the teacher was shown."""
+    """Builds the cache in small files and counts the images that the teacher embeds."""
     monkeypatch.setattr(teacher_cache, "SHARD_SIZE", 4)
     seen = []
 
@@ -130,7 +130,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(build, tmp_path):
     whole = build()
     folder = next((tmp_path / "cache").iterdir())
     lost = sorted(folder.glob("view-001-*"))[1]
-    # Killed while it wrote this file.
+    # Killed while writing this file.
     lost.rename(folder / f".{lost.name}.0")
     resumed = build()
     assert sum(build.seen) == 3 * 11 + 4

@@ -71,7 +71,7 @@ class KilledError(BaseException):
 
 
 def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
-    """Starts a run and lets it die after the losses of a step, before they change anything."""
+    """Starts a run that dies after computing a step's losses, before the update."""
     check_finite = train_distill.check_finite
 
     def dies(losses, step, image_ids):
@@ -110,7 +110,7 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monk
 @pytest.mark.parametrize("dead_in_step", [4, None])
 @pytest.mark.slow
 def test_the_best_validation_is_what_is_saved_also_after_a_kill(flags, tmp_path, monkeypatch, dead_in_step):
-    # Far too large a rate: steps make it worse as well as better.
+    # A learning rate so large that steps also increase the loss.
     best = ["--evaluation_steps", "1", "--load_best_model_at_end"]
     best += ["--learning_rate", "0.5", "--lr_scheduler_type", "constant", "--max_grad_norm", "0", "--seed", "3"]
     train_distill.main([*flags, *best, "--output_dir", str(tmp_path / "whole")])
@@ -125,7 +125,7 @@ def test_the_best_validation_is_what_is_saved_also_after_a_kill(flags, tmp_path,
     assert found["cider"] == pytest.approx(scores[step], abs=1e-6)
     state = json.loads((tmp_path / "out" / "checkpoint-6" / "trainer_state.json").read_text())
     earlier = max((other for other in scores if other < 6), key=scores.get)
-    # The checkpoint of the last step comes before the last validation.
+    # The checkpoint of the last step is saved before the last validation.
     assert state["best"] == {"name": "cider", "value": scores[earlier], "step": earlier}
     whole, out = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
     assert all(torch.equal(whole[name], out[name]) for name in whole)
@@ -189,10 +189,10 @@ def test_a_captioner_goes_on_by_the_cider_of_its_own_samples(flags, tmp_path, re
 
 @pytest.mark.slow
 def test_a_cached_teacher_gives_the_losses_of_one_that_is_asked(flags, tmp_path):
-    # The teacher's own size, where both see the same pixels: a cached one may see more of a smaller student's crop.
+    # The teacher's input size, at which both get the same pixels; with a cache, a teacher with larger inputs gets more.
     flags = [*flags, "--image_size", "32"]
     online = train_distill.main(flags)
-    # Two epochs of three steps: as many views as epochs, so that both runs see the same crops.
+    # Two epochs of three steps: as many views as epochs, so that both runs have the same crops.
     cached_flags = [*flags, "--output_dir", str(tmp_path / "cached"), "--teacher_cache_dir", str(tmp_path / "cache")]
     cached = train_distill.main([*cached_flags, "--teacher_views", "2"])
     for first, second in zip(log_rows(tmp_path / "out"), log_rows(tmp_path / "cached")):
@@ -217,7 +217,7 @@ def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(f
     name = "vision_model.embeddings.position_embeddings"
     assert small[name].shape == (1, 1 + 9, 12) and large[name].shape == (1, 1 + 25, 12)
     torch.testing.assert_close(large[name][:, 0], small[name][:, 0])
-    # Corners stay corners: the table is stretched, not refilled.
+    # Corners stay corners: the table is resampled, not initialised.
     corners = [(0, 0), (2, 4), (6, 20), (8, 24)]
     for before, after in corners:
         assert F.cosine_similarity(small[name][0, 1 + before], large[name][0, 1 + after], dim=0) > 0.9
@@ -259,7 +259,7 @@ def test_a_stream_trains_as_well(flags, tmp_path):
 
 @pytest.fixture
 def web_shards(tmp_path) -> str:
-    """Tar shards as img2dataset writes them, `<key>.png` beside `<key>.txt`: two to train on, one to validate on."""
+    """Tar shards like img2dataset's, `<key>.png` beside `<key>.txt`: two for training, one for validation."""
     folder = tmp_path / "shards"
     folder.mkdir()
     for number, (name, num) in enumerate((("train-00000", 9), ("train-00001", 7), ("validation-00000", 5))):
@@ -293,12 +293,12 @@ def test_webdataset_shards_train_streamed_or_not_and_resume_to_the_same_weights(
 
 @pytest.mark.slow
 def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
-    # accelerate keeps one precision a process.
+    # accelerate has one precision in a process.
     Ranks([*flags, "--mixed_precision", "bf16", "--max_train_steps", "2"], tmp_path / "log", number=1).finish()
     assert load_file(tmp_path / "out" / "model.safetensors")["decoder.embed_tokens.weight"].dtype == torch.float32
 
 
-# --- what must not run ------------------------------------------------------------------------------------------------
+# --- errors -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -402,12 +402,12 @@ def test_a_first_bad_row_stops_the_run_when_asked(flags, tmp_path):
     run_and_expect([*flags, "--on_bad_row", "error"], "photo-5", tmp_path / "out")
 
 
-# --- the embedded default ---------------------------------------------------------------------------------------------
+# --- the default run on scenes ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def scene_flags(tmp_path) -> list[str]:
-    """A run on drawn scenes: a teacher of one step, then a student of four."""
+    """A run on drawn scenes: one step for the teacher, then four for the student."""
     return [
         *("--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "5"),
         *("--per_device_train_batch_size", "20", "--max_train_steps", "4", "--checkpointing_steps", "2"),

@@ -47,7 +47,7 @@ def test_a_trained_teacher_loads_as_clip_and_as_its_vision_half(tmp_path):
 @pytest.mark.parametrize("is_locked", [False, True])
 @pytest.mark.slow
 def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(is_locked, sentence_encoder, tmp_path, monkeypatch):
-    """Also where a sentence encoder's answers are remembered: a resumed run remembers the same."""
+    """Also with cached text embeddings, which are the same in a resumed run."""
     locked = ["--text_model_name_or_path", sentence_encoder, "--captions_per_image", "5"]
     flags = [*LOCKED, *locked] if is_locked else TINY
     train_teacher.main([*flags, "--output_dir", str(tmp_path / "whole")])
@@ -91,7 +91,7 @@ def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, 
     assert not any(report.values()), report
     assert Teacher.from_pretrained(str(out), "projected")(torch.randn(2, 3, 32, 32)).shape == (2, 14)
     assert load_file(out / TEXT_HEAD_FILE)["text_projection.weight"].shape == (14, 12)
-    # What was trained and what wasn't, from the last checkpoint, which holds all of it.
+    # Trained and frozen weights, from the last checkpoint, which has all of them.
     trained, given = (
         load_file(out / "checkpoint-6" / "model.safetensors"),
         load_file(f"{sentence_encoder}/model.safetensors"),
@@ -143,7 +143,7 @@ def test_a_locked_sentence_encoder_reads_each_training_caption_once(sentence_enc
 
     monkeypatch.setattr(LockedTextModel, "encode_sentences", counted)
     flags = [*LOCKED, "--text_model_name_or_path", sentence_encoder]
-    # 30 scenes have 150 captions: fewer than 16 steps of 10 draw, more than 6 do. 8 scenes are validated on.
+    # 30 scenes have 150 captions: fewer than 16 steps of 10 draw, more than 6 do. 8 scenes are for validation.
     train_teacher.main([*flags, "--output_dir", str(tmp_path / "short")])
     asked = len(read)
     read.clear()
@@ -206,7 +206,7 @@ def test_all_captions_of_an_image_are_its_positives():
     assert train_teacher.contrastive_loss(images, right, scale) < train_teacher.contrastive_loss(
         images, right.roll(1, 0), scale
     )
-    # An image is asked for all three alike: the loss is the entropy of that choice, and nothing more.
+    # All three captions match an image equally: the loss is the entropy of the uniform distribution.
     expected = (torch.log(torch.tensor(3.0)) + 0) / 2
     torch.testing.assert_close(train_teacher.contrastive_loss(images, right, scale), expected, atol=1e-4, rtol=0)
 

@@ -1,4 +1,4 @@
-"""The model under transformers' own Trainer: the same objective, the same files."""
+"""The model with transformers' Trainer: the same objective, the same files."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from transformers import Trainer, TrainingArguments
 
 
 class Pairs(Dataset):
-    """Twelve pictures, each a colour that its caption names by a token."""
+    """Twelve images, each of a colour that its caption names by a token."""
 
     def __len__(self):
         return 12
@@ -61,7 +61,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
         args = arguments(tmp_path / str(batch), max_steps=1, gradient_accumulation_steps=accumulated)
         args.per_device_train_batch_size = batch
         model = tiny_model()
-        # All captions of one length: a mean of equal means is the mean of all.
+        # With captions of equal length, the mean of means is the mean of all.
         rows = [{**Pairs()[index], "labels": torch.tensor([3 + index, 20, 2])} for index in range(6)]
         Trainer(model, args, train_dataset=rows).train()
         weights.append(model.vision_model.projection.weight.detach().clone())

@@ -1,4 +1,4 @@
-"""A smaller vocabulary, the same texts and captions."""
+"""Trimming the vocabulary keeps texts and captions."""
 
 import json
 import random
@@ -16,7 +16,7 @@ from tinycap.training.tokenizer import encode_captions, train_tokenizer
 
 
 def many_texts(count: int = 3000) -> list[str]:
-    """Texts of words that captions don't have, and some that share their letters."""
+    """Texts with words that captions don't have, some with the same letters."""
     draw = random.Random(5)
     words = ["".join(draw.choices("abcdefghilmnorstu", k=draw.randrange(3, 9))) for _ in range(700)]
     return [" ".join(draw.choices(words, k=8)) for _ in range(count)]
@@ -30,22 +30,22 @@ def big_tokenizer():
 
 
 def save_big_repository(folder, tokenizer, penalty: float):
-    """A model with rows beyond its tokenizer, as padded vocabularies have them.
+    """A model with more embedding rows than its tokenizer has tokens, like padded vocabularies.
 
     Args:
-        penalty: nats by which the logits of tokens that captions don't use are lower.
+        penalty: subtracted from the logits of tokens that captions don't use, in nats.
     """
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     model = tiny_model(text_config={"vocab_size": 2519, **ids})
     unused = torch.ones(2519, dtype=torch.bool)
     unused[[*{number for ids in encode_captions(tokenizer, CAPTIONS, 99) for number in ids}, 310, 311, 312]] = False
     with torch.no_grad():
-        # A layer norm's output has the mean of its bias, so that this moves a logit by the same for any image.
+        # A layer norm's output has the mean of its bias, so that this shifts a logit equally for any image.
         model.decoder.final_layer_norm.bias.fill_(1.0)
         width = model.config.text_config.hidden_size
         weight = model.decoder.embed_tokens.weight
         weight[unused] -= penalty / width
-        # What the tokenizer can't write is never said.
+        # Tokens that the tokenizer can't decode are never generated.
         model.decoder.embed_tokens.weight[2500:] = -99.0 / width
     model.generation_config = create_generation_config(tokenizer, max_new_tokens=7, num_beams=3)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, 900]
@@ -111,7 +111,7 @@ def test_every_id_in_the_configs_means_the_same_token(big_repository, big_tokeni
     old, new = (json.loads((path / "generation_config.json").read_text()) for path in (big_repository, folder))
     for name in ("bos_token_id", "pad_token_id", "decoder_start_token_id", "eos_token_id"):
         assert small.convert_ids_to_tokens(new[name]) == big_tokenizer.convert_ids_to_tokens(old[name])
-    # Of words and tokens that must not be said, those that still can be.
+    # Of suppressed words and tokens, those that still exist.
     kept = set(small.get_vocab())
     assert set(big_tokenizer.convert_ids_to_tokens([2400, 901, 310, 311, 2499])) - kept
     words = [big_tokenizer.convert_ids_to_tokens(word) for word in old["bad_words_ids"]]
@@ -141,7 +141,7 @@ def test_a_text_whose_words_were_dropped_is_noticed(big_tokenizer):
 
 @pytest.mark.slow
 def test_beam_captions_that_differ_are_counted_and_reported(big_tokenizer, tmp_path, capsys):
-    """Beam search's sums shift by the dropped tokens' share of the probability, which is most of it here."""
+    """Beam search's sums change by the dropped tokens' share of the probability, which is most of it here."""
     big, small = save_big_repository(tmp_path / "unsure-model", big_tokenizer, 5.0), tmp_path / "small"
     for seed in range(24):
         draw_picture(seed).save(tmp_path / f"{seed:02}.png")
@@ -169,7 +169,7 @@ def test_logits_of_kept_tokens_are_unchanged(pixel_values):
 
 
 def gpt2_like() -> PreTrainedTokenizerFast:
-    """GPT-2's kind: one special token for everything, the last one, and no template."""
+    """A tokenizer like GPT-2's: a single special token, the last one, and no template."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

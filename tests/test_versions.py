@@ -1,6 +1,6 @@
-"""What must hold with every release of transformers that pyproject.toml admits; the sessions of noxfile.py run it.
+"""Tests for every supported release of transformers, run by the sessions of noxfile.py.
 
-Needs no other package of the project than torch, transformers and scikit-learn, and no conftest.py.
+They need only torch, transformers and scikit-learn, and no conftest.py.
 """
 
 import logging
@@ -12,7 +12,7 @@ from golden import DECODING, ROOT, golden_images, read_golden_captions
 from PIL import Image
 from transformers import AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer, pipeline
 
-# `from transformers import AutoImageProcessor` asks for torchvision in 5.4 to 5.16.
+# `from transformers import AutoImageProcessor` requires torchvision in 5.4 to 5.16.
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
@@ -127,7 +127,7 @@ def test_a_step_of_training_lowers_the_loss(model, captioner):
 
 
 def test_pixels_differ_from_those_of_pillow_by_little(captioner, record_property):
-    """Where torchvision is installed, transformers 5 resizes with it."""
+    """transformers 5 resizes with torchvision if it is installed."""
     expected = torch.from_numpy(ImagePreprocessor.from_pretrained(ROOT)(list(IMAGES.values())))
     pixel_values = torch.cat([captioner.preprocess(image)["pixel_values"] for image in IMAGES.values()])
     difference = (pixel_values - expected).abs()

@@ -1,4 +1,4 @@
-"""A tiny model of odd, distinct sizes, so that a swapped axis fails, and small things to feed it."""
+"""A tiny model of odd, distinct sizes, so that swapped axes fail, and small inputs."""
 
 import io
 import json
@@ -22,10 +22,10 @@ CAPTIONS = [
     "A woman with a hat is reading a book on a bench .",
 ]
 
-# What `generate` and outputs call the cache: transformers 5.24 renamed it.
+# The cache's name in `generate` and outputs: transformers 5.24 renamed it.
 CACHE = "cache" if "cache" in Seq2SeqLMOutput.__dataclass_fields__ else "past_key_values"
 
-# Before 5.4, layers have to be told each time where in a static cache to write: the model raises an error.
+# Before 5.4, static caches need explicit write positions: the model raises an error.
 static_cache = pytest.mark.skipif(
     tuple(map(int, transformers.__version__.split(".")[:2])) < (5, 4), reason="needs transformers 5.4 or newer"
 )
@@ -78,7 +78,7 @@ def tiny_repository_model(tokenizer, **sizes) -> TinyCapForConditionalGeneration
 
 
 def draw_picture(seed: int, size: tuple[int, int] = (37, 29)) -> Image.Image:
-    """A picture of random coloured blocks."""
+    """An image of random coloured blocks."""
     colors = random.Random(seed)
     picture = Image.new("RGB", (5, 3))
     picture.putdata([tuple(colors.randrange(256) for _ in range(3)) for _ in range(15)])
@@ -92,5 +92,5 @@ def png_bytes(picture: Image.Image) -> bytes:
 
 
 def log_rows(folder: Path) -> list[dict]:
-    """What a run wrote to its `metrics.jsonl`."""
+    """The rows of a run's `metrics.jsonl`."""
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

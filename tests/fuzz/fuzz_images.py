@@ -1,10 +1,10 @@
-"""Any number of hostile image files, each of which must end in a caption or in a `ValueError` that names the file.
+"""Fuzzes image decoding: each hostile file must give a caption or a `ValueError` that names the file.
 
     python tests/fuzz/fuzz_images.py --num_cases 10000 --output_dir outputs/fuzz_images
 
-Opens the files of `hostile_images.py` by the image loader, the decoder of training data and the pipeline; with
-`--command`, also by a command line. Writes `fuzz_images.json` and `.md`, keeps the files that failed, and exits with 1
-if there are any. A file that crashes or hangs Python is left, among its group, in `OUTPUT_DIR/case`.
+Opens the files of `hostile_images.py` with the image loader, the decoder of training data and the pipeline; with
+`--command`, also with a command line. Writes `fuzz_images.json` and `.md`, keeps the files that failed, and exits with
+1 if there are any. A file that crashes or hangs Python remains, with its batch, in `OUTPUT_DIR/case`.
 """
 
 import argparse
@@ -22,12 +22,12 @@ from tinycap.evaluation.captioning import load_captioner
 from tinycap.pipeline_tinycap import ImageToTextPipeline
 
 
-# Files that the pipeline gets at once, and seconds after which such a group counts as a hang.
+# Files in a batch of the pipeline, and seconds after which a batch counts as a hang.
 GROUP, HANG = 20, 120
 
 
 def run(args: argparse.Namespace) -> dict:
-    """Drives all cases; returns what is written."""
+    """Runs all cases; returns the results."""
     folder, kept = Path(args.output_dir) / "case", Path(args.output_dir) / "failed"
     for made in (folder, kept):
         made.mkdir(parents=True, exist_ok=True)

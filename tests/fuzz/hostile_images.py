@@ -1,7 +1,7 @@
-"""Image files in every flavour of six formats (`SEEDS`), ways to break them (`MUTATIONS`), and what must come of it.
+"""Image files in all variants of six formats (`SEEDS`), mutations (`MUTATIONS`), and the expected outcomes.
 
-`cases` draws one file with hypothesis, `drive` opens files through the image loader, the training data's decoder and
-the pipeline. Used by `test_hostile_images.py` for 500 cases and by `fuzz_images.py` for any number of them.
+`cases` is a hypothesis strategy for a file; `drive` opens files with the image loader, the training data's decoder and
+the pipeline. Used by `test_hostile_images.py` for 500 cases and by `fuzz_images.py` for any number.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ TURNING_EXIF = b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0
 
 
 def draw(seed: int, size: tuple[int, int]) -> Image.Image:
-    """A smooth image of six colours, which lossy formats keep recognisable."""
+    """A smooth image of six colours, which survives lossy compression."""
     image = Image.frombytes("RGB", (3, 2), random.Random(seed).randbytes(18))
     return image.resize(size, Image.Resampling.BICUBIC)
 
@@ -61,7 +61,7 @@ def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
 
 
 def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """The file of these chunks with valid checksums, so that decoding goes on past them."""
+    """A file of these chunks with valid checksums, so that decoding continues past them."""
     body = (
         struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
     )
@@ -125,7 +125,7 @@ def png_with_clear_color(change: Callable) -> Callable[[Image.Image], bytes]:
 
 
 def without_first_color(image: Image.Image) -> Image.Image:
-    """White where the image has the colour of its first pixel."""
+    """The image with white for the colour of its first pixel."""
     pixels = np.array(image)
     pixels[(pixels == pixels[0, 0]).all(axis=-1)] = 255
     return Image.fromarray(pixels)
@@ -138,12 +138,12 @@ def over_white(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class Seed:
-    """A flavour of a format.
+    """A variant of a format.
 
     Args:
-        kind: format, as Pillow calls it.
-        change: from the RGB image to the one to save, or to the bytes of its file.
-        show: from the RGB image to what a viewer would show; if not given, what `change` made, over white.
+        kind: Pillow's name of the format.
+        change: converts the RGB image to the one to save, or to the bytes of its file.
+        show: converts the RGB image to what a viewer shows; by default the result of `change` over white.
         tolerance: mean difference of the channels, of 255, that the format's losses explain (lossy WebP halves the
             resolution of colours; a frame that should not be shown differs by more than 100).
         frames: whether two more frames follow, the image's negative.
@@ -222,22 +222,22 @@ SEEDS = {
 }
 
 
-# --- what is done to them ---------------------------------------------------------------------------------------------
+# --- mutations --------------------------------------------------------------------------------------------------------
 
 
 HEADERS = (
     *(b"\xff\xd8\xff\xe0\x00\x10JFIF\x00", b"\x89PNG\r\n\x1a\n", b"RIFF\x40\x00\x00\x00WEBPVP8 ", b"GIF89a"),
     *(b"II*\x00\x08\x00\x00\x00", b"BM\x36\x10\x00\x00", b"%PDF-1.7\n", b"PK\x03\x04", b"<!DOCTYPE html><html>"),
-    # Formats that Pillow may open with other programs or that are rarely tested.
+    # Formats that Pillow opens with external programs, or that are rarely tested.
     b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n",
     *(b"8BPS\x00\x01", b"<svg xmlns='http://www.w3.org/2000/svg'>"),
 )
-# These may end in a caption of something else or in an error.
+# These may give any caption or an error.
 DAMAGES = (
     *("bit flips", "bit flips in the header", "extreme bytes", "truncated", "a part cut out", "a part repeated"),
     *("another format's header", "another file's tail"),
 )
-# These leave the image as it is: it must be shown as it was drawn.
+# These don't change the image, which must be shown as drawn.
 HARMLESS = ("none", "garbage at the end", "wrong extension", "broken exif", "broken icc")
 MUTATIONS = (*DAMAGES, "huge declared size", *HARMLESS)
 
@@ -258,7 +258,7 @@ def damage(name: str, data: bytes, rng: random.Random) -> bytes:
     if name == "bit flips in the header":
         return flip_bits(data[:64], rng) + data[64:]
     if name == "extreme bytes":
-        # All bits, none, the sign: what lengths and offsets trip over.
+        # All bits, none, the sign: edge cases of lengths and offsets.
         part = data[start : start + rng.choice((1, 2, 4, 8, 100))]
         written = (rng.choice([new for new in (0x00, 0x7F, 0x80, 0xFF) if new != old]) for old in part)
         return data[:start] + bytes(written) + data[start + len(part) :]
@@ -320,14 +320,14 @@ EXIF_GARBAGE = (
     b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x63\0\0\0\0\0\0",
     b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x02\0\x63\0\x63\0\0\0\0",
     b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0",
-    # A tag that rewriting the EXIF of a turned image would fail at.
+    # A tag that breaks rewriting the EXIF of a rotated image.
     b"MM\0*\0\0\0\x08\0\x02\x01\x0f\0\x0a\0\0\0\x01\0\0\0\0\x01\x12\0\x03\0\0\0\x01\0\x01\0\0\0\0\0\0",
     bytes(range(256)),
 )
 
 
 def with_block(seed: Seed, whole: bytes, size: tuple[int, int], name: str, body: bytes) -> bytes | None:
-    """The file with one more block of metadata, "exif" or "icc"; None where it has no place for it."""
+    """The file with another block of metadata, "exif" or "icc"; `None` if the format doesn't support it."""
     if seed.options.get("exif") or seed.kind not in ("JPEG", "PNG", "WEBP") or whole[12:16] == b"VP8X":
         return None
     is_exif = name == "exif"
@@ -339,7 +339,7 @@ def with_block(seed: Seed, whole: bytes, size: tuple[int, int], name: str, body:
         return (
             whole[:2] + (b"\xff\xe1" if is_exif else b"\xff\xe2") + struct.pack(">H", len(body) + 2) + body + whole[2:]
         )
-    # A plain WebP becomes one of the extended layout: the profile before the pixels, EXIF behind them.
+    # Converts a simple WebP to the extended layout: the profile before the pixels, EXIF after them.
     block = (b"EXIF" if is_exif else b"ICCP") + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
     head = struct.pack("<4sIBxxx", b"VP8X", 10, 0x08 if is_exif else 0x20)
     head += b"".join((side - 1).to_bytes(3, "little") for side in size)
@@ -352,7 +352,7 @@ def broken_exif(rng: random.Random, kind: str) -> bytes:
 
 
 def broken_icc(rng: random.Random, kind: str) -> bytes:
-    """A colour profile that is none."""
+    """An invalid colour profile."""
     profile = rng.choice((b"\0", b"acsp" * 40, rng.randbytes(300), b"\0\0\xff\xff" * 100))
     if kind == "PNG":
         return b"profile\0\0" + rng.choice((zlib.compress(profile), profile))
@@ -366,9 +366,9 @@ class Case:
     Args:
         seed, mutation: keys of `SEEDS` and `MUTATIONS`.
         image: what was drawn.
-        data: the file as it is opened.
-        extension: the end of its name.
-        declared: width and height that the header claims, with "huge declared size".
+        data: the content of the file.
+        extension: of its name.
+        declared: width and height in the header, with "huge declared size".
     """
 
     seed: str
@@ -384,7 +384,7 @@ class Case:
 
 
 def make_case(seed_name: str, mutation: str, image_seed: int, size: tuple[int, int], number: int) -> Case | None:
-    """The case that these choices make; None where the flavour has no place for the mutation."""
+    """The case of these choices; `None` if the mutation doesn't apply to the variant."""
     seed, rng = SEEDS[seed_name], random.Random(f"{seed_name}/{mutation}/{image_seed}/{number}")
     image = draw(image_seed, size)
     original, extension, declared = seed.write(image), EXTENSIONS[seed.kind], None
@@ -409,23 +409,23 @@ def make_case(seed_name: str, mutation: str, image_seed: int, size: tuple[int, i
 
 
 def cases() -> st.SearchStrategy[Case]:
-    """What hypothesis draws, and shrinks towards plain small files."""
+    """A hypothesis strategy, which shrinks towards small unmodified files."""
     parts = (st.sampled_from(list(SEEDS)), st.sampled_from(MUTATIONS[::-1]), st.integers(0, 8), st.sampled_from(SIZES))
     return st.builds(make_case, *parts, st.integers(0, 2**32)).filter(lambda case: case is not None)
 
 
-# --- what opens them --------------------------------------------------------------------------------------------------
+# --- opening the files ------------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Outcome:
-    """What became of a case.
+    """The outcome of a case.
 
     Args:
         caption: of the pipeline, or `None` with an `error`.
-        problems: whatever a case must not do.
-        seconds: processor time of the slowest single way to open it.
-        peak_mb: peak of resident memory above what was resident before; `None` if unknown.
+        problems: violated expectations.
+        seconds: CPU time of the slowest single way to open it.
+        peak_mb: peak of resident memory above that before; `None` if unknown.
     """
 
     caption: str | None = None
@@ -435,7 +435,7 @@ class Outcome:
     peak_mb: float | None = None
 
     def attempt(self, name: str, named: str, function: Callable, *args):
-        """Calls a door; returns what it gives, and its error's text. What isn't a `ValueError` is a problem."""
+        """Calls a function; returns its result and its error's text. Errors other than `ValueError` are problems."""
         started = time.process_time()
         try:
             return function(*args), None
@@ -447,21 +447,21 @@ class Outcome:
             self.seconds = max(self.seconds, time.process_time() - started)
 
     def agree(self, name: str, refused: bool, said) -> bool:
-        """Whether a door refuses what `load_image` refuses; otherwise that is a problem."""
+        """Records a problem unless the function and `load_image` reject the same files."""
         if refused != (self.error is not None):
             self.problems.append(f"{name}: {said!r} where load_image says {self.error!r}")
         return refused == (self.error is not None)
 
 
 def drive(batch: list[Case], captioner, folder: Path, also: tuple[Callable[[Path], str], ...] = ()) -> list[Outcome]:
-    """Opens each case by the image loader, by the training data's decoder and by the pipeline, and judges the outcome.
+    """Opens each case with the image loader, the training data's decoder and the pipeline, and checks the outcome.
 
-    The pipeline gets all files as one list and then, one by one, those that it couldn't read.
+    The pipeline gets all files as one list, then the unreadable ones one by one.
 
     Args:
         captioner: the project's pipeline.
-        folder: where the files are written; they stay there until the next call.
-        also: further doors, each from a path to a caption, a `ValueError` for a file that can't be read.
+        folder: for the files, which remain until the next call.
+        also: further functions from a path to a caption, with a `ValueError` for an unreadable file.
     """
     for old in folder.glob("case-*"):
         old.unlink()
@@ -490,7 +490,7 @@ def drive(batch: list[Case], captioner, folder: Path, also: tuple[Callable[[Path
 
 
 def drive_alone(case: Case, path: Path, outcome: Outcome, also: tuple[Callable[[Path], str], ...]) -> None:
-    """Opens one file by the doors that take one at a time, which must agree."""
+    """Opens one file in all ways that take a single file; they must agree."""
     image, outcome.error = outcome.attempt("load_image", str(path), load_image, path)
     row = {"image": {"bytes": case.data, "path": None}, "caption": "a caption", "id": str(path)}
     decoded, _ = outcome.attempt("decode_row", "", decode_row, row, 7, Columns("image", "caption", "id"), 64)
@@ -508,11 +508,11 @@ def drive_alone(case: Case, path: Path, outcome: Outcome, also: tuple[Callable[[
 
 
 def judge_image(case: Case, image: Image.Image | None, refused: str | None) -> list[str]:
-    """What is wrong with how an undamaged image was opened."""
+    """The problems in how an undamaged image was opened."""
     if image is None:
         return [f"a whole image was refused: {refused}"]
     seed = SEEDS[case.seed]
-    # The loader crops extreme aspect ratios: so does this, of an image that is right by construction.
+    # The loader crops extreme aspect ratios; this does the same with the expected image.
     expected = load_image(seed.shown(case.image))
     if image.mode != "RGB" or image.size != expected.size:
         return [f"expected {expected.size} in RGB, got {image.size} in {image.mode}"]
@@ -521,7 +521,7 @@ def judge_image(case: Case, image: Image.Image | None, refused: str | None) -> l
 
 
 def command_door(command: str, timeout: float = 120) -> Callable[[Path], str]:
-    """A command line that prints the caption of the path appended to it, as a door: a caption or an exit status."""
+    """Runs a command line with a path appended: returns the printed caption, or raises for its exit status."""
 
     def caption(path: Path) -> str:
         done = subprocess.run([*shlex.split(command), str(path)], capture_output=True, text=True, timeout=timeout)
@@ -536,9 +536,9 @@ def command_door(command: str, timeout: float = 120) -> Callable[[Path], str]:
 
 @contextlib.contextmanager
 def peak_memory():
-    """Yields a list; at the end it holds the peak of resident memory inside the block, in MB above its beginning.
+    """Yields a list that holds, after the block, the peak of resident memory in it, in MB above that at its start.
 
-    Linux tells it in /proc; elsewhere the list stays empty.
+    Read from /proc on Linux; elsewhere the list stays empty.
     """
     found = []
 
@@ -547,7 +547,7 @@ def peak_memory():
             return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
 
     try:
-        # 5 sets the high-water mark back to what is resident now.
+        # 5 resets the peak to the present size.
         Path("/proc/self/clear_refs").write_text("5")
         start = high_water()
     except OSError:

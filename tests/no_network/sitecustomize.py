@@ -1,6 +1,6 @@
-"""No test reaches beyond this machine, and neither does a process that a test starts.
+"""Forbids network access to the tests and to the processes that they start.
 
-Python imports a module of this name by itself when its folder is on PYTHONPATH, where `conftest.py` puts it.
+Python imports a module of this name at start-up if its folder is on PYTHONPATH, where `conftest.py` puts it.
 """
 
 import ipaddress
@@ -8,7 +8,7 @@ import socket
 
 
 class NetworkForbiddenError(AssertionError):
-    """A test, or a process that it started, reached for the network."""
+    """A test, or a process that it started, tried to use the network."""
 
 
 def _check(host) -> None:
@@ -17,7 +17,7 @@ def _check(host) -> None:
     if host in (None, "", "localhost", socket.gethostname()):
         return
     try:
-        # Unspecified addresses are where servers listen.
+        # Servers listen on unspecified addresses.
         address = ipaddress.ip_address(host.partition("%")[0])
         if address.is_loopback or address.is_unspecified:
             return
@@ -27,7 +27,7 @@ def _check(host) -> None:
 
 
 def forbid_network() -> None:
-    """Replaces what opens connections and looks up names; connections to this machine go on working."""
+    """Replaces the functions that open connections and look up names; connections to this machine still work."""
     if getattr(socket, "_network_is_forbidden", False):
         return
     socket._network_is_forbidden = True

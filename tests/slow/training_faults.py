@@ -1,11 +1,11 @@
-"""What training survives: kills, a full disk, dying workers and processes, bad numbers, changed data, a jumping clock.
+"""Fault injection in training: kills, a full disk, dying workers and processes, NaN, changed data, clock changes.
 
     python tests/slow/training_faults.py --output_dir outputs/faults
 
 Each fault is injected into a real `train_distill.py` on drawn scenes with a teacher of random weights, which is then
-resumed. Survived: the newest complete checkpoint was intact, and the run ended with the weights and losses, to the bit,
-of an undisturbed one, or was refused where it had to be. Every fault asserts that it really happened. Linux; the full
-disk needs the right to mount a tmpfs. Writes JSON and a Markdown table. A short try:
+resumed. *Survived* means that the newest complete checkpoint was intact, and that the run ended with bit-identical
+weights and losses to an undisturbed one, or was refused where it had to be. Every fault asserts that it took effect.
+Linux only; the full disk needs the right to mount a tmpfs. Writes JSON and a Markdown table. Quick check:
 `--kills 2 --terms 1 --times 1`.
 """
 
@@ -33,7 +33,7 @@ from tinycap.training.scenes import scene_splits
 
 
 STEPS = 120
-# `train_distill.py` with a fault in its 21st step; `happened` appears with it, so that a resumed run has none.
+# `train_distill.py` with a fault in its 21st step, which creates `happened`, so that a resumed run has none.
 PATCHED = """
 import sys, time
 from pathlib import Path
@@ -58,7 +58,7 @@ def children(pid: int) -> list[int]:
 
 
 class Runs:
-    """Runs by name in a folder, and the undisturbed one, "whole", that the others are compared with."""
+    """Runs by name in a folder; the others are compared with the undisturbed one, "whole"."""
 
     def __init__(self, folder: Path):
         self.folder, self.images = folder, folder / "images"
@@ -72,7 +72,7 @@ class Runs:
         assert self.start("whole").wait() == 0, self.log("whole")
 
     def write_images(self, without: int = 0) -> None:
-        """Parquet files of scenes, `without` so many of the training ones."""
+        """Writes parquet files of scenes, `without` so many of the training scenes."""
         self.images.mkdir(parents=True)
         for split, rows in scene_splits(160, 16, 0, 64).items():
             rows = datasets.Dataset.from_list(list(rows.remove_columns("scene"))[without * (split == "train") :])
@@ -105,7 +105,7 @@ class Runs:
             return subprocess.Popen(command, start_new_session=True, **pipes)
 
     def start_to_step(self, name: str, step: int, *more: str, **options) -> subprocess.Popen:
-        """Starts or resumes the run and waits until it has logged so many steps more."""
+        """Starts or resumes the run and waits until it has logged so many more steps."""
         process, step = self.start(name, *more, **options), self.step(name) + step
         while self.step(name) < step and process.poll() is None:
             time.sleep(0.02)
@@ -126,7 +126,7 @@ class Runs:
         return (self.folder / f"{name}.log").read_text(errors="replace")[-20_000:]
 
     def newest_checkpoint(self, name: str) -> str:
-        """The name of the newest complete checkpoint after reading it from end to end; "" if there is none."""
+        """The name of the newest complete checkpoint, which is read completely; "" if there is none."""
         found = complete_checkpoints(self.folder / name)
         if not found:
             return ""
@@ -137,12 +137,12 @@ class Runs:
         return found[-1].name
 
     def check_fails(self, process: subprocess.Popen, name: str, *words: str) -> None:
-        """The run ends in an error with these words in its log, behind an intact checkpoint."""
+        """Checks that the run ends in an error with these words in its log, after an intact checkpoint."""
         assert process.wait(timeout=300) != 0 and all(word in self.log(name) for word in words), self.log(name)
         assert self.newest_checkpoint(name)
 
     def check_resumes(self, name: str, *more: str, like: str = "whole", **options) -> None:
-        """Resumed, the run ends with the weights, steps and losses of another."""
+        """Checks that the resumed run ends with the weights, steps and losses of another."""
         assert self.start(name, *more, **options).wait() == 0, self.log(name)
         self.check_exact(name, like)
 
@@ -155,11 +155,11 @@ class Runs:
         assert found == expected
 
 
-# --- faults: each injects one, the `number`th, and asserts what must come of it ---------------------------------------
+# --- faults: each injects the `number`th one and asserts the outcome --------------------------------------------------
 
 
 def kill(runs: Runs, number: int, moments: random.Random) -> None:
-    """One run, killed again and again, every second time while a checkpoint is being written."""
+    """A run that is killed repeatedly, every second time while a checkpoint is being written."""
     while True:
         since, process = time.time(), runs.start_to_step("killed", number % 2)
         while number % 2 and process.poll() is None and not half_written(runs, since):
@@ -167,7 +167,7 @@ def kill(runs: Runs, number: int, moments: random.Random) -> None:
         time.sleep(moments.uniform(0, 0.03 if number % 2 else 15))
         if process.poll() is None:
             break
-        # It came to its end before the kill: the next begins anew.
+        # The run ended before the kill: start a new one.
         assert process.returncode == 0, runs.log("killed")
         runs.check_exact("killed")
         shutil.rmtree(runs.folder / "killed")
