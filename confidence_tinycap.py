@@ -1,15 +1,13 @@
 """The probability that a caption is right, from the model's own log-probability of it.
 
-`confidence.json` beside the weights holds a logistic regression, fitted by `python -m tinycap.evaluation.confidence` on
-captioned images; that file also defines "right". Only the standard library is imported, so that the ONNX captioner
-runs without PyTorch.
+`confidence.json` beside the weights holds a logistic regression. `python -m tinycap.evaluation.confidence` fits it on
+captioned images, and defines "right". Standard library only: the ONNX captioner runs without PyTorch.
 """
 
 import json
 import math
 import os
 import reprlib
-from typing import Any
 
 
 CONFIDENCE_NAME = "confidence.json"
@@ -19,15 +17,9 @@ HOW_TO_CALIBRATE = "python -m tinycap.evaluation.confidence calibrates a model o
 
 
 def caption_features(log_prob: float, num_tokens: int) -> dict[str, float]:
-    """The regression's inputs, from the sum of the log-probabilities (nats) of a caption's tokens, end token included.
-
-    Raises:
-        ValueError: there is no token, or `log_prob` is NaN.
-    """
-    if num_tokens < 1:
-        raise ValueError(f"num_tokens: expected at least 1, got {num_tokens}")
-    if math.isnan(log_prob):
-        raise ValueError(f"log_prob: expected a log-probability, got {log_prob}")
+    """The regression's inputs, from the summed log-probabilities (nats) of a caption's tokens, end token included."""
+    if num_tokens < 1 or math.isnan(log_prob):
+        raise ValueError(f"expected a log_prob, and num_tokens of at least 1, got {log_prob} and {num_tokens}")
     return {"mean_log_prob": log_prob / num_tokens, "num_tokens": float(num_tokens)}
 
 
@@ -35,25 +27,24 @@ class ConfidenceCalibration:
     """From a caption's log-probability to the probability that the caption is right.
 
     Args:
-        content: of `confidence.json`: `calibrations`, a list with `num_beams`, `intercept` and a coefficient for each
-            of `FEATURES`, one entry for each way of decoding that was calibrated.
+        content: of `confidence.json`: `calibrations`, a list with `num_beams`, `intercept` and `coefficients` (one for
+            each of `FEATURES`), one entry for each way of decoding.
         name: the file's name in errors.
 
     Raises:
         ValueError: a part is missing or isn't a finite number; names it.
     """
 
-    def __init__(self, content: dict[str, Any], name: str = CONFIDENCE_NAME):
+    def __init__(self, content: dict, name: str = CONFIDENCE_NAME):
         entries = content.get("calibrations") if isinstance(content, dict) else None
         if not isinstance(entries, list) or not entries:
             raise ValueError(f"{name}: expected an object with a list of calibrations, got {reprlib.repr(content)}")
-        self.content, self.by_num_beams = content, {}
+        self.by_num_beams = {}
         for index, entry in enumerate(entries):
             place = f"{name}: calibrations[{index}]"
-            coefficients = entry.get("coefficients") if isinstance(entry, dict) else None
-            if not isinstance(coefficients, dict):
+            if not isinstance(entry, dict) or not isinstance(entry.get("coefficients"), dict):
                 raise ValueError(f"{place}: expected an object with coefficients, got {reprlib.repr(entry)}")
-            numbers = {"intercept": entry.get("intercept"), **{name: coefficients.get(name) for name in FEATURES}}
+            numbers = {"intercept": entry.get("intercept"), **{key: entry["coefficients"].get(key) for key in FEATURES}}
             # No fitted value reaches 1e100; a longer integer would overflow a float.
             wrong = {k: v for k, v in numbers.items() if type(v) not in (int, float) or not -1e100 < v < 1e100}
             if wrong:
@@ -77,17 +68,9 @@ class ConfidenceCalibration:
         return cls(content, path)
 
     def __call__(self, log_prob: float, num_tokens: int, num_beams: int = 1) -> float:
-        """Probability, from 0 to 1, that a caption is right, by the calibration for the nearest number of beams.
-
-        Args:
-            log_prob, num_tokens: see `caption_features`.
-            num_beams: of the search that found the caption.
-        """
+        """See `caption_features`; the calibration for the nearest number of beams is used."""
         entry = self.by_num_beams[min(self.by_num_beams, key=lambda beams: (abs(beams - num_beams), beams))]
         features = caption_features(log_prob, num_tokens)
         logit = entry["intercept"] + sum(entry["coefficients"][name] * features[name] for name in FEATURES)
         # Without overflow.
         return 1 / (1 + math.exp(-logit)) if logit > -700 else 0.0
-
-
-__all__ = ["CONFIDENCE_NAME", "FEATURES", "HOW_TO_CALIBRATE", "ConfidenceCalibration", "caption_features"]

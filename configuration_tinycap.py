@@ -12,173 +12,120 @@ from transformers.configuration_utils import PretrainedConfig
 
 MEMORIES = ("embedding", "patches")
 
-CAPTIONER = "modeling_tinycap.TinyCapForConditionalGeneration"
+# What the Hub's loaders look for.
+CAPTIONER, IMAGE_TEXT = "modeling_tinycap.TinyCapForConditionalGeneration", "AutoModelForImageTextToText"
 LOADERS = {
     "auto_map": {
         "AutoConfig": "configuration_tinycap.TinyCapConfig",
-        **dict.fromkeys(("AutoModel", "AutoModelForImageTextToText", "AutoModelForMultimodalLM"), CAPTIONER),
+        **dict.fromkeys(("AutoModel", IMAGE_TEXT, "AutoModelForMultimodalLM"), CAPTIONER),
     },
     "custom_pipelines": {
-        task: {"impl": f"pipeline_tinycap.{pipeline}", "pt": [auto_class], "type": kind}
-        for task, pipeline, auto_class, kind in (
-            ("image-to-text", "ImageToTextPipeline", "AutoModelForImageTextToText", "multimodal"),
-            ("image-feature-extraction", "ImageEmbeddingPipeline", "AutoModel", "image"),
-        )
+        "image-to-text": {"impl": "pipeline_tinycap.ImageToTextPipeline", "pt": [IMAGE_TEXT], "type": "multimodal"},
+        "image-feature-extraction": {
+            "impl": "pipeline_tinycap.ImageEmbeddingPipeline",
+            "pt": ["AutoModel"],
+            "type": "image",
+        },
     },
 }
 
-# Upper bounds, so that a corrupt config fails early. Loading compares the sizes with the weights' header, too.
-MAX_SIZE, MAX_LAYERS = 2**24, 1024
-
-POSITIVE_INTEGER, SHARE = "a positive integer", "a number in [0, 1)"
-POSITIVE_NUMBER, NUMBER = "a positive number", "a number of at least 0"
-IS_VALID = {
-    POSITIVE_INTEGER: lambda value: isinstance(value, int) and value >= 1,
-    SHARE: lambda value: 0 <= value < 1,
-    POSITIVE_NUMBER: lambda value: 0 < value < math.inf,
-    NUMBER: lambda value: 0 <= value < math.inf,
+# Name of a field: what it must be, and whether a number is that. Others are checked against the weights when loading.
+SIZES = (
+    *("image_size", "patch_size", "num_channels", "projection_dim", "vocab_size", "max_position_embeddings"),
+    *("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size"),
+)
+SHARES = ("hidden_dropout_prob", "attention_probs_dropout_prob", "patch_dropout", "label_smoothing")
+NOT_NEGATIVE = ("initializer_range", "memory_noise", "distill_weight")
+RULES = {
+    **dict.fromkeys(SIZES, ("a positive integer", lambda value: isinstance(value, int) and value >= 1)),
+    **dict.fromkeys(SHARES, ("a number in [0, 1)", lambda value: 0 <= value < 1)),
+    **dict.fromkeys(NOT_NEGATIVE, ("a number of at least 0", lambda value: 0 <= value < math.inf)),
+    **dict.fromkeys(("layer_norm_eps", "memory_scale"), ("a positive number", lambda value: 0 < value < math.inf)),
 }
+DIVISORS = {"hidden_size": "num_attention_heads", "image_size": "patch_size"}
 
 
-def check_fields(config: PretrainedConfig, expected: str, names: tuple[str, ...]) -> None:
-    """Raises `ValueError` for the first of the fields that isn't what is `expected`, a key of `IS_VALID`."""
-    for name in names:
-        value, limit = getattr(config, name), MAX_LAYERS if name == "num_hidden_layers" else MAX_SIZE
-        if not isinstance(value, (int, float)) or isinstance(value, bool) or not IS_VALID[expected](value):
-            raise ValueError(f"{type(config).__name__}.{name}: expected {expected}, got {value!r}")
-        if expected == POSITIVE_INTEGER and value > limit:
-            raise ValueError(f"{type(config).__name__}.{name}: expected at most {limit:,}, got {value:,}")
-
-
-def check_transformer(config: PretrainedConfig, *sizes: str) -> None:
-    """Checks the fields that student and decoder share, and `sizes`."""
-    shared = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")
-    check_fields(config, POSITIVE_INTEGER, (*sizes, *shared))
-    check_fields(config, SHARE, ("hidden_dropout_prob", "attention_probs_dropout_prob"))
-    check_fields(config, POSITIVE_NUMBER, ("layer_norm_eps",))
-    check_fields(config, NUMBER, ("initializer_range",))
-    if config.hidden_size % config.num_attention_heads:
-        raise ValueError(
-            f"{type(config).__name__}: expected a hidden_size that num_attention_heads divides, "
-            f"got hidden_size {config.hidden_size} and num_attention_heads {config.num_attention_heads}"
-        )
+def check_fields(config: PretrainedConfig) -> None:
+    """Raises `ValueError` for the first field that breaks its rule; names it, what was expected and what came."""
+    fields, place = vars(config), type(config).__name__
+    for name, value in fields.items():
+        if name not in RULES or (name == "memory_scale" and value is None):
+            continue
+        expected, is_valid = RULES[name]
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not is_valid(value):
+            raise ValueError(f"{place}.{name}: expected {expected}, got {value!r}")
+    for whole, part in DIVISORS.items():
+        if whole in fields and fields[whole] % fields[part]:
+            got = f"{whole} {fields[whole]} and {part} {fields[part]}"
+            raise ValueError(f"{place}: expected a {whole} that {part} divides, got {got}")
 
 
 class TinyCapVisionConfig(PretrainedConfig):
     """Configuration of the student ViT (`TinyCapVisionModel`); the defaults make 3,003,456 parameters.
 
-    Args:
-        image_size (`int`, default 224): side of the square input, in pixels.
-        patch_size (`int`, default 16): side of a patch, in pixels; divides `image_size`.
-        num_channels (`int`, default 3): channels of the input.
-        hidden_size (`int`, default 192): width of the tokens.
-        num_hidden_layers (`int`, default 6): number of pre-norm layers.
-        num_attention_heads (`int`, default 3): heads of each attention; divides `hidden_size`.
-        intermediate_size (`int`, default 768): width of the MLPs.
-        hidden_act (`str`, default `"gelu"`): activation of the MLPs (`"gelu"` is the exact one).
-        layer_norm_eps (`float`, default 1e-5): epsilon of the layer norms.
-        projection_dim (`int`, default 768): width of `image_embeds`, the teacher's.
-        hidden_dropout_prob (`float`, default 0.0): dropout after the embeddings, attentions and MLPs.
-        attention_probs_dropout_prob (`float`, default 0.0): dropout of the attention weights.
-        patch_dropout (`float`, default 0.0): share of the patches left out in each training step (Liu et al., 2022,
-            https://arxiv.org/abs/2212.00794); no effect in eval mode.
-        initializer_range (`float`, default 0.02): standard deviation of the initial weights.
+    Keywords are the fields of `DEFAULTS`, and those of `PretrainedConfig`.
     """
 
     model_type = "tinycap_vision_model"
     base_config_key = "vision_config"
+    DEFAULTS = {
+        "image_size": 224,  # side of the square input, in pixels
+        "patch_size": 16,  # side of a patch, in pixels; divides image_size
+        "num_channels": 3,  # channels of the input
+        "hidden_size": 192,  # width of the tokens
+        "num_hidden_layers": 6,  # number of pre-norm layers
+        "num_attention_heads": 3,  # heads of each attention; divides hidden_size
+        "intermediate_size": 768,  # width of the MLPs
+        "hidden_act": "gelu",  # activation of the MLPs; "gelu" is the exact one
+        "layer_norm_eps": 1e-5,  # epsilon of the layer norms
+        "projection_dim": 768,  # width of image_embeds, the teacher's
+        "hidden_dropout_prob": 0.0,  # dropout after the embeddings, attentions and MLPs
+        "attention_probs_dropout_prob": 0.0,  # dropout of the attention weights
+        # Share of the patches left out in each training step (Liu et al., 2022, https://arxiv.org/abs/2212.00794).
+        "patch_dropout": 0.0,
+        "initializer_range": 0.02,  # standard deviation of the initial weights
+    }
 
-    def __init__(
-        self,
-        image_size=224,
-        patch_size=16,
-        num_channels=3,
-        hidden_size=192,
-        num_hidden_layers=6,
-        num_attention_heads=3,
-        intermediate_size=768,
-        hidden_act="gelu",
-        layer_norm_eps=1e-5,
-        projection_dim=768,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        patch_dropout=0.0,
-        initializer_range=0.02,
-        **kwargs,
-    ):
-        self.image_size, self.patch_size, self.num_channels = image_size, patch_size, num_channels
-        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
-        self.hidden_act, self.layer_norm_eps = hidden_act, layer_norm_eps
-        self.projection_dim = projection_dim
-        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
-        self.patch_dropout, self.initializer_range = patch_dropout, initializer_range
-
-        check_transformer(self, "image_size", "patch_size", "num_channels", "projection_dim")
-        check_fields(self, SHARE, ("patch_dropout",))
-        if image_size % patch_size:
-            raise ValueError(
-                "TinyCapVisionConfig: expected an image_size that patch_size divides, "
-                f"got image_size {image_size} and patch_size {patch_size}"
-            )
+    def __init__(self, **kwargs):
+        for name, default in self.DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, default))
+        check_fields(self)
         super().__init__(**kwargs)
 
 
 class TinyCapTextConfig(PretrainedConfig):
     """Configuration of the causal decoder; the defaults are GPT-2's vocabulary and two layers.
 
-    Args:
-        vocab_size (`int`, default 50257): number of tokens.
-        hidden_size (`int`, default 256): width of the tokens and of the memory.
-        num_hidden_layers (`int`, default 2): number of pre-norm layers.
-        num_attention_heads (`int`, default 4): heads of each attention; divides `hidden_size`.
-        intermediate_size (`int`, default 1024): width of the MLPs.
-        hidden_act (`str`, default `"gelu"`): activation of the MLPs.
-        layer_norm_eps (`float`, default 1e-5): epsilon of the layer norms.
-        max_position_embeddings (`int`, default 64): rows of the position table: the longest caption, its start token
-            included.
-        hidden_dropout_prob (`float`, default 0.1): dropout after the embeddings, attentions and MLPs.
-        attention_probs_dropout_prob (`float`, default 0.0): dropout of the attention weights.
-        initializer_range (`float`, default 0.02): standard deviation of the initial weights.
-        use_cache (`bool`, default `True`): return key/value caches.
-        pad_token_id, bos_token_id, eos_token_id (`int`, *optional*): special tokens. Each is the vocabulary's last
-            token unless given: GPT-2 has that one for all of them.
+    Keywords are the fields of `DEFAULTS`, those of `PretrainedConfig`, and `pad_token_id`, `bos_token_id` and
+    `eos_token_id`, each the vocabulary's last token unless given: GPT-2 has that one for all of them.
     """
 
     model_type = "tinycap_text_model"
     base_config_key = "text_config"
+    DEFAULTS = {
+        "vocab_size": 50257,  # number of tokens
+        "hidden_size": 256,  # width of the tokens and of the memory
+        "num_hidden_layers": 2,  # number of pre-norm layers
+        "num_attention_heads": 4,  # heads of each attention; divides hidden_size
+        "intermediate_size": 1024,  # width of the MLPs
+        "hidden_act": "gelu",  # activation of the MLPs
+        "layer_norm_eps": 1e-5,  # epsilon of the layer norms
+        "max_position_embeddings": 64,  # rows of the position table: the longest caption, its start token included
+        "hidden_dropout_prob": 0.1,  # dropout after the embeddings, attentions and MLPs
+        "attention_probs_dropout_prob": 0.0,  # dropout of the attention weights
+        "initializer_range": 0.02,  # standard deviation of the initial weights
+        "use_cache": True,  # return key/value caches
+    }
 
-    def __init__(
-        self,
-        vocab_size=50257,
-        hidden_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        intermediate_size=1024,
-        hidden_act="gelu",
-        layer_norm_eps=1e-5,
-        max_position_embeddings=64,
-        hidden_dropout_prob=0.1,
-        attention_probs_dropout_prob=0.0,
-        initializer_range=0.02,
-        use_cache=True,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        **kwargs,
-    ):
-        self.vocab_size = vocab_size
-        self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.num_attention_heads, self.intermediate_size = num_attention_heads, intermediate_size
-        self.hidden_act, self.layer_norm_eps = hidden_act, layer_norm_eps
-        self.max_position_embeddings = max_position_embeddings
-        self.hidden_dropout_prob, self.attention_probs_dropout_prob = hidden_dropout_prob, attention_probs_dropout_prob
-        self.initializer_range, self.use_cache = initializer_range, use_cache
-
-        check_transformer(self, "vocab_size", "max_position_embeddings")
+    def __init__(self, **kwargs):
+        for name, default in self.DEFAULTS.items():
+            setattr(self, name, kwargs.pop(name, default))
+        check_fields(self)
         # transformers 5 has no such fields in its base class, transformers 4 reads them from the keywords.
-        ids = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-        super().__init__(**{name: vocab_size - 1 if value is None else value for name, value in ids.items()}, **kwargs)
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if kwargs.get(name) is None:
+                kwargs[name] = self.vocab_size - 1
+        super().__init__(**kwargs)
 
 
 class TinyCapConfig(PretrainedConfig):
@@ -194,7 +141,7 @@ class TinyCapConfig(PretrainedConfig):
             of 1, and for 1 with `memory="patches"`, whose tokens come out of a layer norm.
         memory_noise (`float`, default 0.0): norm of the random vector that is added to the unit-norm embedding in each
             training step (as CapDec's, Nukrai et al., 2022, https://arxiv.org/abs/2211.00575), since embeddings of
-            unseen images are less accurate; no effect in eval mode. With `memory="embedding"` only.
+            unseen images are less accurate. With `memory="embedding"` only.
         distill_weight (`float`, default 1.0): weight of the distillation loss in the total.
         label_smoothing (`float`, default 0.0): label smoothing of the caption loss.
         initializer_range (`float`, default 0.02): standard deviation of the initial weights outside both parts.
@@ -220,50 +167,39 @@ class TinyCapConfig(PretrainedConfig):
         label_smoothing=0.0,
         initializer_range=0.02,
         tie_word_embeddings=True,
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
-        decoder_start_token_id=None,
         **kwargs,
     ):
         self.vision_config = self._as_config(vision_config, TinyCapVisionConfig)
         self.text_config = self._as_config(text_config, TinyCapTextConfig)
         self.memory, self.memory_scale, self.memory_noise = memory, memory_scale, memory_noise
-        self.distill_weight, self.label_smoothing, self.initializer_range = (
-            distill_weight,
-            label_smoothing,
-            initializer_range,
-        )
-
+        self.distill_weight, self.label_smoothing = distill_weight, label_smoothing
+        self.initializer_range = initializer_range
+        check_fields(self)
         if memory not in MEMORIES:
             raise ValueError(f"TinyCapConfig.memory: expected one of {', '.join(MEMORIES)}, got {memory!r}")
-        if memory_scale is not None:
-            check_fields(self, POSITIVE_NUMBER, ("memory_scale",))
-        check_fields(self, NUMBER, ("memory_noise", "distill_weight", "initializer_range"))
-        check_fields(self, SHARE, ("label_smoothing",))
         if memory == "patches" and memory_noise > 0:
             raise ValueError(f"TinyCapConfig.memory_noise: expected 0 with memory='patches', got {memory_noise!r}")
 
         # Ids given here are written into the text config, and read from there otherwise.
-        ids = {"pad_token_id": pad_token_id, "bos_token_id": bos_token_id, "eos_token_id": eos_token_id}
-        for name, value in ids.items():
-            ids[name] = getattr(self.text_config, name) if value is None else value
-            setattr(self.text_config, name, ids[name])
-        ids["decoder_start_token_id"] = (
-            ids["bos_token_id"] if decoder_start_token_id is None else decoder_start_token_id
-        )
-        # transformers 4 ties the head when the text config says so.
-        self.text_config.tie_word_embeddings = tie_word_embeddings
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if kwargs.get(name) is None:
+                kwargs[name] = getattr(self.text_config, name)
+            setattr(self.text_config, name, kwargs[name])
+        if kwargs.get("decoder_start_token_id") is None:
+            kwargs["decoder_start_token_id"] = kwargs["bos_token_id"]
         vocab_size = self.text_config.vocab_size
-        for name, value in ids.items():
+        for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+            value = kwargs[name]
             for token in value if isinstance(value, (list, tuple)) else [value]:
                 if not isinstance(token, int) or not 0 <= token < vocab_size:
                     raise ValueError(
                         f"TinyCapConfig.{name}: expected an id below vocab_size {vocab_size}, got {value!r}"
                     )
+        # transformers 4 ties the head when the text config says so.
+        self.text_config.tie_word_embeddings = tie_word_embeddings
         # A config made in Python names what a Hub user's loaders look for, as a downloaded one does.
         kwargs = {**copy.deepcopy(LOADERS), **kwargs, "is_encoder_decoder": True}
-        super().__init__(tie_word_embeddings=tie_word_embeddings, **ids, **kwargs)
+        super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @classmethod
     def from_dict(cls, config_dict, **kwargs):
@@ -275,13 +211,10 @@ class TinyCapConfig(PretrainedConfig):
     @staticmethod
     def _as_config(value, config_class):
         # Not by isinstance: two copies of this file may be loaded as remote code.
-        if value is None:
-            return config_class()
-        if hasattr(value, "to_dict"):
-            value = value.to_dict()
-        if not isinstance(value, dict):
+        value = value.to_dict() if hasattr(value, "to_dict") else value
+        if not isinstance(value, (dict, type(None))):
             raise ValueError(f"{config_class.base_config_key}: expected a dict or a config, got {type(value).__name__}")
-        return config_class(**value)
+        return config_class(**(value or {}))
 
 
 TinyCapVisionConfig.register_for_auto_class()

@@ -13,9 +13,9 @@ Shapes: B images, N = B * K captions, T or L tokens, M memory vectors (1, or the
 
 import copy
 import math
-import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from transformers import __version__ as TRANSFORMERS_VERSION
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationConfig, GenerationMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.modeling_outputs import BaseModelOutputWithCrossAttentions, Seq2SeqLMOutput
+from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
 from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig
@@ -35,6 +35,7 @@ from .vision_tinycap import (
     TinyCapPreTrainedModel,
     TinyCapVisionModel,
     TinyCapVisionOutput,
+    dropout_layer,
     position_table,
 )
 
@@ -48,6 +49,8 @@ if TYPE_CHECKING:
 
 # Rows of logits that exist at once when the caption loss is computed without returning logits.
 LOSS_CHUNK = 256
+# `None`, but 20 in transformers 4.
+DEFAULT_MAX_LENGTH = GenerationConfig().max_length
 
 
 @dataclass
@@ -73,12 +76,22 @@ class TinyCapOutput(Seq2SeqLMOutput):
 # --- causal decoder -------------------------------------------------------------------------------------------------
 
 
+class TinyCapDecoderOutput(NamedTuple):
+    """Of one step; a `ModelOutput` would take as long to build as a layer takes to compute a token."""
+
+    last_hidden_state: torch.Tensor
+    hidden_states: tuple | None
+    attentions: tuple | None
+    cross_attentions: tuple | None
+
+
 class TinyCapCrossAttention(TinyCapAttention):
     """Attention from the text to the memory (B, M, hidden_size).
 
     With M = 1 the softmax is 1 whatever query and key are, and the output is `out_proj(v_proj(memory))` for every
     token. Without gradients that constant is computed once per image and cached. Training takes the general path, so
-    that every parameter takes part in the graph, as `DistributedDataParallel` requires.
+    that every parameter takes part in the graph, as `DistributedDataParallel` requires. `norm`, the layer's, is applied
+    to what the queries are made of, on the general path.
     """
 
     def memory_states(
@@ -87,6 +100,8 @@ class TinyCapCrossAttention(TinyCapAttention):
         """Keys and values (B, heads, M, head_dim); with M = 1 and a cache, the constant stands in the keys' place."""
         if memory is None:
             cached = cache.cross_attention_cache.layers[self.layer_idx]
+            if cached.keys.shape[2] == memory_length:
+                return cached.keys, cached.values
             # A static cache may be longer than the memory.
             return cached.keys[:, :, :memory_length], cached.values[:, :, :memory_length]
         values = self.v_proj(memory)
@@ -99,14 +114,11 @@ class TinyCapCrossAttention(TinyCapAttention):
             cache.is_updated[self.layer_idx] = True
         return keys, values
 
-    def forward(
-        self, hidden_states, memory, memory_length: int, cache=None, output_attentions: bool = False, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, hidden_states, norm, memory, memory_length: int, cache=None, output_attentions=False, **kwargs):
         keys, values = self.memory_states(memory, memory_length, cache)
-        if memory_length == 1 and not self.training and not torch.is_grad_enabled():
-            ones = keys.new_ones(keys.shape[0], self.num_heads, hidden_states.shape[1], 1)
-            return keys.transpose(1, 2).flatten(2), ones if output_attentions else None
-        return self.attend(hidden_states, keys, values, output_attentions=output_attentions, **kwargs)
+        if memory_length == 1 and not (self.training or torch.is_grad_enabled() or output_attentions):
+            return keys.reshape(keys.shape[0], 1, -1), None
+        return self.attend(norm(hidden_states), keys, values, output_attentions=output_attentions, **kwargs)
 
 
 class TinyCapDecoderLayer(GradientCheckpointingLayer):
@@ -118,12 +130,12 @@ class TinyCapDecoderLayer(GradientCheckpointingLayer):
         self.cross_attn = TinyCapCrossAttention(config, layer_idx)
         self.layer_norm3 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = TinyCapMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_layer(config.hidden_dropout_prob)
 
     def forward(self, hidden_states, memory, memory_length: int, attention_mask=None, **kwargs):
         attended, self_weights = self.self_attn(self.layer_norm1(hidden_states), attention_mask, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
-        attended, cross_weights = self.cross_attn(self.layer_norm2(hidden_states), memory, memory_length, **kwargs)
+        attended, cross_weights = self.cross_attn(hidden_states, self.layer_norm2, memory, memory_length, **kwargs)
         hidden_states = hidden_states + self.dropout(attended)
         hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm3(hidden_states)))
         return hidden_states, self_weights, cross_weights
@@ -148,7 +160,7 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         self.memory_projection = nn.Linear(memory_width, config.hidden_size)
         self.layers = nn.ModuleList([TinyCapDecoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_layer(config.hidden_dropout_prob)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -159,26 +171,27 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         return self.memory_projection(memory)
 
     def position_ids(self, attention_mask: torch.Tensor | None, past_length, length: int, device) -> torch.Tensor:
-        """(1 or B, length): counted from each row's first real token, so that left padding changes nothing."""
+        """(L,) or (N, L): counted from each row's first real token, so that left padding changes nothing."""
         if attention_mask is None:
-            return (past_length + torch.arange(length, device=device)).unsqueeze(0)
+            return past_length + torch.arange(length, device=device)
         if attention_mask.dim() == 4:
             seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
             return (seen[:, 0].sum(dim=-1) - 1).clamp(min=0)
         return (attention_mask.long().cumsum(dim=1) - 1).clamp(min=0)[:, -length:]
 
     def causal_mask(self, attention_mask, past_length, static_length: int, hidden_states, eager: bool):
-        """The mask for the attention function: `None` where it needs none, else (B or 1, 1, L, keys).
+        """The mask for the attention function: `None` where it needs none, else (N or 1, 1, L, keys).
 
         There are past_length + L keys, or `static_length` of them, empty ones last, when that isn't 0.
         """
-        if attention_mask is not None and attention_mask.dim() == 4:
-            return attention_mask
         length, device, dtype = hidden_states.shape[1], hidden_states.device, hidden_states.dtype
+        if attention_mask is None:
+            if not static_length and (length == 1 or (past_length == 0 and not eager)):
+                return None
+        elif attention_mask.dim() == 4:
+            return attention_mask
         if not eager and "flash" in self.config._attn_implementation:
             return attention_mask
-        if attention_mask is None and not static_length and (length == 1 or (past_length == 0 and not eager)):
-            return None
         keys = torch.arange(static_length or past_length + length, device=device)
         allowed = (keys <= past_length + torch.arange(length, device=device)[:, None])[None, None]
         if attention_mask is not None:
@@ -188,19 +201,20 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
 
     def cache_lengths(self, cache, length: int, attention_mask: torch.Tensor | None) -> tuple:
         """Tokens in the cache, and slots of a static one (0 for others); see `forward` for the errors."""
-        if cache is not None and not isinstance(cache, EncoderDecoderCache):
-            raise ValueError(f"cache: expected an EncoderDecoderCache, got {type(cache).__name__}")
-        past_length = 0 if cache is None else cache.get_seq_length()
-        # Only the layers of a static cache have this attribute; those of a dynamic one may not exist yet.
-        layers = [] if cache is None else cache.self_attention_cache.layers
-        static_length = getattr(layers[0], "max_cache_len", 0) if layers else 0
+        past_length = static_length = 0
+        if cache is not None:
+            if not isinstance(cache, EncoderDecoderCache):
+                raise ValueError(f"cache: expected an EncoderDecoderCache, got {type(cache).__name__}")
+            past_length, layers = cache.get_seq_length(), cache.self_attention_cache.layers
+            # Only the layers of a static cache have this attribute; those of a dynamic one may not exist yet.
+            static_length = getattr(layers[0], "max_cache_len", 0) if layers else 0
         # By shapes alone: reading positions would break graphs and synchronise with the device in every step.
         last = static_length or past_length + length
         if attention_mask is not None and attention_mask.dim() == 2:
             last = max(last, attention_mask.shape[1])
-        if last > self.config.max_position_embeddings:
+        if last > self.embed_positions.num_embeddings:
             raise ValueError(
-                f"expected at most {self.config.max_position_embeddings} tokens (max_position_embeddings), got {last}"
+                f"expected at most {self.embed_positions.num_embeddings} tokens (max_position_embeddings), got {last}"
                 f"{' slots of a static cache' if static_length else ', padding included'}"
             )
         if static_length:
@@ -217,7 +231,7 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
         output_attentions: bool = False,
         output_hidden_states: bool = False,
         **kwargs,
-    ) -> BaseModelOutputWithCrossAttentions:
+    ) -> TinyCapDecoderOutput:
         """Runs the decoder over the tokens that aren't in the cache yet.
 
         Args:
@@ -227,40 +241,31 @@ class TinyCapDecoder(TinyCapPreTrainedModel):
             cache: updated in place.
 
         Raises:
-            ValueError: both or neither input; no memory; a cache of another kind; more tokens than positions.
+            ValueError: both or neither input; a cache of another kind; more tokens than positions.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of decoder_input_ids and decoder_inputs_embeds")
-        if encoder_hidden_states is None:
-            raise ValueError("encoder_hidden_states: expected the memory to describe, got None")
         hidden_states = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        length = hidden_states.shape[1]
+        length, memory_length = hidden_states.shape[1], encoder_hidden_states.shape[1]
         past_length, static_length = self.cache_lengths(cache, length, attention_mask)
         position_ids = self.position_ids(attention_mask, past_length, length, hidden_states.device)
         hidden_states = self.dropout(hidden_states + self.embed_positions(position_ids))
         eager = output_attentions or self.config._attn_implementation == "eager"
-        kwargs["attention_mask"] = self.causal_mask(attention_mask, past_length, static_length, hidden_states, eager)
+        mask = self.causal_mask(attention_mask, past_length, static_length, hidden_states, eager)
+        kwargs |= {"attention_mask": mask, "cache": cache, "output_attentions": output_attentions}
         cached = cache is not None and cache.is_updated.get(len(self.layers) - 1)
         memory = None if cached else self.project_memory(encoder_hidden_states)
-
-        all_hidden_states, all_self_attentions, all_cross_attentions = [hidden_states], [], []
+        all_hidden_states, self_attentions, cross_attentions = (hidden_states,), (), ()
         for layer in self.layers:
-            hidden_states, self_weights, cross_weights = layer(
-                hidden_states,
-                memory,
-                encoder_hidden_states.shape[1],
-                cache=cache,
-                output_attentions=output_attentions,
-                **kwargs,
-            )
-            all_hidden_states.append(hidden_states)
-            all_self_attentions.append(self_weights)
-            all_cross_attentions.append(cross_weights)
-        return BaseModelOutputWithCrossAttentions(
+            hidden_states, self_weights, cross_weights = layer(hidden_states, memory, memory_length, **kwargs)
+            all_hidden_states += (hidden_states,)
+            self_attentions += (self_weights,)
+            cross_attentions += (cross_weights,)
+        return TinyCapDecoderOutput(
             last_hidden_state=self.final_layer_norm(hidden_states),
-            hidden_states=tuple(all_hidden_states) if output_hidden_states else None,
-            attentions=tuple(all_self_attentions) if output_attentions else None,
-            cross_attentions=tuple(all_cross_attentions) if output_attentions else None,
+            hidden_states=all_hidden_states if output_hidden_states else None,
+            attentions=self_attentions if output_attentions else None,
+            cross_attentions=cross_attentions if output_attentions else None,
         )
 
 
@@ -284,11 +289,11 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     def __init__(self, config: TinyCapConfig):
         super().__init__(config)
         self.vision_model = TinyCapVisionModel._from_config(config.vision_config)
-        vision, width, scale = config.vision_config, config.vision_config.hidden_size, 1.0
+        width, scale = config.vision_config.hidden_size, 1.0
         if config.memory == "embedding":
             # A unit-norm vector of 768 has entries near 0.036; this brings them back to the size of 1.
-            width, scale = vision.projection_dim, math.sqrt(vision.projection_dim)
-        scale = config.memory_scale or scale
+            width, scale = config.vision_config.projection_dim, math.sqrt(config.vision_config.projection_dim)
+        self.memory_width, scale = width, config.memory_scale or scale
         self.decoder = TinyCapDecoder._from_config(config.text_config, memory_width=width, memory_scale=scale)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
@@ -306,22 +311,17 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         """`TinyCapVisionModel.forward`, under the name of CLIP's in transformers 5.
 
         The output's `pooler_output` (B, projection_dim) is the image embedding. Unlike CLIP's it has unit norm.
-        `input_ids` and `attention_mask` are ignored.
         """
-        # What a processor gives for texts comes along with `**inputs`.
-        kwargs = {name: value for name, value in kwargs.items() if name not in ("input_ids", "attention_mask")}
-        if kwargs.get("return_dict") is None:
-            # This model's config counts, not the student's.
-            kwargs["return_dict"] = self.config.return_dict
-        return self.vision_model(pixel_values, **kwargs)
+        # This model's config counts, not the student's.
+        return self.vision_model(pixel_values, **{"return_dict": self.config.return_dict, **kwargs})
 
-    def get_memory(self, encoder_outputs: ModelOutput | tuple) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def get_memory(self, encoder_outputs: ModelOutput) -> tuple[torch.Tensor, torch.Tensor | None]:
         """What the decoder attends to, from the student's output or from bare embeddings.
 
         Args:
-            encoder_outputs: a `TinyCapVisionOutput`, or its values as a tuple; with `memory="embedding"` also a
-                `BaseModelOutput` whose `pooler_output` (B, projection_dim) or `last_hidden_state`
-                (B, 1, projection_dim) is an embedding of any norm, as a teacher's.
+            encoder_outputs: a `TinyCapVisionOutput`; with `memory="embedding"` also a `BaseModelOutput` whose
+                `pooler_output` (B, projection_dim) or `last_hidden_state` (B, 1, projection_dim) is an embedding of any
+                norm, as a teacher's.
 
         Returns:
             The memory (B, M, width) and `image_embeds` (B, projection_dim) or `None`.
@@ -329,21 +329,17 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: neither of the two; names the expected shapes.
         """
-        if isinstance(encoder_outputs, (tuple, list)):
-            encoder_outputs = TinyCapVisionOutput(*encoder_outputs[:2])
-        hidden_states, image_embeds = encoder_outputs[0], getattr(encoder_outputs, "pooler_output", None)
+        memory, image_embeds = encoder_outputs.last_hidden_state, getattr(encoder_outputs, "pooler_output", None)
+        width = self.memory_width
         if self.config.memory == "patches":
-            memory, width = hidden_states, self.config.vision_config.hidden_size
-            expected = f"with memory='patches' expected last_hidden_state (B, tokens, {width})"
-        else:
-            width = self.config.vision_config.projection_dim
-            memory = hidden_states if image_embeds is None else image_embeds.unsqueeze(1)
-            expected = f"expected pooler_output (B, {width}) or last_hidden_state (B, 1, {width})"
-        is_embedding = self.config.memory == "embedding"
-        if memory.dim() != 3 or memory.shape[-1] != width or (is_embedding and memory.shape[1] != 1):
-            raise ValueError(f"encoder_outputs: {expected}, got {tuple(memory.shape)}")
-        if not is_embedding:
+            if memory.dim() != 3 or memory.shape[-1] != width:
+                shapes = f"last_hidden_state (B, tokens, {width}), got {tuple(memory.shape)}"
+                raise ValueError(f"encoder_outputs: with memory='patches' expected {shapes}")
             return memory, image_embeds
+        memory = memory if image_embeds is None else image_embeds.unsqueeze(1)
+        if memory.dim() != 3 or memory.shape[1:] != (1, width):
+            shapes = f"pooler_output (B, {width}) or last_hidden_state (B, 1, {width}), got {tuple(memory.shape)}"
+            raise ValueError(f"encoder_outputs: expected {shapes}")
         if image_embeds is None or not isinstance(encoder_outputs, TinyCapVisionOutput):
             memory = F.normalize(memory.float(), dim=-1).to(memory.dtype)
         return memory, memory[:, 0]
@@ -352,6 +348,16 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         """Embeddings (N, 1, projection_dim) of unit norm, each moved by `memory_noise` in a random direction."""
         noise = torch.randn_like(memory, dtype=torch.float32) * memory.shape[-1] ** -0.5
         return F.normalize(memory.float() + self.config.memory_noise * noise, dim=-1).to(memory.dtype)
+
+    def expand_memory(self, memory: torch.Tensor, num_captions: int) -> torch.Tensor:
+        """The memory (N, M, width) of N captions, from that of B images; with noise in training."""
+        if num_captions % memory.shape[0]:
+            raise ValueError(f"expected K captions for each of {memory.shape[0]} images, got {num_captions} captions")
+        if num_captions != memory.shape[0]:
+            memory = memory.repeat_interleave(num_captions // memory.shape[0], dim=0)
+        return self.add_noise(memory) if self.training and self.config.memory_noise > 0 else memory
+
+    # --- the objective ---
 
     def caption_loss(
         self, hidden_states: torch.Tensor, labels: torch.Tensor, logits: torch.Tensor | None = None
@@ -369,15 +375,14 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
             return F.cross_entropy(logits.float(), labels, label_smoothing=smoothing, reduction="sum")
 
+        def of_chunk(states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+            return cross_entropy(self.lm_head(states), labels)
+
         if logits is not None:
             total = cross_entropy(logits.flatten(0, 1), labels.flatten())
         else:
-            total = sum(
-                checkpoint(
-                    lambda states, labels: cross_entropy(self.lm_head(states), labels), *chunk, use_reentrant=False
-                )
-                for chunk in zip(hidden_states[wanted].split(LOSS_CHUNK), labels[wanted].split(LOSS_CHUNK))
-            )
+            chunks = zip(hidden_states[wanted].split(LOSS_CHUNK), labels[wanted].split(LOSS_CHUNK))
+            total = sum(checkpoint(of_chunk, *chunk, use_reentrant=False) for chunk in chunks)
         # Divided last, so that a gradient scaler's factor reaches float16 gradients before the division.
         return total / wanted.sum().clamp(min=1)
 
@@ -393,15 +398,17 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
 
     def named_losses(self, hidden_states, labels, logits, image_embeds, teacher_embeds) -> dict[str, torch.Tensor]:
         """The loss, its parts and `image_embeds`; empty, as `Seq2SeqLMOutput` for callers who index it, without one."""
-        losses, weights = {}, {"caption_loss": 1.0, "distill_loss": self.config.distill_weight}
+        losses = {}
         if labels is not None:
             losses["caption_loss"] = self.caption_loss(hidden_states, labels, logits)
         if teacher_embeds is not None:
             losses["distill_loss"] = self.distill_loss(image_embeds, teacher_embeds)
-        if not losses:
-            return {}
-        loss = sum(weights[name] * value for name, value in losses.items())
-        return {"loss": loss, "image_embeds": image_embeds, **losses}
+        if losses:
+            distilled = self.config.distill_weight * losses.get("distill_loss", 0.0)
+            losses |= {"loss": losses.get("caption_loss", 0.0) + distilled, "image_embeds": image_embeds}
+        return losses
+
+    # --- forward ---
 
     def prepare_texts(self, input_ids, attention_mask, inputs_embeds, labels, kwargs: dict) -> tuple:
         """The decoder's inputs, from `forward`'s arguments, a processor's names in `kwargs`, or the labels."""
@@ -419,30 +426,19 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
 
     def prepare_cache(self, cache, past_key_values, use_cache: bool | None, labels: torch.Tensor | None) -> tuple:
         """The `EncoderDecoderCache` to decode with, or `None`, and whether to return it."""
-        if past_key_values is not None:
-            cache = past_key_values
-            if "cache" in TinyCapOutput.__dataclass_fields__:
-                # Only where `generate` doesn't use this name itself.
-                warnings.warn("`past_key_values` is deprecated, expected `cache`", FutureWarning, stacklevel=3)
+        # What `generate` calls the cache before transformers 5.24.
+        cache = past_key_values if cache is None else cache
         if use_cache is None:
             use_cache = self.config.text_config.use_cache and labels is None
         if self.decoder.gradient_checkpointing and self.training and torch.is_grad_enabled():
             # The backward pass runs every layer again and would write its keys a second time.
-            if cache is not None and cache.get_seq_length() > 0:
+            tokens = 0 if cache is None else int(cache.get_seq_length())
+            if tokens > 0:
                 raise ValueError(
-                    "cache: expected none or an empty one in training with gradient checkpointing, "
-                    f"got {int(cache.get_seq_length())} tokens"
+                    f"cache: expected none or an empty one with gradient checkpointing, got {tokens} tokens"
                 )
             return None, False
         return EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache and cache is None else cache, use_cache
-
-    def expand_memory(self, memory: torch.Tensor, num_captions: int) -> torch.Tensor:
-        """The memory (N, M, width) of N captions, from that of B images; with noise in training."""
-        if num_captions % memory.shape[0]:
-            raise ValueError(f"expected K captions for each of {memory.shape[0]} images, got {num_captions} captions")
-        if num_captions != memory.shape[0]:
-            memory = memory.repeat_interleave(num_captions // memory.shape[0], dim=0)
-        return self.add_noise(memory) if self.training and self.config.memory_noise > 0 else memory
 
     def forward(
         self,
@@ -480,11 +476,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             interpolate_pos_encoding: accept images of another size.
             logits_to_keep: compute only that many last positions' logits; 0 means all.
             skip_logits: with labels, compute the loss without keeping logits: padding never reaches the head.
-            past_key_values: what `generate` calls `cache` before transformers 5.24.
+            past_key_values: the cache, before transformers 5.24.
             input_ids, attention_mask, inputs_embeds: the decoder's, under the names that a processor gives them.
-
-        Returns:
-            `TinyCapOutput`, or its values as a tuple with `return_dict=False`.
 
         Raises:
             ValueError: an argument has the wrong shape or is missing; names it, what was expected and what came.
@@ -494,15 +487,16 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         texts = (decoder_input_ids, decoder_attention_mask, decoder_inputs_embeds)
         input_ids, attention_mask, inputs_embeds = self.prepare_texts(*texts, labels, kwargs)
         if encoder_outputs is None:
-            flags = (interpolate_pos_encoding, attentions, states)
-            encoder_outputs = self.vision_model(pixel_values, *flags, return_dict=True)
+            encoder_outputs = self.vision_model(pixel_values, interpolate_pos_encoding, attentions, states, True)
+        elif isinstance(encoder_outputs, (tuple, list)):
+            encoder_outputs = TinyCapVisionOutput(*encoder_outputs[:2])
         memory, image_embeds = self.get_memory(encoder_outputs)
         if input_ids is None and inputs_embeds is None:
             input_ids = memory.new_full((memory.shape[0], 1), self.config.decoder_start_token_id, dtype=torch.long)
-        num_captions = (input_ids if inputs_embeds is None else inputs_embeds).shape[0]
+        memory = self.expand_memory(memory, len(input_ids if inputs_embeds is None else inputs_embeds))
         decoded = self.decoder(
             input_ids=input_ids,
-            encoder_hidden_states=self.expand_memory(memory, num_captions),
+            encoder_hidden_states=memory,
             attention_mask=attention_mask,
             cache=cache,
             inputs_embeds=inputs_embeds,
@@ -510,10 +504,9 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             output_hidden_states=states,
             **kwargs,
         )
-        logits = None
-        if not skip_logits or labels is None:
-            kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-            logits = self.lm_head(decoded.last_hidden_state[:, kept])
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        wants_logits = not skip_logits or labels is None
+        logits = self.lm_head(decoded.last_hidden_state[:, kept]) if wants_logits else None
         losses = self.named_losses(decoded.last_hidden_state, labels, logits, image_embeds, teacher_embeds)
         output = TinyCapOutput(
             losses.pop("loss", None),
@@ -523,9 +516,9 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             decoder_hidden_states=decoded.hidden_states,
             decoder_attentions=decoded.attentions,
             cross_attentions=decoded.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=getattr(encoder_outputs, "hidden_states", None),
-            encoder_attentions=getattr(encoder_outputs, "attentions", None),
+            encoder_last_hidden_state=encoder_outputs.last_hidden_state,
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
             **losses,
         )
         return output if return_dict else output.to_tuple()
@@ -562,38 +555,56 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             kwargs["encoder_outputs"] = copy.copy(kwargs["encoder_outputs"])
         prompt, mask = kwargs.pop("input_ids", None), kwargs.pop("attention_mask", None)
         prompt, mask = kwargs.pop("decoder_input_ids", prompt), kwargs.pop("decoder_attention_mask", mask)
-        length, limit = 1, self.config.text_config.max_position_embeddings
+        length = 1
         if prompt is not None:
             # With the mask: given a cache, GenerationMixin tells new tokens from old by its length.
             prompt, kwargs["decoder_attention_mask"] = self.start_prompts(prompt, mask)
             kwargs["decoder_input_ids"], length = prompt, prompt.shape[1]
-        if length >= limit:
-            raise ValueError(f"prompt: expected fewer than {limit} tokens, got {length}")
-        # The first that sets an option counts. Without defaults, since transformers 4 fills in a `max_length` of 20.
-        configs = [config for config in (generation_config, self.generation_config) if config is not None]
-        settings = [kwargs, *(config.to_diff_dict() for config in configs)]
-        lengths = (
-            length + each["max_new_tokens"] if each.get("max_new_tokens") is not None else each.get("max_length")
-            for each in settings
-        )
-        # As GenerationMixin, 20 new tokens unless anything is set.
-        limit = min(limit, next((each for each in lengths if each is not None), length + 20))
-        if limit <= length:
-            raise ValueError(
-                f"max_length: expected more than {length} (start token and prompt), got {limit}; "
-                "max_new_tokens: expected at least 1"
-            )
-        if "static" in next(filter(None, (each.get("cache_implementation") for each in settings)), ""):
+        configs = [vars(config) for config in (generation_config, self.generation_config) if config is not None]
+        static = "static" in next(filter(None, (each.get("cache_implementation") for each in (kwargs, *configs))), "")
+        if static:
             check_static_cache()
+        # What outlives the call can't be of inference mode: that couldn't be trained on or written to.
+        returns_dict = any(each.get("return_dict_in_generate") for each in (kwargs, *configs))
+        given_cache = any(kwargs.get(name) is not None for name in ("cache", "past_key_values"))
+        mode = nullcontext() if static or returns_dict or given_cache else torch.inference_mode()
+        limit = self.caption_limit(length, kwargs, configs)
         # One of the two lengths reaches GenerationMixin: it prefers its own config's `max_new_tokens` to `max_length`.
         if generation_config is None:
             kwargs.update(max_length=limit, max_new_tokens=None)
         else:
             generation_config = copy.deepcopy(generation_config)
-            generation_config.max_new_tokens = limit - length
-            generation_config.max_length = GenerationConfig().max_length
+            generation_config.max_length, generation_config.max_new_tokens = DEFAULT_MAX_LENGTH, limit - length
             kwargs = {name: value for name, value in kwargs.items() if name not in ("max_length", "max_new_tokens")}
-        return super().generate(inputs, generation_config, *args, **kwargs)
+        with mode:
+            generated = super().generate(inputs, generation_config, *args, **kwargs)
+        return generated.clone() if isinstance(generated, torch.Tensor) else generated
+
+    def caption_limit(self, length: int, kwargs: dict, configs: list[dict]) -> int:
+        """The most tokens of a caption, as the caller or else the configs say, and the position table has.
+
+        Raises:
+            ValueError: start token and prompt, `length` tokens, leave no room for another.
+        """
+        table = self.config.text_config.max_position_embeddings
+        if length >= table:
+            raise ValueError(f"prompt: expected fewer than {table} tokens, got {length}")
+        # As GenerationMixin, 20 new tokens unless anything is set; the first that sets a length counts.
+        limit = length + 20
+        for settings in (kwargs, *configs):
+            new_tokens, total = settings.get("max_new_tokens"), settings.get("max_length")
+            if new_tokens is not None:
+                limit = length + new_tokens
+                break
+            if total is not None and (settings is kwargs or total != DEFAULT_MAX_LENGTH):
+                limit = total
+                break
+        if limit <= length:
+            raise ValueError(
+                f"max_length: expected more than {length} (start token and prompt), got {limit}; "
+                "max_new_tokens: expected at least 1"
+            )
+        return min(limit, table)
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:
         """GenerationMixin's for the first step; afterwards, with a dynamic cache, one more token is all that changes.

@@ -5,13 +5,11 @@ evaluation, pipeline and ONNX captioner all open their images here, so that a fi
 """
 
 import base64
-import binascii
 import io
 import math
 import os
 import re
-import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -20,8 +18,8 @@ from PIL import Image, ImageChops, ImageCms
 
 # Pillow opens more, but EPS starts Ghostscript, and rare decoders are the least tested.
 FORMATS = (
-    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000", "MPO", "PNG", "PPM", "QOI", "TGA", "TIFF"),
-    "WEBP",
+    *("AVIF", "BMP", "DIB", "GIF", "HEIF", "ICO", "JPEG", "JPEG2000"),
+    *("MPO", "PNG", "PPM", "QOI", "TGA", "TIFF", "WEBP"),
 )
 # Endings of the files that a folder is searched for.
 IMAGE_ENDINGS = (
@@ -32,23 +30,20 @@ IMAGE_ENDINGS = (
 MAX_IMAGE_PIXELS = 2**27
 # Pixels of a JPEG of one scan, which is decoded at a fraction of its size: phones write 200 million (0.4 s, 50 MB).
 MAX_JPEG_PIXELS = 2**28
-# Slower decoders that keep several copies. Phones write at most 50 million pixels in the first three, which take 1 to 2
-# seconds and 380 MB (HEIF), 460 MB (AVIF) or 810 MB (WebP). An animated PNG (APNG) is composed frame upon frame.
+# Slower decoders that keep several copies. Phones write at most 50 million pixels in the first three (1 to 2 s, 380 to
+# 810 MB). An animated PNG (APNG) is composed frame upon frame.
 MAX_SLOW_IMAGE_PIXELS = {
     **dict.fromkeys(("AVIF", "HEIF", "WEBP"), 8192 * 6144),
     **dict.fromkeys(("JPEG2000", "APNG"), 2**25),
 }
 # A progressive JPEG is decoded once a scan; it usually has ten, but a small file may hold thousands.
 MAX_SCANNED_PIXELS = 2**30
-# The image processor resizes the shorter side and then crops the middle square: without a crop before, a 1 x 50,000
-# image would take gigabytes.
+# The middle of a longer image is kept: the image processor, which resizes the shorter side, would take gigabytes.
 MAX_ASPECT_RATIO = 4
 # Before its colours are converted, an image is reduced by a whole factor; its shorter side stays at least this long.
 LARGE_SIDE = 2048
-# Default timeout for a URL in seconds; transformers has none.
-URL_TIMEOUT = 10.0
-# Bytes of a response at most.
-MAX_DOWNLOAD = 2**28
+# Seconds to wait for a URL, and bytes of a response at most; transformers limits neither.
+URL_TIMEOUT, MAX_DOWNLOAD = 10.0, 2**28
 
 # Brands behind `ftyp` at the head of a HEIC or HEIF file.
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
@@ -56,15 +51,10 @@ HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"
 JPEG_MARKER = rb"\xff[^\x00\x01\xff\xd0-\xd7]"
 EXIF_ORIENTATION = 0x0112
 TRANSPOSITIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
+    **{2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM},
+    **{5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE},
     8: Image.Transpose.ROTATE_90,
 }
-
 # 16 x 16 x 16 colours, to find profiles that change nothing.
 COLOURS = Image.frombytes("RGB", (64, 64), bytes(v for rgb in product(range(0, 256, 17), repeat=3) for v in rgb))
 
@@ -79,12 +69,10 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
         name: of the image in errors; the path or URL when not given.
 
     Returns:
-        A `PIL.Image.Image` in mode RGB without `info`, its sides at most 1:4 (the middle is kept), its shorter side
-        less than 2 x `LARGE_SIDE`.
+        An image in mode RGB, its sides at most 1:4 (the middle is kept), its shorter side below 2 x `LARGE_SIDE`.
 
     Raises:
-        ValueError: the image can't be opened or decoded, is in none of `FORMATS`, or claims more than
-            `MAX_IMAGE_PIXELS` (or the limit of its format); names it. HEIC needs the package pillow-heif.
+        ValueError: the image can't be opened or decoded, is in none of `FORMATS`, or is too large; names it.
         TypeError: `image` is none of the kinds above.
     """
     if isinstance(image, dict):
@@ -93,8 +81,7 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
         image = image.get("path") if image.get("bytes") is None else image["bytes"]
     if isinstance(image, os.PathLike):
         image = os.fspath(image)
-    if name is None:
-        name = _describe(image)
+    name = _describe(image) if name is None else name
     if image is None:
         raise ValueError(f"expected an image, got none: {name}")
     if not isinstance(image, (str, bytes, bytearray, memoryview, Image.Image)):
@@ -103,7 +90,7 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
         if isinstance(image, Image.Image):
             return to_rgb(image)
         with _open(image, timeout) as opened:
-            return _to_rgb(opened, may_draft=True)
+            return to_rgb(opened, may_draft=True)
     except FileNotFoundError:
         raise ValueError(f"no such image file: {name}") from None
     except Exception as error:
@@ -113,17 +100,41 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
         raise ValueError(f"cannot read image {name}: {reason or type(error).__name__}") from error
 
 
-def to_rgb(image: "Image.Image") -> "Image.Image":
+def to_rgb(image: "Image.Image", may_draft: bool = False) -> "Image.Image":
     """Converts as a viewer would: EXIF rotation and ICC profile applied, transparency over white, 16 bits scaled to 8.
 
     Args:
         image: an opened image of any mode; of an animation, the first frame is taken.
+        may_draft: decode a large JPEG at a fraction of its size, which changes `image`.
 
     Raises:
-        ValueError: the image has no pixels or more than `MAX_IMAGE_PIXELS` (or the limit of its format), or they are no
-            finite numbers.
+        ValueError: the image has no pixels or too many, or they are no finite numbers.
     """
-    return _to_rgb(image, may_draft=False)
+    _decode(image, may_draft)
+    # Decoding a TIFF already rotates it; older releases of Pillow leave the tag.
+    orientation = 1 if image.format == "TIFF" else _exif_orientation(image)
+    (width, height), ratio = image.size, MAX_ASPECT_RATIO
+    new_width, new_height = min(width, ratio * height), min(height, ratio * width)
+    if (new_width, new_height) != image.size:
+        left, top = (width - new_width) // 2, (height - new_height) // 2
+        image = image.crop((left, top, left + new_width, top + new_height))
+    image = _shrink(image)
+    if orientation in TRANSPOSITIONS:
+        image = image.transpose(TRANSPOSITIONS[orientation])
+    if image.mode.startswith("I") or image.mode == "F":
+        image = _scale_to_8_bits(image)
+    profile, alpha = image.info.get("icc_profile"), None
+    if _has_transparency(image):
+        mode, image = image.mode, image.convert("RGBA")
+        alpha = image.getchannel("A")
+        image = image.getchannel("R") if mode in ("L", "LA", "La") else image.convert("RGB")
+    image = _to_srgb(image, profile)
+    if alpha is not None:
+        image.putalpha(alpha)
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    # Orientation and profile are applied: nothing must apply them again.
+    image.info = {}
+    return image
 
 
 def preprocess_images(image_processor: Any, images: Sequence["Image.Image"]) -> Any:
@@ -142,18 +153,88 @@ def _enlarge(image: "Image.Image", image_processor: Any) -> "Image.Image":
     return image.resize(tuple(int(edge * side / short) for side in image.size), Image.Resampling.BICUBIC)
 
 
-def _to_rgb(image: "Image.Image", may_draft: bool) -> "Image.Image":
+# --- opening and decoding -------------------------------------------------------------------------------------------
+
+
+def _open(image: Any, timeout: float | None) -> "Image.Image":
+    """Opens a path, URL, base64 string or bytes, without decoding."""
+    if isinstance(image, str) and not os.path.exists(image):
+        if image.startswith(("http://", "https://")):
+            image = _download(image, URL_TIMEOUT if timeout is None else timeout)
+        elif image.startswith("data:image/"):
+            image = base64.b64decode(image.partition(",")[2])
+        elif len(image) > 80 and "." not in image and not image.startswith(("/", "~")):
+            # No image file is shorter than this in base64, and few paths are longer.
+            image = base64.b64decode(image)
+        else:
+            raise FileNotFoundError(image)
+    if isinstance(image, str):
+        # Reading a pipe would block.
+        if not os.path.isfile(image):
+            raise ValueError("expected a file")
+        with open(image, "rb") as file:
+            head = file.read(64)
+    else:
+        head, image = bytes(image[:64]), io.BytesIO(image)
+    # Registers Pillow's plugins.
+    Image.init()
+    is_heif = head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and b"avif" not in head
+    if is_heif and "HEIF" not in Image.OPEN:
+        # transformers' check of remote code ignores imports in a `try`: this one is optional.
+        try:
+            from pillow_heif import register_heif_opener
+        except ImportError:
+            raise ValueError("HEIC: install pillow-heif (pip install pillow-heif)") from None
+        register_heif_opener()
+    if head.startswith(b"\xff\xd8\xff"):
+        # `Image.open` would refuse 179 million pixels, although a JPEG needn't be decoded in full.
+        return Image.OPEN["JPEG"][0](image)
+    return Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _download(url: str, timeout: float) -> bytes:
+    """The bytes behind a URL, by the HTTP client that transformers uses: requests before version 5, httpx since.
+
+    transformers' own `load_image` would also convert the image, with transparency as black.
+    """
+    # Imported here, because it imports PyTorch.
+    from transformers import image_utils
+
+    if hasattr(image_utils, "httpx"):
+        request = image_utils.httpx.stream("GET", url, timeout=timeout, follow_redirects=True)
+    else:
+        request = image_utils.requests.get(url, timeout=timeout, stream=True)
+    content = bytearray()
+    with request as answer:
+        answer.raise_for_status()
+        for block in answer.iter_bytes() if hasattr(answer, "iter_bytes") else answer.iter_content(2**16):
+            content += block
+            if len(content) > MAX_DOWNLOAD:
+                raise ValueError(f"expected an answer of at most {MAX_DOWNLOAD:,} bytes")
+    return bytes(content)
+
+
+def _describe(image: Any) -> str:
+    if isinstance(image, str):
+        return image if len(image) <= 300 else f"{image[:40]}... ({len(image):,} characters)"
+    if isinstance(image, (bytes, bytearray, memoryview)):
+        return f"<{len(image):,} bytes>"
+    return getattr(image, "filename", "") or f"<{type(image).__name__}>"
+
+
+def _decode(image: "Image.Image", may_draft: bool) -> None:
+    """Loads the pixels, after a look at the header."""
     width, height = image.size
     kind = "APNG" if image.format == "PNG" and getattr(image, "is_animated", False) else image.format
     limit = MAX_SLOW_IMAGE_PIXELS.get(kind, MAX_IMAGE_PIXELS)
     decoded = width * height
     if kind in ("JPEG", "MPO"):
-        scans, shrinking = _count_scans(image), _shrinking(image.size)
+        scans, shrinking = _count_scans(image), min(image.size) // LARGE_SIDE
         if scans > 16 and scans * decoded > MAX_SCANNED_PIXELS:
             most = max(16, MAX_SCANNED_PIXELS // decoded)
             raise ValueError(f"expected at most {most} scans in a JPEG of {decoded:,} pixels, got {scans}")
         if may_draft and shrinking > 1 and decoded <= MAX_JPEG_PIXELS:
-            # Decodes every second, fourth or eighth pixel. It changes the opened image, so that must not be a caller's.
+            # Decodes every second, fourth or eighth pixel.
             image.draft(None, (width // shrinking, height // shrinking))
             # Several scans are kept at full size until the last is read.
             decoded = image.width * image.height if scans == 1 else decoded
@@ -161,27 +242,30 @@ def _to_rgb(image: "Image.Image", may_draft: bool) -> "Image.Image":
         of_kind = f" of this kind ({kind})" if kind else ""
         raise ValueError(f"expected 1 to {limit:,} pixels in an image{of_kind}, got {width} x {height}")
     image.load()
-    # Decoding a TIFF already rotates it; older releases of Pillow leave the tag.
-    orientation = 1 if image.format == "TIFF" else _exif_orientation(image)
-    image = _crop_to_aspect_ratio(image, MAX_ASPECT_RATIO)
-    image = _shrink(image)
-    if orientation in TRANSPOSITIONS:
-        image = image.transpose(TRANSPOSITIONS[orientation])
-    if image.mode.startswith("I") or image.mode == "F":
-        image = _scale_to_8_bits(image)
-    profile = image.info.get("icc_profile")
-    alpha = None
-    if _has_transparency(image):
-        mode, image = image.mode, image.convert("RGBA")
-        alpha = image.getchannel("A")
-        image = image.getchannel("R") if mode in ("L", "LA", "La") else image.convert("RGB")
-    image = _to_srgb(image, profile)
-    if alpha is not None:
-        image.putalpha(alpha)
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    # Orientation and profile are applied: nothing must apply them again.
-    image.info = {}
-    return image
+
+
+def _count_scans(image: "Image.Image") -> int:
+    """Scans of a JPEG that isn't decoded yet, without those of an embedded thumbnail."""
+    file = getattr(image, "fp", None)
+    if file is None:
+        return 0
+    before = file.tell()
+    file.seek(0)
+    data = file.read()
+    file.seek(before)
+    scans, position = 0, 2
+    for marker in re.finditer(JPEG_MARKER, data):
+        if marker.start() < position:
+            continue
+        if marker[0] == b"\xff\xd9":
+            break
+        scans += marker[0] == b"\xff\xda"
+        # A segment's length follows its marker.
+        position = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
+    return scans
+
+
+# --- colours and sizes ----------------------------------------------------------------------------------------------
 
 
 def _to_srgb(image: "Image.Image", profile: bytes | None) -> "Image.Image":
@@ -206,144 +290,37 @@ def _to_srgb(image: "Image.Image", profile: bytes | None) -> "Image.Image":
     return image.convert("RGB")
 
 
-def _open(image: Any, timeout: float | None) -> "Image.Image":
-    """Opens a path, URL, base64 string or bytes, without decoding."""
-    if isinstance(image, str) and not os.path.exists(image):
-        if image.startswith(("http://", "https://")):
-            image = _download(image, URL_TIMEOUT if timeout is None else timeout)
-        elif image.startswith("data:image/") or _may_be_base64(image):
-            try:
-                image = base64.b64decode(image.partition(",")[2] if image.startswith("data:") else image)
-            except binascii.Error as error:
-                raise ValueError(f"not base64: {error}") from None
-        else:
-            raise FileNotFoundError(image)
-    if isinstance(image, str):
-        # Reading a pipe would block.
-        if not os.path.isfile(image):
-            raise ValueError("expected a file")
-        with open(image, "rb") as file:
-            head = file.read(64)
-    else:
-        head, image = bytes(image[:64]), io.BytesIO(image)
-    # Registers Pillow's plugins.
-    Image.init()
-    is_heif = head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and b"avif" not in head
-    if is_heif and "HEIF" not in Image.OPEN:
-        _register_heif()
-    if head.startswith(b"\xff\xd8\xff"):
-        # `Image.open` would refuse 179 million pixels, although a JPEG needn't be decoded in full.
-        return Image.OPEN["JPEG"][0](image)
-    return Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])
-
-
-def _register_heif() -> None:
-    # transformers' check of remote code ignores imports in a `try`: this one is optional.
-    try:
-        from pillow_heif import register_heif_opener
-    except ImportError:
-        raise ValueError("HEIC: install pillow-heif (pip install pillow-heif)") from None
-    register_heif_opener()
-
-
-def _download(url: str, timeout: float) -> bytes:
-    """The bytes behind a URL, by the HTTP client that transformers uses: requests before version 5, httpx since.
-
-    transformers' own `load_image` would also convert the image, with transparency as black.
-    """
-    # Imported here, because it imports PyTorch.
-    from transformers import image_utils
-
-    if hasattr(image_utils, "httpx"):
-        with image_utils.httpx.stream("GET", url, timeout=timeout, follow_redirects=True) as answer:
-            return _read_answer(answer, answer.iter_bytes())
-    with image_utils.requests.get(url, timeout=timeout, stream=True) as answer:
-        return _read_answer(answer, answer.iter_content(2**16))
-
-
-def _read_answer(answer: Any, blocks: Iterable[bytes]) -> bytes:
-    answer.raise_for_status()
-    content = bytearray()
-    for block in blocks:
-        content += block
-        if len(content) > MAX_DOWNLOAD:
-            raise ValueError(f"expected an answer of at most {MAX_DOWNLOAD:,} bytes")
-    return bytes(content)
-
-
-def _may_be_base64(text: str) -> bool:
-    # No image file is shorter than this in base64, and few paths are longer.
-    return len(text) > 80 and "." not in text and not text.startswith(("/", "~"))
-
-
-def _describe(image: Any) -> str:
-    if isinstance(image, str):
-        return image if len(image) <= 300 else f"{image[:40]}... ({len(image):,} characters)"
-    if isinstance(image, (bytes, bytearray, memoryview)):
-        return f"<{len(image):,} bytes>"
-    return getattr(image, "filename", "") or f"<{type(image).__name__}>"
-
-
 def _exif_orientation(image: "Image.Image") -> int:
     """1 to 8; 1 without readable EXIF, as in viewers."""
     try:
         return image.getexif().get(EXIF_ORIENTATION, 1)
-    except (SyntaxError, struct.error, LookupError, TypeError, ValueError, OSError, EOFError, ArithmeticError):
-        # Raised by Pillow on malformed EXIF; the image itself may be intact.
+    except Exception:
+        # Pillow raises a dozen unrelated types on malformed EXIF; the image itself may be intact.
         return 1
-
-
-def _count_scans(image: "Image.Image") -> int:
-    """Scans of a JPEG that isn't decoded yet, without those of an embedded thumbnail."""
-    file = getattr(image, "fp", None)
-    if file is None:
-        return 0
-    before = file.tell()
-    file.seek(0)
-    data = file.read()
-    file.seek(before)
-    scans, position = 0, 2
-    for marker in re.finditer(JPEG_MARKER, data):
-        if marker.start() < position:
-            continue
-        if marker[0] == b"\xff\xd9":
-            break
-        scans += marker[0] == b"\xff\xda"
-        # A segment's length follows its marker.
-        position = marker.end() + max(2, int.from_bytes(data[marker.end() : marker.end() + 2], "big"))
-    return scans
 
 
 def _has_transparency(image: "Image.Image") -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
-def _shrinking(size: tuple[int, int]) -> int:
-    return max(1, min(size) // LARGE_SIDE)
-
-
 def _shrink(image: "Image.Image") -> "Image.Image":
-    """Averages a large image by blocks; strip by strip where it must be converted first, to save memory."""
-    factor = _shrinking(image.size)
-    if factor == 1:
+    """Averages a large image by blocks; strip by strip, since conversion before it takes memory."""
+    factor = min(image.size) // LARGE_SIDE
+    if factor < 2:
         return image
-    if image.mode in ("RGB", "L", "CMYK", "F") and not _has_transparency(image):
-        return image.reduce(factor)
-    width, height = image.size
-    strips = []
-    for top in range(0, height, 64 * factor):
-        strip = image.crop((0, top, width, min(height, top + 64 * factor)))
-        if strip.mode.startswith("I"):
-            strip = strip.convert("I")
-        elif strip.mode in ("P", "PA") or _has_transparency(strip):
-            strip = strip.convert("RGBA" if _has_transparency(strip) else "RGB")
-        elif strip.mode == "1":
-            strip = strip.convert("L")
-        strips.append(strip.reduce(factor))
-    small = Image.new(strips[0].mode, (strips[0].width, sum(strip.height for strip in strips)))
+    if image.mode.startswith("I"):
+        mode = "I"
+    elif _has_transparency(image):
+        mode = "RGBA"
+    else:
+        mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
+    (width, height), step = image.size, 64 * factor
+    tops = range(0, height, step)
+    strips = [image.crop((0, top, width, min(height, top + step))).convert(mode).reduce(factor) for top in tops]
+    small = Image.new(mode, (strips[0].width, sum(strip.height for strip in strips)))
     small.info = dict(strips[0].info)
-    # All strips but the last have the same height.
     for index, strip in enumerate(strips):
+        # All strips but the last have the same height.
         small.paste(strip, (0, index * strips[0].height))
     return small
 
@@ -364,12 +341,3 @@ def _scale_to_8_bits(image: "Image.Image") -> "Image.Image":
     if isinstance(image.info.get("transparency"), int):
         scaled.info["transparency"] = round((image.info["transparency"] - low) * scale)
     return scaled
-
-
-def _crop_to_aspect_ratio(image: "Image.Image", max_ratio: int) -> "Image.Image":
-    width, height = image.size
-    new_width, new_height = min(width, max_ratio * height), min(height, max_ratio * width)
-    if (new_width, new_height) == image.size:
-        return image
-    left, top = (width - new_width) // 2, (height - new_height) // 2
-    return image.crop((left, top, left + new_width, top + new_height))

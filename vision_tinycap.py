@@ -7,8 +7,6 @@ allocated, and after.
 import copy
 import math
 import os
-import re
-from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -44,15 +42,15 @@ class TinyCapVisionOutput(BaseModelOutputWithPooling):
 # --- attention and MLP, shared with the decoder ---------------------------------------------------------------------
 
 
+def dropout_layer(probability: float) -> nn.Module:
+    return nn.Dropout(probability) if probability > 0 else nn.Identity()
+
+
 def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention as written (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762), with its weights.
+    """Attention as written (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762).
 
-    Args:
-        query: (B, heads, L, head_dim); `key` and `value`: (B, heads, S, head_dim).
-        attention_mask: (B or 1, 1, L, S), added to the scores, or bool with `False` where attention is forbidden.
-
-    Returns:
-        The output (B, L, heads, head_dim) and the weights (B, heads, L, S).
+    Query, key and value are (B, heads, length, head_dim); the mask is added to the scores, or bool with `False` where
+    attention is forbidden. Returns the output (B, L, heads, head_dim) and the weights (B, heads, L, S).
     """
     scores = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None and attention_mask.dtype == torch.bool:
@@ -86,8 +84,8 @@ class TinyCapAttention(nn.Module):
 
     def attend(self, hidden_states, key, value, attention_mask=None, output_attentions=False, **kwargs):
         query = self.split_heads(self.q_proj(hidden_states))
-        eager = output_attentions or self.config._attn_implementation == "eager"
-        attention = eager_attention_forward if eager else ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        implementation = "eager" if output_attentions else self.config._attn_implementation
+        attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
         kwargs["dropout"] = self.config.attention_probs_dropout_prob if self.training else 0.0
         output, weights = attention(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
         return self.out_proj(output.flatten(2)), weights if output_attentions else None
@@ -127,7 +125,7 @@ def stored_shapes(source: str, hub_kwargs: dict) -> dict[str, list[int]]:
         ValueError: a folder holds a pickle instead, or the header doesn't describe the file; names it.
     """
     folder = os.path.join(source, hub_kwargs.get("subfolder") or "")
-    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else [source]
+    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
     if pickles and not any(file.endswith((".safetensors", ".safetensors.index.json")) for file in files):
         raise ValueError(
@@ -148,33 +146,27 @@ def stored_shapes(source: str, hub_kwargs: dict) -> dict[str, list[int]]:
         raise ValueError(f"{path}: expected safetensors, got something else: {error}") from error
 
 
-def count_layers(names) -> Counter:
-    """Number of layers by stack: `layers` of the student, `decoder.layers`."""
-    matches = (re.match(r"(?:vision_model\.)?((?:decoder\.)?layers)\.(\d+)\.", name) for name in names)
-    return Counter(stack for stack, _ in {match.groups() for match in matches if match})
-
-
 def check_shapes(source: str, shapes: dict[str, list[int]], model_class: type, config) -> None:
     """Raises `ValueError` where the stored shapes contradict the config; names the tensors."""
+    # A student is stored alone or as part of a captioner, and loads from either into either.
+    stored = {name.removeprefix("vision_model."): shape for name, shape in shapes.items()}
     # First the depths, since a model of many layers takes long to build.
     parts = {"layers": getattr(config, "vision_config", config), "decoder.layers": getattr(config, "text_config", None)}
-    depths = count_layers(shapes)
     for stack, part in parts.items():
-        if depths[stack] and part is not None and depths[stack] != part.num_hidden_layers:
-            expected = part.num_hidden_layers
-            raise ValueError(f"{source}: {stack}.*: the config expects {expected} layers, got {depths[stack]}")
+        depth = len({name.removeprefix(f"{stack}.").split(".")[0] for name in stored if name.startswith(f"{stack}.")})
+        if depth and part is not None and depth != part.num_hidden_layers:
+            raise ValueError(f"{source}: {stack}.*: the config expects {part.num_hidden_layers} layers, got {depth}")
     try:
         with torch.device("meta"):
-            model = model_class(copy.deepcopy(config))
-    except RuntimeError as error:
+            expected = model_class(copy.deepcopy(config)).state_dict()
+    except (RuntimeError, TypeError) as error:
         # The number of a tensor's values overflows 64 bits.
         raise ValueError(f"{source}: expected a config of possible sizes: {error}") from error
-    expected, wrong = {name: list(value.shape) for name, value in model.state_dict().items()}, []
-    for name, shape in expected.items():
-        # A student is stored alone or as part of a captioner, and loads from either into either.
-        for stored in {name, f"vision_model.{name}", name.removeprefix("vision_model.")} & shapes.keys():
-            if shapes[stored] != shape:
-                wrong.append(f"{name}: the config expects the shape {shape}, got {shapes[stored]}")
+    wrong = []
+    for name, value in expected.items():
+        got, shape = stored.get(name.removeprefix("vision_model.")), list(value.shape)
+        if got is not None and got != shape:
+            wrong.append(f"{name}: the config expects the shape {shape}, got {got}")
     if wrong:
         raise ValueError(f"{source}: {len(wrong)} tensors contradict the config: {'; '.join(wrong[:3])}")
 
@@ -183,9 +175,10 @@ def check_finite_weights(source: str, model: nn.Module) -> None:
     """Raises `ValueError`, naming the first such tensor, where a weight is infinite or NaN."""
     for name, value in model.named_parameters():
         # Only the library of a tensor subclass (quantised, distributed) can read its values.
-        if type(value) is nn.Parameter and not value.is_meta and value.is_floating_point() and value.element_size() > 1:
+        readable = type(value) is nn.Parameter and not value.is_meta and value.numel() > 0
+        if readable and value.is_floating_point() and value.element_size() > 1:
             # Both extremes in one pass, without a copy; a NaN makes both NaN.
-            low, high = torch.aminmax(value.detach()) if value.numel() else (torch.zeros(()),) * 2
+            low, high = torch.aminmax(value.detach())
             if not (math.isfinite(low) and math.isfinite(high)):
                 raise ValueError(f"{source}: {name}: expected finite weights, got values from {low} to {high}")
 
@@ -194,11 +187,8 @@ def position_table(side: int, width: int) -> torch.Tensor:
     """Initial position embeddings: sines and cosines of both coordinates, for `[CLS]` and side x side patches.
 
     Patch embeddings sum hundreds of correlated pixels and grow ~50x larger than N(0, 0.02) positions, which then barely
-    influence attention. 2D waves as in MAE (He et al., 2022, https://arxiv.org/abs/2111.06377), with frequencies from
-    half a period across the image to half a period a patch.
-
-    Returns:
-        (1 + side * side, width), entries from -1 to 1, row 0 (`[CLS]`) zero.
+    influence attention. 2D waves as in MAE (He et al., 2022, https://arxiv.org/abs/2111.06377), from half a period
+    across the image to half a period a patch. Returns (1 + side * side, width), from -1 to 1, row 0 (`[CLS]`) zero.
     """
     frequencies = 0.5 * math.pi * side ** torch.linspace(0, 1, -(-width // 4))
     angles = (torch.arange(side)[:, None] + 0.5) / side * frequencies
@@ -228,13 +218,12 @@ class TinyCapPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """`PreTrainedModel.from_pretrained` with validation of untrusted checkpoints.
-
-        Reads safetensors only, and compares the file's header with the configuration before memory is allocated.
+        """`PreTrainedModel.from_pretrained`, of safetensors only, with validation of untrusted checkpoints.
 
         Raises:
-            ValueError: there is a pickle instead; header, weights and configuration contradict each other; weights are
-                infinite or NaN; some are missing, unless `output_loading_info=True` or `ignore_mismatched_sizes=True`.
+            ValueError: there is a pickle instead; header, weights and configuration contradict each other, which is
+                found before memory is allocated; weights are infinite or NaN; some are missing, unless
+                `output_loading_info=True` or `ignore_mismatched_sizes=True`.
         """
         source, shapes = pretrained_model_name_or_path, {}
         if kwargs.get("use_safetensors") is False:
@@ -291,8 +280,8 @@ class TinyCapPreTrainedModel(PreTrainedModel):
 
     def output_flags(self, *flags: bool | None) -> list[bool]:
         """`output_attentions`, `output_hidden_states`, `return_dict`: from the call, or else from the config."""
-        defaults = (self.config.output_attentions, self.config.output_hidden_states, self.config.return_dict)
-        return [default if flag is None else flag for flag, default in zip(flags, defaults)]
+        names = ("output_attentions", "output_hidden_states", "return_dict")
+        return [getattr(self.config, name) if flag is None else flag for name, flag in zip(names, flags)]
 
 
 # --- student ViT ----------------------------------------------------------------------------------------------------
@@ -310,7 +299,7 @@ class TinyCapVisionEmbeddings(nn.Module):
         )
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.hidden_size))
         self.position_embeddings = nn.Parameter(torch.zeros(1, 1 + self.num_patches, config.hidden_size))
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_layer(config.hidden_dropout_prob)
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
         """The position table, interpolated to a grid of `rows` x `columns` patches."""
@@ -330,7 +319,7 @@ class TinyCapVisionEmbeddings(nn.Module):
         return patches.gather(1, index.unsqueeze(-1).expand(-1, -1, width))
 
     def forward(self, pixel_values: torch.Tensor, interpolate_pos_encoding: bool = False) -> torch.Tensor:
-        size, patch, channels = self.config.image_size, self.config.patch_size, self.config.num_channels
+        size, channels = self.config.image_size, self.config.num_channels
         if pixel_values.dim() != 4 or pixel_values.shape[1] != channels:
             raise ValueError(
                 f"pixel_values: expected (batch, {channels}, height, width), got {tuple(pixel_values.shape)}"
@@ -341,8 +330,6 @@ class TinyCapVisionEmbeddings(nn.Module):
                 f"pixel_values: expected {size}x{size} pixels, got {height}x{width}; "
                 "pass interpolate_pos_encoding=True to encode another size"
             )
-        if height < patch or width < patch:
-            raise ValueError(f"pixel_values: expected at least {patch}x{patch} pixels, got {height}x{width}")
         patches = self.patch_embedding(pixel_values.to(self.cls_token.dtype))
         positions = self.positions(*patches.shape[2:])
         patches = patches.flatten(2).transpose(1, 2) + positions[:, 1:]
@@ -359,7 +346,7 @@ class TinyCapVisionLayer(GradientCheckpointingLayer):
         self.self_attn = TinyCapAttention(config, layer_idx)
         self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = TinyCapMLP(config)
-        self.dropout = nn.Dropout(config.hidden_dropout_prob)
+        self.dropout = dropout_layer(config.hidden_dropout_prob)
 
     def forward(self, hidden_states: torch.Tensor, **kwargs):
         attended, weights = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
@@ -396,28 +383,22 @@ class TinyCapVisionModel(TinyCapPreTrainedModel):
         return_dict: bool | None = None,
         **kwargs,
     ) -> TinyCapVisionOutput | tuple:
-        """Encodes images.
+        """Encodes `pixel_values` (B, num_channels, image_size, image_size), normalised by the image processor.
 
-        Args:
-            pixel_values: (B, num_channels, image_size, image_size), normalised by the image processor.
-            interpolate_pos_encoding: accept other heights and widths.
-
-        Returns:
-            `TinyCapVisionOutput`, or its values as a tuple with `return_dict=False`.
+        Another height and width need `interpolate_pos_encoding`. With `return_dict=False` the output is a tuple.
 
         Raises:
             ValueError: `pixel_values` has another shape; names the expected one.
         """
-        with_attentions, with_states, return_dict = self.output_flags(
-            output_attentions, output_hidden_states, return_dict
-        )
+        attentions, states, return_dict = self.output_flags(output_attentions, output_hidden_states, return_dict)
         if pixel_values is None:
             raise ValueError("pixel_values: expected a tensor of images, got None")
         hidden_states = self.embeddings(pixel_values, interpolate_pos_encoding)
         all_hidden_states, all_attentions = (hidden_states,), ()
         for layer in self.layers:
-            hidden_states, weights = layer(hidden_states, output_attentions=with_attentions, **kwargs)
-            all_hidden_states, all_attentions = (*all_hidden_states, hidden_states), (*all_attentions, weights)
+            hidden_states, weights = layer(hidden_states, output_attentions=attentions)
+            all_hidden_states += (hidden_states,)
+            all_attentions += (weights,)
         last_hidden_state = self.final_layer_norm(hidden_states)
         image_embeds = self.projection(last_hidden_state[:, 0])
         # The norm in float32: the sum of 768 squares loses too much in half precision.
@@ -425,8 +406,8 @@ class TinyCapVisionModel(TinyCapPreTrainedModel):
         output = TinyCapVisionOutput(
             last_hidden_state=last_hidden_state,
             pooler_output=image_embeds,
-            hidden_states=all_hidden_states if with_states else None,
-            attentions=all_attentions if with_attentions else None,
+            hidden_states=all_hidden_states if states else None,
+            attentions=all_attentions if attentions else None,
         )
         return output if return_dict else output.to_tuple()
 

@@ -78,6 +78,11 @@ def test_a_static_cache_gives_the_same_captions(model, pixel_values, implementat
     expected = model.generate(pixel_values[:2], **prompt, **LONG)
     static = model.generate(pixel_values[:2], cache_implementation="static", **prompt, **LONG)
     assert torch.equal(static, expected)
+    # transformers keeps the cache for the next call.
+    again = model.generate(
+        pixel_values[:2], cache_implementation="static", return_dict_in_generate=True, **prompt, **LONG
+    )
+    assert torch.equal(again.sequences, expected)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"do_sample": True}], ids=str)
@@ -153,6 +158,18 @@ def test_offloaded_weights_give_the_same_captions(model, pixel_values, offload, 
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_half_precision_generates(model, pixel_values, dtype, num_beams):
     assert model.to(dtype).generate(pixel_values, num_beams=num_beams, **LONG).shape == (5, 9)
+
+
+@pytest.mark.parametrize("num_beams", [1, 3])
+def test_what_is_generated_can_be_trained_on(model, pixel_values, num_beams):
+    """Tensors of inference mode couldn't be."""
+    plain = model.generate(pixel_values, num_beams=num_beams, **LONG)
+    output = model.generate(pixel_values, num_beams=num_beams, **LONG, return_dict_in_generate=True, output_logits=True)
+    assert torch.equal(plain, output.sequences)
+    for tokens in (plain, output.sequences):
+        tokens[:, -1] = 4
+        model(pixel_values, decoder_input_ids=tokens).logits.sum().backward()
+    assert not output.logits[0].is_inference() and not output[CACHE].self_attention_cache.layers[0].keys.is_inference()
 
 
 def test_a_streamer_hears_every_token(model, pixel_values):

@@ -75,7 +75,7 @@ def to_pickle(folder, name="pytorch_model.bin"):
 
 @DOORS
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt"])
-def test_a_pickle_is_refused_and_never_opened_and_the_error_says_how_to_convert_it(copy, door, name, monkeypatch):
+def test_a_pickle_is_refused_and_the_error_says_how_to_convert_it(copy, door, name, monkeypatch):
     to_pickle(copy, name)
     for module in (pickle, torch):
         monkeypatch.setattr(module, "load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
@@ -191,7 +191,9 @@ def test_a_student_alone_still_begins_a_captioner(copy):
     "part, values, named",
     [
         ("text_config", {"vocab_size": 2_000_000}, "decoder.embed_tokens.weight.*2000000"),
-        ("text_config", {"num_hidden_layers": 900}, "decoder.layers.*900"),
+        ("text_config", {"vocab_size": 10**12}, "decoder.embed_tokens.weight.*1000000000000"),
+        ("text_config", {"vocab_size": 10**30}, "expected a config of possible sizes"),
+        ("text_config", {"num_hidden_layers": 3_000}, "decoder.layers.*3000"),
         ("text_config", {"num_hidden_layers": 1}, "decoder.layers.*expects 1 layers, got 3"),
         ("text_config", {"intermediate_size": 2_000_000}, "mlp.fc1.weight"),
         ("vision_config", {"image_size": 800_000}, "position_embeddings"),
@@ -225,8 +227,6 @@ def test_a_config_that_contradicts_its_weights_allocates_no_memory(copy, door, p
 @pytest.mark.parametrize(
     "part, values, named",
     [
-        ("text_config", {"vocab_size": 10**12}, "vocab_size: expected at most"),
-        ("text_config", {"num_hidden_layers": 3_000}, "num_hidden_layers: expected at most 1,024"),
         ("vision_config", {"hidden_size": "12"}, "hidden_size: expected a positive integer"),
         ("vision_config", {"layer_norm_eps": "0"}, "layer_norm_eps"),
         ("text_config", {"initializer_range": float("nan")}, "initializer_range"),

@@ -112,12 +112,12 @@ def test_positions_interpolated_to_their_own_size_are_the_table(model, pixel_val
 
 
 @pytest.mark.parametrize("shape", [(3, 24, 24), (2, 1, 24, 24), (2, 3, 24, 16)])
-def test_pixel_values_of_another_shape_are_an_error_that_says_which_one_was_expected(model, shape):
+def test_pixel_values_of_another_shape_are_an_error_that_names_it(model, shape):
     with pytest.raises(ValueError, match="pixel_values: expected .*24|pixel_values: expected .*3, height"):
         model.get_image_features(torch.zeros(shape))
 
 
-def test_patch_dropout_shortens_training_sequences_and_leaves_inference_alone(pixel_values):
+def test_patch_dropout_shortens_sequences_in_training_only(pixel_values):
     model = tiny_model(vision_config={"patch_dropout": 0.5})
     assert model.vision_model.train()(pixel_values).last_hidden_state.shape == (5, 1 + 4, 12)
     whole = model.vision_model.eval()(pixel_values)
@@ -225,14 +225,12 @@ def test_empty_slots_of_a_static_cache_are_not_looked_at(model, pixel_values, to
 
 
 @pytest.mark.parametrize("name", ["cache", "past_key_values"])
-def test_the_cache_is_taken_under_the_name_of_either_transformers(model, pixel_values, tokens, name, recwarn):
+def test_the_cache_is_taken_under_the_name_of_either_transformers(model, pixel_values, tokens, name):
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     whole = logits_of(model, pixel_values, tokens)
     logits_of(model, pixel_values, tokens[:, :4], **{name: cache})
     assert cache.get_seq_length() == 4
     torch.testing.assert_close(logits_of(model, pixel_values, tokens[:, 4:], **{name: cache}), whole[:, 4:])
-    # The old name is deprecated only where `generate` uses another.
-    assert any("deprecated" in str(one.message) for one in recwarn) == (CACHE == "cache" != name)
 
 
 @pytest.mark.parametrize("memory", ["embedding", "patches"])
@@ -316,7 +314,7 @@ def test_cross_attention_weights_of_one_token_are_ones(model, pixel_values, toke
     assert all((weights == 1).all() for weights in output.cross_attentions)
 
 
-def test_a_unit_norm_embedding_enters_the_decoder_at_the_size_of_its_token_embeddings():
+def test_a_unit_norm_embedding_enters_at_the_size_of_token_embeddings():
     """Unscaled, a 768-vector of norm 1 would change the first logits 28 times less."""
     torch.manual_seed(0)
     images = torch.randn(8, 3, 224, 224)
@@ -479,7 +477,7 @@ def test_teacher_embeddings_of_another_width_are_an_error_that_names_both(model,
 # --- interfaces of transformers ---------------------------------------------------------------------------------------
 
 
-def test_without_a_loss_the_output_has_the_fields_of_transformers_own_class(model, pixel_values, labels):
+def test_without_a_loss_the_output_has_the_fields_of_transformers_own(model, pixel_values, labels):
     fields = {field.name for field in dataclasses.fields(Seq2SeqLMOutput)}
     assert set(model(pixel_values, output_attentions=True, output_hidden_states=True)) <= fields
     assert set(model(pixel_values, labels=labels)) - fields == {"image_embeds", "caption_loss"}
@@ -514,7 +512,7 @@ def test_gradient_checkpointing_changes_no_gradient(pixel_values, labels):
     torch.testing.assert_close(gradients[0], gradients[1])
 
 
-def test_gradient_checkpointing_keeps_no_cache_that_its_second_pass_would_fill_again(model, pixel_values, tokens):
+def test_gradient_checkpointing_keeps_no_cache(model, pixel_values, tokens):
     model.gradient_checkpointing_enable()
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
     output = model.train()(pixel_values, decoder_input_ids=tokens, cache=cache, use_cache=True)
@@ -769,7 +767,7 @@ def test_positions_begin_apart_from_each_other_and_as_loud_as_patches():
     assert 0.1 < positions.std(dim=0).mean() / patches.std() < 10
 
 
-def test_loaded_positions_stay_when_another_weight_of_the_embeddings_is_missing(model, tmp_path):
+def test_loaded_positions_stay_when_another_weight_is_missing(model, tmp_path):
     model.save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     del weights["vision_model.embeddings.cls_token"]

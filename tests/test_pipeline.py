@@ -128,7 +128,7 @@ def test_among_several_images_the_others_still_get_captions(captioner, pictures,
 
 
 @pytest.mark.parametrize("size", [(1, 1), (60, 3), (3, 60), (1, 4), (50, 1)])
-def test_pictures_as_high_as_there_are_channels_are_not_mistaken_for_channels(captioner, size):
+def test_an_image_as_high_as_there_are_channels_is_captioned(captioner, size):
     """transformers 4 guesses the channel axis."""
     from PIL import Image as Pillow
 
