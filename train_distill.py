@@ -32,8 +32,6 @@ from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
 from tinycap.training.checkpoints import complete_checkpoints
-from tinycap.training.cider_reward import CiderReward
-from tinycap.training.configuration import build_config, distillation_problems, fit_config
 from tinycap.training.data import picture_of
 from tinycap.training.loading import Data, cache_teacher_embeddings, create_loaders, load_data
 from tinycap.training.logs import write_json
@@ -43,8 +41,8 @@ from tinycap.training.optimization import create_training, warn_of_few_steps
 from tinycap.training.repository import create_generation_config, save_repository
 from tinycap.training.run_folder import TEACHER_FOLDER, RunFolder, compare_args, push_to_hub, read_run_args
 from tinycap.training.scenes import score_scene_captions
-from tinycap.training.scst import SelfCriticalObjective
-from tinycap.training.student import build_model, load_processors
+from tinycap.training.scst import CiderReward, SelfCriticalObjective
+from tinycap.training.student import build_config, build_model, distillation_problems, fit_config, load_processors
 from tinycap.training.teacher import Teacher
 from tinycap.training.tokenizer import train_tokenizer
 

@@ -32,15 +32,14 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
-from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
 from tinycap.training.loading import create_loaders, load_data
-from tinycap.training.locked_text import LockedTextModel
 from tinycap.training.logs import write_json
 from tinycap.training.loop import StopSignals, create_accelerator, optimizer_steps, run_script, train_step
 from tinycap.training.optimization import create_training
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.run_folder import RunFolder
 from tinycap.training.tokenizer import encode_captions, load_tokenizer, train_tokenizer
+from tinycap.training.towers import LockedTextModel, PretrainedImageTower, pixel_statistics
 
 
 logger = get_logger(__name__)

@@ -1,7 +1,6 @@
-"""Shared fixtures: a tiny model, a tokenizer, images, and a repository of them."""
+"""Sets the environment of all tests and shares them among processes; the fixtures are in `shared_fixtures.py`."""
 
 import atexit
-import json
 import os
 import shutil
 import tempfile
@@ -16,138 +15,34 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Remote code is copied here under its folder's name, which concurrent test runs would share.
 os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # The others have the other cores.
+    os.environ["OMP_NUM_THREADS"] = "1"
 
-import datasets
 import no_network.sitecustomize  # noqa: F401
 import pytest
-import torch
-from PIL import Image
-from tiny import CAPTIONS, TEXT, VISION, draw_picture, png_bytes, tiny_model, tiny_repository_model
-from transformers import (
-    CLIPImageProcessor,
-    CLIPVisionConfig,
-    CLIPVisionModelWithProjection,
-    MobileNetV2Config,
-    MobileNetV2ForImageClassification,
-)
-
-from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
-from tinycap.training.tokenizer import train_tokenizer
 
 
 atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=True)
+pytest.register_assert_rewrite("shared_fixtures")
+
+# Each imports torch, transformers and datasets, and fills a gigabyte.
+MAX_PROCESSES = 4
 
 
-@pytest.fixture
-def model() -> TinyCapForConditionalGeneration:
-    return tiny_model()
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config) -> None:
+    """Runs whole folders of tests in a process for each core, where pytest-xdist is installed; `-n 0` is for one."""
+    options = config.option
+    is_worker = "PYTEST_XDIST_WORKER" in os.environ
+    if is_worker or getattr(options, "numprocesses", 0) is not None or options.usepdb or options.capture == "no":
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    if cores > 1 and all(map(os.path.isdir, config.args)):
+        options.numprocesses, options.dist = min(cores, MAX_PROCESSES), "worksteal"
 
 
-@pytest.fixture
-def pixel_values() -> torch.Tensor:
-    """(5, 3, 24, 24)"""
-    return torch.randn(5, 3, 24, 24, generator=torch.Generator().manual_seed(7))
-
-
-@pytest.fixture
-def labels() -> torch.Tensor:
-    """(5, 7), the third one shorter than the rest."""
-    labels = torch.randint(3, 37, (5, 7), generator=torch.Generator().manual_seed(8))
-    labels[2, 4:] = -100
-    return labels
-
-
-@pytest.fixture(scope="session")
-def tokenizer():
-    return train_tokenizer(CAPTIONS * 3, vocab_size=300, model_max_length=19)
-
-
-@pytest.fixture(scope="session")
-def pictures() -> list[Image.Image]:
-    return [draw_picture(seed) for seed in range(4)]
-
-
-@pytest.fixture(scope="session")
-def repository(tmp_path_factory, tokenizer):
-    """A folder like the output of a run: weights, configs, code, tokenizer, processor."""
-    folder = tmp_path_factory.mktemp("hub") / "tiny-repository"
-    model = tiny_repository_model(tokenizer)
-    model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
-    save_repository(folder, model, tokenizer, create_image_processor(24))
-    return folder
-
-
-# --- a run of train_distill.py ----------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="session")
-def photos(tmp_path_factory) -> str:
-    """A folder of parquet files: 24 training and 6 validation images with two captions each; one row is corrupt."""
-    folder = tmp_path_factory.mktemp("photos")
-    for split, first, num in (("train", 0, 24), ("validation", 24, 6)):
-        rows = {"image": [], "captions": [], "image_id": []}
-        for index in range(first, first + num):
-            content = b"broken" if index == 5 else png_bytes(draw_picture(index))
-            rows["image"].append({"bytes": content, "path": None})
-            rows["captions"].append([CAPTIONS[index % 4], f"picture number {index % 3} ."])
-            rows["image_id"].append(f"photo-{index}")
-        features = datasets.Features(
-            {
-                "image": datasets.Image(),
-                "captions": datasets.List(datasets.Value("string")),
-                "image_id": datasets.Value("string"),
-            }
-        )
-        datasets.Dataset.from_dict(rows, features=features).to_parquet(folder / f"{split}.parquet")
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def teacher(tmp_path_factory) -> str:
-    folder = tmp_path_factory.mktemp("teacher")
-    torch.manual_seed(1)
-    config = CLIPVisionConfig(
-        image_size=32, patch_size=8, hidden_size=18, intermediate_size=22, num_hidden_layers=1, num_attention_heads=3
-    )
-    CLIPVisionModelWithProjection(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def classifier(tmp_path_factory) -> str:
-    """A folder with a tiny pretrained image classifier of seven classes and its image mean and std."""
-    folder = tmp_path_factory.mktemp("classifier")
-    torch.manual_seed(0)
-    config = MobileNetV2Config(image_size=24, depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, num_labels=7)
-    MobileNetV2ForImageClassification(config).save_pretrained(folder)
-    CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="session")
-def config_name(tmp_path_factory) -> str:
-    path = tmp_path_factory.mktemp("config") / "tiny.json"
-    text = {name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
-    vision = {name: value for name, value in VISION.items() if name != "projection_dim"}
-    path.write_text(json.dumps({"vision_config": vision, "text_config": {**text, "max_position_embeddings": 19}}))
-    return str(path)
-
-
-@pytest.fixture
-def undrawn_figures(monkeypatch) -> None:
-    """Saves figures as empty files: drawing takes longer than training a tiny model."""
-    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda figure, *args, **kwargs: None)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
-
-
-@pytest.fixture
-def flags(photos, teacher, config_name, tmp_path, undrawn_figures) -> list[str]:
-    """A run of six steps, three an epoch, with dropout, augmentation and a checkpoint every second step."""
-    return [
-        *("--dataset_name", photos, "--teacher_name_or_path", teacher, "--config_name", config_name),
-        *("--max_caption_length", "12", "--vocab_size", "300", "--per_device_train_batch_size", "7"),
-        *("--captions_per_image", "2", "--max_train_steps", "6", "--checkpointing_steps", "2", "--logging_steps", "1"),
-        *("--num_warmup_steps", "2", "--dropout", "0.1", "--patch_dropout", "0.3", "--dataloader_num_workers", "0"),
-        *("--num_beams", "2", "--output_dir", str(tmp_path / "out")),
-    ]
+def pytest_configure(config) -> None:
+    # A process that only hands out tests needs no fixtures, whose imports take seconds.
+    if getattr(config.option, "dist", "no") == "no":
+        config.pluginmanager.import_plugin("shared_fixtures")

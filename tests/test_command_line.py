@@ -17,13 +17,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from tiny import draw_picture
+from tiny import draw_picture, tiny_repository_model
 from transformers import pipeline
 
 from tinycap.deploy import captioners, cli
 from tinycap.deploy.captioners import CaptionOptions, ImageResult
 from tinycap.deploy.inputs import list_images, read_ahead
 from tinycap.deploy.outputs import CaptionRows, RowFile, Sidecars, alt_attribute
+from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 
 
 NAMES = ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png"]
@@ -775,9 +776,12 @@ def test_options_reach_generate():
 
 
 @pytest.mark.slow
-def test_without_pytorch_the_same_captions_and_confidences(repository, photos, tmp_path):
+def test_without_pytorch_the_same_captions_and_confidences(tokenizer, photos, tmp_path):
     """`tinycap export`, then `--backend onnx` in a process that never imports PyTorch."""
-    model = shutil.copytree(repository, tmp_path / "model")
+    # One layer: the export of another takes three seconds.
+    captioner, model = tiny_repository_model(tokenizer, num_hidden_layers=1), tmp_path / "model"
+    captioner.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
+    save_repository(model, captioner, tokenizer, create_image_processor(24))
     coefficients = {"mean_log_prob": 1.0, "num_tokens": 0.1}
     calibration = {"num_beams": 1, "intercept": 0.5, "coefficients": coefficients}
     (model / "confidence.json").write_text(json.dumps({"calibrations": [calibration]}))

@@ -55,6 +55,7 @@ def in_eight_threads(function, jobs):
     return results
 
 
+@pytest.mark.slow
 def test_one_model_gives_eight_threads_the_captions_it_gives_one(repository, pictures, hurried_threads):
     captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
@@ -78,6 +79,7 @@ def test_one_model_gives_eight_threads_the_captions_it_gives_one(repository, pic
         assert found == expected
 
 
+@pytest.mark.slow
 def test_a_thread_that_takes_gradients_leaves_the_others_captions_alone(model, pixel_values, labels, hurried_threads):
     """Cross-attention has another path with gradients, which is chosen for each thread."""
 

@@ -50,7 +50,8 @@ def calibrated_repository(repository, tmp_path):
 )
 def test_the_models_probability_of_its_caption_is_that_of_reading_it(model, pixel_values, options):
     """For every kind of search, the sum equals that of one forward pass over the finished caption."""
-    for end_token in range(3, 37):
+    usual = model.generate(pixel_values, max_new_tokens=11, **options)
+    for end_token in (token for token in usual.unique().tolist() if token > 2):
         # The first end token that gives captions of several lengths: equal lengths don't test padding.
         model.generation_config.eos_token_id = [2, end_token]
         generated = model.generate(
@@ -307,6 +308,7 @@ def captioned(repository, tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 def test_one_command_calibrates_a_model_and_reports_it(repository, captioned, tmp_path):
     folder = shutil.copytree(repository, tmp_path / "model")
     flags = [

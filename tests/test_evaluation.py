@@ -2,8 +2,6 @@ import contextlib
 import importlib
 import json
 import shutil
-import subprocess
-import sys
 import unicodedata
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +10,7 @@ import datasets
 import evaluate
 import pytest
 import torch
+from fresh import run_fresh
 from PIL import Image
 from tiny import CAPTIONS, draw_picture
 from transformers import AutoModel, AutoProcessor
@@ -439,11 +438,9 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
 
 
 @pytest.mark.slow
-def test_importing_the_model_does_not_import_the_metrics():
+def test_importing_the_model_does_not_import_the_metrics(tmp_path):
     code = (
         "import sys, tinycap.modeling_tinycap, tinycap.pipeline_tinycap; "
         "print([m for m in ('pycocoevalcap', 'matplotlib', 'evaluate', 'datasets.load') if m in sys.modules])"
     )
-    root = REPOSITORY
-    found = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
-    assert found.stdout.strip().endswith("[]")
+    assert run_fresh(code, folder=tmp_path, path=(REPOSITORY,)).strip().endswith("[]")

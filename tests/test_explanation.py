@@ -76,6 +76,7 @@ def pictures_with_a_spot(num: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
     return pixels, place, color
 
 
+@pytest.mark.slow
 def test_saliency_peaks_where_the_information_is():
     """A model learns to name the colour of a patch at a random place, or its absence: its maps must peak there."""
     model = tiny_model(vision_config={"projection_dim": 14}).train()

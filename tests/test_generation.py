@@ -100,6 +100,7 @@ def test_a_replaced_forward_is_used_for_every_token(model, pixel_values, options
     assert len(steps) == 8 and (options or torch.equal(captions, expected))
 
 
+@pytest.mark.slow
 def test_a_compiled_forward_is_used_by_greedy_search(model, pixel_values):
     expected, graphs = model.generate(pixel_values, **LONG), []
 

@@ -558,14 +558,19 @@ def test_text_under_a_processors_names_is_the_decoders(model, pixel_values, toke
 def test_input_ids_as_their_own_labels_are_an_error(model, pixel_values, tokens, labels):
     with pytest.raises(ValueError, match="expected the tokens that follow input_ids, got input_ids"):
         model(pixel_values, input_ids=tokens, labels=tokens)
+
+
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_input_ids_that_labels_follow_give_the_same_loss(model, pixel_values, tokens, compiled):
     following = shift_tokens_right(tokens, 1, 0)
-    for called in (model, torch.compile(model, fullgraph=True, backend="eager")):
-        torch.testing.assert_close(
-            called(pixel_values, input_ids=following, labels=tokens).loss, model(pixel_values, labels=tokens).loss
-        )
+    called = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
+    torch.testing.assert_close(
+        called(pixel_values, input_ids=following, labels=tokens).loss, model(pixel_values, labels=tokens).loss
+    )
 
 
 @pytest.mark.parametrize("use_cache", [False, True])
+@pytest.mark.slow
 def test_a_forward_with_a_mask_is_one_graph(model, pixel_values, tokens, use_cache):
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -13,10 +12,12 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from fresh import run_fresh
 from PIL import Image
 from tiny import draw_picture, png_bytes, tiny_model
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, pipeline
 
+from tinycap import REPOSITORY
 from tinycap.deploy.export import DecoderGraph, EncoderGraph, export_onnx
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
@@ -236,15 +237,8 @@ def test_onnxruntime_is_imported_with_its_telemetry_off(tmp_path, module):
 
         onnxruntime.SessionOptions()
     """
-    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), f"tinycap.{module}"],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).resolve().parents[1],
-        env={**environment, "HOME": str(tmp_path)},
-    )
-    assert done.returncode == 0, done.stderr
+    variables = {"ORT_DISABLE_TELEMETRY": None, "CI": None, "HOME": str(tmp_path)}
+    run_fresh(textwrap.dedent(code), f"tinycap.{module}", folder=tmp_path, path=(REPOSITORY,), **variables)
     assert not [path for path in tmp_path.rglob("*") if "onnx" in path.name.lower() or "device" in path.name.lower()]
 
 

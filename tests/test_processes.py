@@ -12,9 +12,9 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from ranks import Ranks
 from safetensors.torch import load_file
 from tiny import CAPTIONS, draw_picture, log_rows, png_bytes
-from two_ranks import TwoRanks
 
 from tinycap import train_distill
 
@@ -37,7 +37,7 @@ def test_two_processes_come_to_the_weights_of_one_within_1e5(flags, tmp_path):
     # 23 images by 2 x 3 x 2: the last step of an epoch is smaller, and captions differ in length.
     common = [*flags, "--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "20", "--learning_rate", "3e-3"]
     common += ["--gradient_accumulation_steps", "2", "--checkpointing_steps", "20"]
-    both = TwoRanks([*common, "--per_device_train_batch_size", "3"], tmp_path / "log", tmp_path / "seen")
+    both = Ranks([*common, "--per_device_train_batch_size", "3"], tmp_path / "log", tmp_path / "seen")
     train_distill.main([*common, "--per_device_train_batch_size", "6", "--output_dir", str(tmp_path / "one")])
     both.finish()
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "one"))
@@ -54,7 +54,7 @@ def test_two_processes_come_to_the_weights_of_one_within_1e5(flags, tmp_path):
 def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
     cache = ("--teacher_cache_dir", tmp_path / "cache", "--teacher_views", "2")
     more = ("--per_device_train_batch_size", "3", "--max_train_steps", "3")
-    TwoRanks([*flags, *more, *cache], tmp_path / "log").finish()
+    Ranks([*flags, *more, *cache], tmp_path / "log").finish()
     out = tmp_path / "out"
     assert [row["step"] for row in log_rows(out) if "loss" in row] == [1, 2, 3]
     assert (out / "model.safetensors").exists() and (out / "checkpoint-3" / "random_states_1.pkl").exists()
@@ -64,7 +64,7 @@ def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
 def test_two_processes_train_a_patch_memory_without_a_teacher(flags, tmp_path):
     flags = without(flags, "--teacher_name_or_path")
     patches = ("--distill_weight", "0", "--memory", "patches")
-    TwoRanks([*flags, "--per_device_train_batch_size", "3", *patches], tmp_path / "log").finish()
+    Ranks([*flags, "--per_device_train_batch_size", "3", *patches], tmp_path / "log").finish()
     assert len([row for row in log_rows(tmp_path / "out") if "loss" in row]) == 6
 
 
@@ -96,7 +96,7 @@ def test_uneven_shards_show_every_image_once_an_epoch_also_resumed(flags, uneven
     common += ["--captions_per_image", "1", "--checkpointing_steps", "3", "--dataloader_num_workers", "1"]
     common += ["--checkpoints_total_limit", "9"]
     common += ["--max_train_steps", "10"]
-    TwoRanks(common, tmp_path / "log", tmp_path / "whole").finish()
+    Ranks(common, tmp_path / "log", tmp_path / "whole").finish()
     seen = seen_by(tmp_path / "whole")
     assert [len(share) for share in seen] in ([18, 4], [4, 18])
     assert Counter(sum(seen, [])) == {f"photo-{index}": 2 for index in range(11)}
@@ -108,7 +108,7 @@ def test_uneven_shards_show_every_image_once_an_epoch_also_resumed(flags, uneven
     state = [json.loads((checkpoint / f"process_state_{rank}.json").read_text()) for rank in range(2)]
     assert sorted(place["finished"] for place in state) == [False, True]
     resume = ("--resume_from_checkpoint", checkpoint)
-    TwoRanks([*common, *resume], tmp_path / "log", tmp_path / "resumed").finish()
+    Ranks([*common, *resume], tmp_path / "log", tmp_path / "resumed").finish()
     assert seen_by(tmp_path / "resumed") == seen_by(tmp_path / "whole", after=3)
     resumed = load_file(tmp_path / "out" / "model.safetensors")
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -137,5 +137,5 @@ def test_a_stopped_pair_of_processes_leaves_a_checkpoint_and_goes_on(flags, tmp_
     assert len(checkpoints) == 1 and not list((tmp_path / "out").glob(".checkpoint-*"))
     step = int(checkpoints[0].name.split("-")[1])
     resume = ("--resume_from_checkpoint", "latest", "--max_train_steps", str(step + 2))
-    TwoRanks([*common, *resume], tmp_path / "log").finish()
+    Ranks([*common, *resume], tmp_path / "log").finish()
     assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == list(range(1, step + 3))

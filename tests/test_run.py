@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import signal
-import subprocess
 import sys
 from argparse import Namespace
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 import yaml
 from accelerate import Accelerator
+from fresh import run_fresh
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file
 from tiny import log_rows
@@ -332,7 +332,7 @@ def test_the_cards_code_runs_from_another_folder_and_names_the_base_model(
     assert front["base_model"] == repository.name and front["pipeline_tag"] == "image-to-text"
     assert f"Started from: `{repository.name}`" in card
     code = re.search("```python\n(.*?)```", card, re.S)[1]
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, capture_output=True)
+    run_fresh(code, folder=tmp_path)
 
 
 def test_a_base_model_is_named_by_its_folder_or_its_hub_id(tmp_path, monkeypatch):

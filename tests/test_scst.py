@@ -1,10 +1,17 @@
+import pytest
 import torch
 from pycocoevalcap.cider.cider import Cider
 from tiny import CAPTIONS, tiny_repository_model
 
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
-from tinycap.training.cider_reward import END_WORD, CiderReward
-from tinycap.training.scst import SelfCriticalObjective, labels_of, self_critical_advantage, self_critical_loss
+from tinycap.training.scst import (
+    END_WORD,
+    CiderReward,
+    SelfCriticalObjective,
+    labels_of,
+    self_critical_advantage,
+    self_critical_loss,
+)
 
 
 REFERENCES = [[caption, f"again , {caption}"] for caption in CAPTIONS]
@@ -54,6 +61,7 @@ def test_the_loss_makes_better_samples_likelier_and_worse_ones_less_likely():
     assert not logits.grad[0, 2].any(), "padding has no say"
 
 
+@pytest.mark.slow
 def test_training_on_a_reward_raises_it(tokenizer):
     """On a model that is small enough to train in seconds."""
     model = tiny_repository_model(tokenizer)

@@ -22,9 +22,15 @@ def change(folder, file: str, **fields) -> None:
 
 
 @pytest.fixture
-def models(repository, tmp_path):
+def models(made_models, tmp_path):
     """Folders of three models: the repository's and two with other weights."""
-    folders = [tmp_path / name for name in ("a", "b", "c")]
+    return [shutil.copytree(folder, tmp_path / folder.name) for folder in made_models]
+
+
+@pytest.fixture(scope="module")
+def made_models(repository, tmp_path_factory):
+    root = tmp_path_factory.mktemp("models")
+    folders = [root / name for name in ("a", "b", "c")]
     for index, folder in enumerate(folders):
         shutil.copytree(repository, folder)
         model = TinyCapForConditionalGeneration.from_pretrained(folder)

@@ -18,10 +18,9 @@ from transformers import (
     ViTModel,
 )
 
-from tinycap.training import image_tower
-from tinycap.training.image_tower import PretrainedImageTower
-from tinycap.training.locked_text import TEXT_HEAD_FILE
+from tinycap.training import towers
 from tinycap.training.teacher import Teacher, VisionTower
+from tinycap.training.towers import TEXT_HEAD_FILE, PretrainedImageTower
 
 
 VISION = {
@@ -133,7 +132,7 @@ def test_a_frozen_tower_looks_at_a_large_batch_in_parts(classifier, monkeypatch)
     tower = PretrainedImageTower.from_pretrained(classifier, 14, is_frozen=True).train()
     pixels, sizes = torch.randn(7, 3, 32, 32), []
     whole = tower(pixel_values=pixels).image_embeds
-    monkeypatch.setattr(image_tower, "FROZEN_BATCH_SIZE", 3)
+    monkeypatch.setattr(towers, "FROZEN_BATCH_SIZE", 3)
     tower.classifier.register_forward_pre_hook(
         lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
     )
@@ -141,7 +140,7 @@ def test_a_frozen_tower_looks_at_a_large_batch_in_parts(classifier, monkeypatch)
     assert sizes == [3, 3, 1]
 
 
-def test_a_tower_trained_against_texts_is_a_teacher_and_any_other_classifier_is_none(classifier, pixels, tmp_path):
+def test_a_tower_with_a_text_head_is_a_teacher_another_classifier_is_not(classifier, pixels, tmp_path):
     tower = PretrainedImageTower.from_pretrained(classifier, projection_dim=13)
     folder = tmp_path / "tower"
     tower.save_pretrained(folder, tower.state_dict())
@@ -163,17 +162,17 @@ def test_a_text_encoder_and_an_empty_folder_are_no_image_towers(tmp_path):
             PretrainedImageTower.from_pretrained(str(tmp_path / name), 13)
 
 
-def test_an_image_tower_whose_weights_are_missing_is_an_error_that_names_them(classifier, tmp_path):
+def test_an_image_tower_without_all_weights_is_an_error_that_names_them(classifier, tmp_path):
     shutil.copytree(classifier, tmp_path / "cut")
     weights = load_file(tmp_path / "cut" / "model.safetensors")
     lost = next(name for name in weights if "conv_1x1" in name)
     del weights[lost]
     save_file(weights, tmp_path / "cut" / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(ValueError, match=f"cut: expected all its weights, 1 are missing.*{lost}"):
+    with pytest.raises(ValueError, match=f"cut: expected all weights of an image model.*, 1 are missing.*{lost}"):
         PretrainedImageTower.from_pretrained(str(tmp_path / "cut"), 13)
 
 
-def test_a_tower_that_knows_its_patches_places_keeps_its_size_and_a_convolutional_one_takes_any(classifier, tmp_path):
+def test_learned_positions_fix_a_towers_size_convolutions_take_any(classifier, tmp_path):
     sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 14}
     ViTModel(ViTConfig(image_size=24, patch_size=8, **sizes)).save_pretrained(tmp_path)
     tower = PretrainedImageTower.from_pretrained(str(tmp_path), 13)

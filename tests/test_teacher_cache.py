@@ -60,7 +60,7 @@ def build(collator, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("mixup", [0.0, 0.5])
-def test_the_cache_holds_what_the_teacher_says_of_just_the_students_picture(build, collator, mixup):
+def test_the_cache_holds_the_teachers_embedding_of_the_students_crop(build, collator, mixup):
     teacher, dataset = make_teacher(), make_dataset(mixup=mixup)
     dataset.teacher_cache = build(teacher, dataset)
     keys = [(epoch, random.Random(epoch).randrange(11)) for epoch in range(9)]

@@ -52,14 +52,14 @@ def save_tokenizer(folder, **special_tokens):
     return str(folder)
 
 
-def test_a_tokenizer_without_pad_and_start_token_uses_its_end_token_as_gpt2_does(tmp_path):
+def test_a_tokenizer_without_pad_and_start_token_uses_its_end_token(tmp_path):
     tokenizer = load_tokenizer(save_tokenizer(tmp_path, eos_token="<end>"))
     assert tokenizer.pad_token_id == tokenizer.bos_token_id == tokenizer.eos_token_id == 2
     assert len(tokenizer) == 4
     assert encode_captions(tokenizer, ["a dog"], 9) == [[0, 1, 2]]
 
 
-def test_a_tokenizer_that_marks_sentences_as_bert_does_frames_captions_with_its_own_marks(tmp_path):
+def test_berts_marks_serve_as_start_and_end_token(tmp_path):
     tokenizer = load_tokenizer(save_tokenizer(tmp_path, cls_token="a", sep_token="<end>", pad_token="<unk>"))
     assert (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token) == ("a", "<end>", "<unk>")
     assert encode_captions(tokenizer, ["dog dog"], 9) == [[1, 1, 2]]

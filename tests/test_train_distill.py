@@ -1,9 +1,6 @@
 import io
 import json
-import os
 import shutil
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
@@ -12,16 +9,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from ranks import Ranks
 from safetensors.torch import load_file
 from tiny import CAPTIONS, draw_picture, log_rows, png_bytes, tiny_model, tiny_repository_model
 from transformers import pipeline
 
 from tinycap import train_distill
 from tinycap.training.arguments import flags_of
-from tinycap.training.configuration import SCENE_CONFIG
 from tinycap.training.flags import SCENE_DEFAULTS
 from tinycap.training.loop import NonFiniteLossError
 from tinycap.training.repository import create_image_processor, save_repository
+from tinycap.training.student import SCENE_CONFIG
 
 
 def test_a_run_leaves_a_complete_repository_and_its_reports(flags, tmp_path, monkeypatch):
@@ -296,11 +294,7 @@ def test_webdataset_shards_train_and_resume_to_the_same_weights(flags, tmp_path,
 @pytest.mark.slow
 def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
     # accelerate has one precision in a process.
-    code = "import sys; from tinycap import train_distill; train_distill.main(sys.argv[1:])"
-    root = Path(train_distill.__file__).parent
-    command = [sys.executable, "-c", code, *flags, "--mixed_precision", "bf16", "--max_train_steps", "2"]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    subprocess.run(command, check=True, cwd=root, env=environment, capture_output=True)
+    Ranks([*flags, "--mixed_precision", "bf16", "--max_train_steps", "2"], tmp_path / "log", number=1).finish()
     assert load_file(tmp_path / "out" / "model.safetensors")["decoder.embed_tokens.weight"].dtype == torch.float32
 
 

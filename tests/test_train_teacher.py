@@ -19,9 +19,9 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap import train_teacher
 from tinycap.training import loop
-from tinycap.training.locked_text import TEXT_HEAD_FILE, LockedTextModel
 from tinycap.training.teacher import Teacher
 from tinycap.training.tokenizer import load_tokenizer
+from tinycap.training.towers import TEXT_HEAD_FILE, LockedTextModel
 
 
 TINY = [

@@ -37,6 +37,7 @@ def arguments(folder, **changes) -> TrainingArguments:
     )
 
 
+@pytest.mark.slow
 def test_trainer_learns_both_parts_of_the_objective_and_its_folder_loads(tmp_path):
     model = tiny_model()
     trainer = Trainer(model, arguments(tmp_path, num_train_epochs=40), train_dataset=Pairs(), eval_dataset=Pairs())
@@ -53,6 +54,7 @@ def test_trainer_learns_both_parts_of_the_objective_and_its_folder_loads(tmp_pat
     }
 
 
+@pytest.mark.slow
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path):
     weights = []
     for batch, accumulated in ((6, 1), (3, 2)):

@@ -138,6 +138,7 @@ def test_a_text_whose_words_were_dropped_is_noticed(big_tokenizer):
         trim_vocab.check_tokenisation(big_tokenizer, small, kept, CAPTIONS)
 
 
+@pytest.mark.slow
 def test_beam_captions_that_differ_are_counted_and_reported(big_tokenizer, tmp_path, capsys):
     """Beam search's sums change by the dropped tokens' share of the probability, which is most of it here."""
     big, small = save_big_repository(tmp_path / "unsure-model", big_tokenizer, 5.0), tmp_path / "small"
@@ -182,6 +183,7 @@ def gpt2_like() -> PreTrainedTokenizerFast:
     )
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_one_special_token_for_everything(tmp_path, capsys):
     tokenizer = gpt2_like()
     ids = {name: tokenizer.eos_token_id for name in ("pad_token_id", "bos_token_id", "eos_token_id")}

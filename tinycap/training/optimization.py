@@ -6,54 +6,43 @@ import math
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LRScheduler
 from transformers import get_scheduler
 
 
 logger = logging.getLogger(__name__)
 
-# With fewer steps a captioner with fresh weights writes "A man in a a."; the shortest recipe that works takes 1,500.
-FEW_STEPS = 500
-
 OPTIMIZERS = ("adamw", "muon")
 # Largest share of a run's steps for a warm-up whose length isn't given.
 MAX_WARMUP_SHARE = 0.1
+# With fewer steps a captioner with fresh weights writes "A man in a a."; the shortest recipe that works takes 1,500.
+FEW_STEPS = 500
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Two groups for AdamW: matrices of linear layers and convolutions decay; everything else doesn't.
+    """Two groups for AdamW: weights of linear layers and convolutions decay; everything else doesn't.
 
-    Norms and biases set scales and offsets; decay would only shrink rarely used rows of embeddings, positions and
-    `[CLS]`. A head tied to the embedding counts as embedding.
+    Norms and biases set scales and offsets; decay would only shrink rarely used rows of embeddings. A tied head counts
+    as embedding.
     """
-    decayed, others, seen = [], [], set()
+    is_matrix = {}
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if not parameter.requires_grad or id(parameter) in seen:
-                continue
-            seen.add(id(parameter))
-            is_matrix = isinstance(module, (nn.Linear, nn.Conv2d)) and name == "weight"
-            (decayed if is_matrix else others).append(parameter)
+            if parameter.requires_grad:
+                is_matrix.setdefault(parameter, isinstance(module, (nn.Linear, nn.Conv2d)) and name == "weight")
+    decayed, others = ([parameter for parameter in is_matrix if is_matrix[parameter] == kind] for kind in (True, False))
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
 
 
 class OptimizerPair(torch.optim.Optimizer):
-    """Two optimizers of different parameters with one schedule and one checkpoint.
+    """Two optimizers of different parameters with one schedule and one checkpoint."""
 
-    Does not call the base constructor: groups and state are those of the two.
-    """
-
-    def __init__(self, first: torch.optim.Optimizer, second: torch.optim.Optimizer):
-        self.optimizers = (first, second)
-        self.defaults = {}
+    def __init__(self, *optimizers: torch.optim.Optimizer):
+        # Without the base constructor: the groups and their state are those of the two.
+        self.optimizers, self.defaults = optimizers, {}
 
     @property
     def param_groups(self) -> list[dict]:
         return [group for optimizer in self.optimizers for group in optimizer.param_groups]
-
-    @property
-    def state(self) -> dict:
-        return {key: value for optimizer in self.optimizers for key, value in optimizer.state.items()}
 
     def step(self, closure: None = None) -> None:
         for optimizer in self.optimizers:
@@ -80,15 +69,10 @@ def create_optimizer(
     https://arxiv.org/abs/2502.16982), scaled so that AdamW's learning rate and decay fit them; AdamW trains the rest.
 
     Args:
-        model: whose parameters to train.
-        learning_rate: the peak; a scheduler varies it.
         weight_decay: of the matrices, see `parameter_groups`.
-        name: one of `OPTIMIZERS`.
+        name: one of `OPTIMIZERS`; muon needs torch 2.9.
         kernel_scale: learning rate of convolutions over that of the rest. A step of Adam changes the output of a ViT's
             patch embedding in proportion to a patch's values: 3,072 for 32 x 32, where other layers have 128 inputs.
-
-    Raises:
-        ValueError: the optimizer is unknown, or this PyTorch lacks it.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"optimizer: expected one of {', '.join(OPTIMIZERS)}, got {name!r}")
@@ -99,59 +83,42 @@ def create_optimizer(
     if name == "adamw" and kernel_scale == 1.0:
         return torch.optim.AdamW([decayed, others], **adamw)
     # Muon takes no convolution weights, and their learning rate may differ.
-    matrices = [parameter for parameter in decayed["params"] if parameter.dim() == 2]
+    matrices = {**decayed, "params": [parameter for parameter in decayed["params"] if parameter.dim() == 2]}
     kernels = [parameter for parameter in decayed["params"] if parameter.dim() != 2]
-    scaled = {"params": kernels, "weight_decay": weight_decay, "lr": kernel_scale * learning_rate}
-    groups = [group for group in (scaled, others) if group["params"]]
+    scaled = {**decayed, "params": kernels, "lr": kernel_scale * learning_rate}
+    rest = [group for group in (scaled, others) if group["params"]]
     if name == "adamw":
-        return torch.optim.AdamW([{**decayed, "params": matrices}, *groups], **adamw)
-    muon = torch.optim.Muon(matrices, learning_rate, weight_decay, adjust_lr_fn="match_rms_adamw")
-    return OptimizerPair(muon, torch.optim.AdamW(groups, **adamw))
+        return torch.optim.AdamW([matrices, *rest], **adamw)
+    muon = torch.optim.Muon([matrices], learning_rate, adjust_lr_fn="match_rms_adamw")
+    return OptimizerPair(muon, torch.optim.AdamW(rest, **adamw))
 
 
 def plan_steps(args: argparse.Namespace, steps_per_epoch: int | None, checkpoint_args: dict | None) -> None:
     """Computes `max_train_steps` from the epochs, and limits a warm-up of default length in a short run.
 
-    Args:
-        steps_per_epoch: optimizer steps; `None` for a stream, where `max_train_steps` is given.
-        checkpoint_args: arguments of the run that is resumed, whose warm-up is kept.
+    A stream has no `steps_per_epoch`; a resumed run keeps the warm-up of its `checkpoint_args`.
     """
     if args.max_train_steps is None:
         args.max_train_steps = max(1, math.ceil(args.num_train_epochs * steps_per_epoch))
-    if "num_warmup_steps" in args.given:
-        return
-    if checkpoint_args is not None:
-        args.num_warmup_steps = checkpoint_args["num_warmup_steps"]
-    else:
-        args.num_warmup_steps = min(args.num_warmup_steps, int(MAX_WARMUP_SHARE * args.max_train_steps))
+    if "num_warmup_steps" not in args.given:
+        limit = min(args.num_warmup_steps, int(MAX_WARMUP_SHARE * args.max_train_steps))
+        args.num_warmup_steps = checkpoint_args["num_warmup_steps"] if checkpoint_args else limit
 
 
 def warn_of_few_steps(args: argparse.Namespace) -> None:
     """Warns of a run too short for a captioner with fresh weights to learn to write."""
     if args.model_name_or_path is None and args.max_train_steps < FEW_STEPS:
         logger.warning(
-            "%d optimizer steps are too few for a captioner with fresh weights: expected at least %d, by more "
-            "--num_train_epochs. With few images, adapt a trained one: --model_name_or_path CHECKPOINT "
-            "--distill_weight 0 --learning_rate 1e-4",
-            args.max_train_steps,
-            FEW_STEPS,
+            f"{args.max_train_steps} optimizer steps are too few for a captioner with fresh weights: expected at least "
+            f"{FEW_STEPS}, by more --num_train_epochs. With few images, adapt a trained one: --model_name_or_path "
+            "CHECKPOINT --distill_weight 0 --learning_rate 1e-4"
         )
 
 
-def create_training(
-    model: nn.Module, args: argparse.Namespace, num_processes: int
-) -> tuple[torch.optim.Optimizer, LRScheduler]:
+def create_training(model: nn.Module, args: argparse.Namespace, num_processes: int) -> tuple:
     """The optimizer and the learning rate schedule of a run of either script."""
     name = getattr(args, "optimizer", "adamw")
     optimizer = create_optimizer(model, args.learning_rate, args.weight_decay, name, args.patch_learning_rate_scale)
-    return optimizer, create_scheduler(optimizer, args, num_processes)
-
-
-def create_scheduler(optimizer: torch.optim.Optimizer, args: argparse.Namespace, num_processes: int) -> LRScheduler:
-    """The learning rate schedule; accelerate steps it once for each process."""
-    return get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        num_warmup_steps=args.num_warmup_steps * num_processes,
-        num_training_steps=args.max_train_steps * num_processes,
-    )
+    # accelerate steps the schedule once for each process.
+    steps = (args.num_warmup_steps * num_processes, args.max_train_steps * num_processes)
+    return optimizer, get_scheduler(args.lr_scheduler_type, optimizer, *steps)

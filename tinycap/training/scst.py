@@ -5,12 +5,50 @@ Several captions are sampled for each image. The baseline of each one's reward i
 (Luo, 2020, https://arxiv.org/abs/2003.09971), which needs no extra decoding, unlike the original's greedy caption.
 """
 
-from collections.abc import Callable
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from pycocoevalcap.cider.cider_scorer import CiderScorer
 from transformers import PreTrainedTokenizerFast
+
+from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
+
+
+# Scored like a word: otherwise a truncated caption would cost nothing.
+END_WORD = "<end>"
+
+
+def with_end(caption: str) -> str:
+    return f"{ptb_tokenize(caption)} {END_WORD}"
+
+
+class CiderReward(CiderScorer):
+    """CIDEr of single captions with the document frequencies of a training set: the captions of each of its images."""
+
+    # `compute_cider` sets it to the logarithm of the number of scored images.
+    ref_len = property(lambda self: self.log_num_images, lambda self, value: None)
+
+    def __init__(self, references: Iterable[Sequence[str]]):
+        super().__init__()
+        for captions in references:
+            self.cook_append(None, list(map(with_end, captions)))
+        self.compute_doc_freq()
+        # Unlike the scorer's dictionary, it doesn't grow when it is read.
+        self.document_frequency = Counter(self.document_frequency)
+        self.log_num_images = math.log(len(self.crefs))
+
+    def __call__(
+        self, captions: Sequence[str], references: Sequence[Sequence[str]], ended: Sequence[bool]
+    ) -> torch.Tensor:
+        """CIDEr, (N,) float32 from 0 to 10, of N captions; `ended`: whether each has its end token."""
+        self.crefs, self.ctest = [], []
+        for caption, human, whole in zip(captions, references, ended):
+            self.cook_append(with_end(caption) if whole else ptb_tokenize(caption), list(map(with_end, human)))
+        return torch.tensor(self.compute_cider(), dtype=torch.float32)
 
 
 def labels_of(sequences: torch.Tensor, eos_token_id: int) -> torch.Tensor:
@@ -41,27 +79,15 @@ def self_critical_loss(logits: torch.Tensor, labels: torch.Tensor, advantage: to
 
 @dataclass
 class SelfCriticalObjective:
-    """The losses of one step of self-critical training.
+    """The losses of one step of self-critical training, with at least 2 samples an image.
 
-    Args:
-        reward: scores N captions, given the references of each and whether each has its end token.
-        num_samples: captions sampled for an image, at least 2.
+    `reward` scores N captions, given the references of each and whether each has its end token.
     """
 
     tokenizer: PreTrainedTokenizerFast
     reward: Callable[..., torch.Tensor]
     num_samples: int
     max_new_tokens: int
-
-    @torch.no_grad()
-    def sample(self, model, pixel_values: torch.Tensor) -> torch.Tensor:
-        """(B * num_samples, 1 + T) sequences, sampled from `model` without dropout."""
-        was_training = model.training
-        model.eval()
-        options = {"num_return_sequences": self.num_samples, "max_new_tokens": self.max_new_tokens}
-        sequences = model.generate(pixel_values, do_sample=True, num_beams=1, top_k=0, **options)
-        model.train(was_training)
-        return sequences
 
     def __call__(self, model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Samples captions of the batch's images and rewards those above average.
@@ -73,7 +99,12 @@ class SelfCriticalObjective:
         Returns:
             `loss`, `scst_loss`, `distill_loss` where there is a teacher, and `reward`, the mean CIDEr of the samples.
         """
-        sequences = self.sample(unwrapped, batch["pixel_values"])
+        options = {"num_return_sequences": self.num_samples, "max_new_tokens": self.max_new_tokens}
+        was_training = unwrapped.training
+        # Sampled without dropout; `generate` computes no gradients.
+        unwrapped.eval()
+        sequences = unwrapped.generate(batch["pixel_values"], do_sample=True, num_beams=1, top_k=0, **options)
+        unwrapped.train(was_training)
         labels = labels_of(sequences, self.tokenizer.eos_token_id)
         captions = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         references = [human for human in batch["references"] for _ in range(self.num_samples)]
@@ -81,15 +112,11 @@ class SelfCriticalObjective:
         rewards = self.reward(captions, references, ended).to(labels.device)
         advantage = self_critical_advantage(rewards.view(-1, self.num_samples)).flatten()
         # Not as labels, for which the model would compute an unused loss.
-        output = model(
-            pixel_values=batch["pixel_values"],
-            decoder_input_ids=sequences[:, :-1],
-            teacher_embeds=teacher_embeds,
-            use_cache=False,
-        )
-        losses = {"scst_loss": self_critical_loss(output.logits, labels, advantage)}
-        loss = losses["scst_loss"]
+        inputs = {"pixel_values": batch["pixel_values"], "decoder_input_ids": sequences[:, :-1]}
+        output = model(**inputs, teacher_embeds=teacher_embeds, use_cache=False)
+        loss = self_critical_loss(output.logits, labels, advantage)
+        losses = {"loss": loss, "scst_loss": loss, "reward": rewards.mean()}
         if output.distill_loss is not None:
             losses["distill_loss"] = output.distill_loss
-            loss = loss + unwrapped.config.distill_weight * output.distill_loss
-        return {"loss": loss, **losses, "reward": rewards.mean()}
+            losses["loss"] = loss + unwrapped.config.distill_weight * output.distill_loss
+        return losses

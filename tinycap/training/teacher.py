@@ -9,8 +9,7 @@ from transformers import AutoConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
-from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
-from tinycap.training.locked_text import TEXT_HEAD_FILE
+from tinycap.training.towers import TEXT_HEAD_FILE, PretrainedImageTower, load_weights, pixel_statistics
 
 
 logger = logging.getLogger(__name__)
@@ -28,24 +27,15 @@ class Teacher(nn.Module):
     """A frozen CLIP vision model, always in eval mode.
 
     Args:
-        vision_model: the model, or another image tower that `train_teacher.py` has trained.
-        feature: "pooled" for the pooled output before the visual projection (768 values for ViT-B/32), "projected" for
-            `image_embeds` after it (512).
+        vision_model (`CLIPVisionModelWithProjection` or `PretrainedImageTower`): the image tower.
+        feature (`str`): "pooled" for the pooled output before the visual projection (768 values for ViT-B/32),
+            "projected" for `image_embeds` after it (512).
         teacher_mean, teacher_std: per channel, what the teacher's pixels are normalised by; CLIP's if not given.
         image_mean, image_std: per channel, what the incoming pixels are normalised by; the teacher's if not given.
-
-    Raises:
-        ValueError: there is no such feature, or the tower doesn't have it.
     """
 
     def __init__(
-        self,
-        vision_model: CLIPVisionModelWithProjection | PretrainedImageTower,
-        feature: str = "pooled",
-        teacher_mean: list[float] | None = None,
-        teacher_std: list[float] | None = None,
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
+        self, vision_model, feature="pooled", teacher_mean=None, teacher_std=None, image_mean=None, image_std=None
     ):
         super().__init__()
         if feature not in FEATURES:
@@ -55,6 +45,9 @@ class Teacher(nn.Module):
             raise ValueError(f"teacher_feature: expected projected, the only one of a {name}, got {feature!r}")
         self.vision_model = vision_model.eval().requires_grad_(False)
         self.feature = feature
+        config = vision_model.config
+        self.embed_dim = config.hidden_size if feature == "pooled" else config.projection_dim
+        self.image_size = config.image_size
         teacher_mean = torch.tensor(teacher_mean or OPENAI_CLIP_MEAN)
         teacher_std = torch.tensor(teacher_std or OPENAI_CLIP_STD)
         image_mean = teacher_mean if image_mean is None else torch.tensor(image_mean)
@@ -64,30 +57,21 @@ class Teacher(nn.Module):
         self.register_buffer("shift", ((image_mean - teacher_mean) / teacher_std).view(3, 1, 1), persistent=False)
 
     @classmethod
-    def from_pretrained(
-        cls,
-        name_or_path: str,
-        feature: str = "pooled",
-        image_mean: list[float] | None = None,
-        image_std: list[float] | None = None,
-    ) -> "Teacher":
-        """Loads a teacher from the Hub or a folder: a whole `CLIPModel`, its vision half, or an image tower of another
-        architecture that `train_teacher.py` has trained against texts. Arguments as in the class.
-
-        Raises:
-            ValueError: not a CLIP vision model, weights of it are missing, or it can't be found.
+    def from_pretrained(cls, name_or_path: str, feature="pooled", image_mean=None, image_std=None) -> "Teacher":
+        """Loads a `CLIPModel`, its vision half, or another image tower that `train_teacher.py` has trained against
+        texts; arguments as in the class. Raises `ValueError` where it is none of them or lacks weights.
         """
         try:
-            config = AutoConfig.from_pretrained(name_or_path)
+            model_type = AutoConfig.from_pretrained(name_or_path).model_type
         except (OSError, ValueError) as error:
             raise ValueError(
                 f"teacher {name_or_path}: expected a CLIP model on the Hub or in a local folder: {error}"
             ) from error
-        statistics = pixel_statistics(name_or_path)
-        if statistics is None:
-            logger.info("teacher %s has no preprocessor_config.json; CLIP's mean and deviation are taken", name_or_path)
-        normalisation = (*(statistics or (None, None)), image_mean, image_std)
-        if config.model_type not in ("clip", "clip_vision_model"):
+        if model_type in ("clip", "clip_vision_model"):
+            # The pooled feature doesn't use the projection.
+            unused = "visual_projection" if feature == "pooled" else ""
+            vision_model = load_weights(VisionTower, name_or_path, "a CLIP vision model", unused)
+        else:
             # Any image classifier has this format; only one trained against texts is a teacher.
             try:
                 cached_file(name_or_path, TEXT_HEAD_FILE)
@@ -95,31 +79,13 @@ class Teacher(nn.Module):
                 raise ValueError(
                     f"teacher {name_or_path}: expected a CLIP vision model (model_type clip or clip_vision_model), or "
                     f"an image tower with the {TEXT_HEAD_FILE} that train_teacher.py leaves beside it, "
-                    f"got model_type {config.model_type!r}"
+                    f"got model_type {model_type!r}"
                 ) from error
-            return cls(PretrainedImageTower.from_pretrained(name_or_path), feature, *normalisation)
-        vision_model, report = VisionTower.from_pretrained(name_or_path, dtype=torch.float32, output_loading_info=True)
-        wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
-        if feature == "pooled":
-            # The projection is unused, and may be missing.
-            wrong = [name for name in wrong if "visual_projection" not in name]
-        if wrong:
-            raise ValueError(
-                f"teacher {name_or_path}: expected all weights of a CLIP vision model, "
-                f"{len(wrong)} are missing or of another shape: {', '.join(wrong[:5])}"
-            )
-        return cls(vision_model, feature, *normalisation)
-
-    @property
-    def embed_dim(self) -> int:
-        """Width of the embedding."""
-        config = self.vision_model.config
-        return config.hidden_size if self.feature == "pooled" else config.projection_dim
-
-    @property
-    def image_size(self) -> int:
-        """Side of its input images, pixels."""
-        return self.vision_model.config.image_size
+            vision_model = PretrainedImageTower.from_pretrained(name_or_path)
+        statistics = pixel_statistics(name_or_path)
+        if statistics is None:
+            logger.info("teacher %s has no preprocessor_config.json; CLIP's mean and deviation are taken", name_or_path)
+        return cls(vision_model, feature, *(statistics or (None, None)), image_mean, image_std)
 
     def check_width(self, projection_dim: int) -> None:
         """Raises `ValueError` unless the student's `projection_dim` is the teacher's width; names both."""
@@ -137,11 +103,9 @@ class Teacher(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embeds (B, 3, H, W) pixels, normalised by `image_mean` and `image_std`, to (B, embed_dim) of unit norm."""
         pixel_values = pixel_values.float() * self.scale + self.shift
-        size = self.image_size
-        if pixel_values.shape[-2:] != (size, size):
-            pixel_values = F.interpolate(
-                pixel_values, size=(size, size), mode="bicubic", align_corners=False, antialias=True
-            )
+        size = (self.image_size, self.image_size)
+        if pixel_values.shape[-2:] != size:
+            pixel_values = F.interpolate(pixel_values, size, mode="bicubic", align_corners=False, antialias=True)
         if self.feature == "pooled":
             embeds = self.vision_model.vision_model(pixel_values=pixel_values).pooler_output
         else:

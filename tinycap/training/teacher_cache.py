@@ -9,7 +9,6 @@ everything that shapes them. It depends on contents, not on paths or times, so t
 import hashlib
 import json
 import logging
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,50 +32,36 @@ CACHE_VERSION = 2
 
 
 def teacher_recipe(
-    teacher: Teacher, dataset: CaptionDataset, collator: CaptionCollator, dataset_fingerprint: str
+    teacher: Teacher, dataset: CaptionDataset, collator: CaptionCollator, dataset_fingerprint: str, precision: str
 ) -> dict:
     """Everything that an embedding of the cache depends on, as JSON."""
     weights = hashlib.sha256()
     for name, value in sorted(teacher.vision_model.state_dict().items()):
         weights.update(name.encode())
         weights.update(value.cpu().contiguous().numpy().tobytes())
-    augmentation = vars(dataset.augmentation).copy()
-    if not augmentation["mixup"]:
-        # Keeps the key of caches from before mixup.
-        del augmentation["mixup"]
+    # Without mixup, the key of caches from before mixup.
+    augmentation = {name: value for name, value in vars(dataset.augmentation).items() if name != "mixup" or value}
     pixels = {"scale": teacher.scale, "shift": teacher.shift}
     pixels |= {"image_mean": collator.image_mean, "image_std": collator.image_std}
     return {
-        "version": CACHE_VERSION,
-        "shard_size": SHARD_SIZE,
-        "teacher": weights.hexdigest(),
-        "feature": teacher.feature,
+        **{"version": CACHE_VERSION, "shard_size": SHARD_SIZE, "precision": precision},
+        **{"teacher": weights.hexdigest(), "feature": teacher.feature},
         **{name: values.flatten().tolist() for name, values in pixels.items()},
-        "image_size": dataset.image_size,
-        "augmentation": augmentation,
-        "seed": dataset.seed,
-        "num_rows": len(dataset),
-        "dataset": dataset_fingerprint,
+        **{"image_size": dataset.image_size, "augmentation": augmentation, "seed": dataset.seed},
+        **{"num_rows": len(dataset), "dataset": dataset_fingerprint},
     }
 
 
 @dataclass
 class TeacherCache:
-    """Embeddings by view and row, memory-mapped: 3 kB for a view of an image at width 768.
+    """Memory-mapped embeddings, 3 kB for a view of an image at width 768, by view and part of the rows."""
 
-    Args:
-        shards: for each view, its files' tensors (rows, embed_dim) in order.
-    """
-
-    shards: list[list[torch.Tensor]]
-
-    @property
-    def num_views(self) -> int:
-        return len(self.shards)
+    shards: dict[tuple[int, int], torch.Tensor]
+    num_views: int
 
     def __call__(self, view: int, row: int) -> torch.Tensor:
         """(embed_dim,) float32, unit norm."""
-        return self.shards[view][row // SHARD_SIZE][row % SHARD_SIZE]
+        return self.shards[view, row // SHARD_SIZE][row % SHARD_SIZE]
 
 
 @torch.no_grad()
@@ -94,50 +79,38 @@ def build_teacher_cache(
     """Computes what `cache_dir` doesn't hold yet, each process its share, and opens the whole cache.
 
     Every file is written under a temporary name and renamed, so that an interrupted build continues where it stopped,
-    and later runs with more views only add theirs.
-
-    Args:
-        dataset: the images; its augmentation and seed define the views.
-        dataset_fingerprint: the `content_fingerprint` of the dataset's rows.
-
-    Raises:
-        ValueError: a file in the cache isn't what its name says; names it.
+    and later runs with more views only add theirs. The dataset's augmentation and seed define the views, and
+    `dataset_fingerprint` its rows. Raises `ValueError` for a damaged file, which it names.
     """
-    recipe = teacher_recipe(teacher, dataset, collator, dataset_fingerprint)
-    recipe["precision"] = accelerator.mixed_precision
+    recipe = teacher_recipe(teacher, dataset, collator, dataset_fingerprint, accelerator.mixed_precision)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(cache_dir) / f"teacher-{key}"
     folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
-    starts = range(0, len(dataset), SHARD_SIZE)
-    shards = [
-        (view, range(start, min(start + SHARD_SIZE, len(dataset)))) for view in range(num_views) for start in starts
-    ]
-    paths = [folder / f"view-{view:03}-{rows.start // SHARD_SIZE:06}.safetensors" for view, rows in shards]
-    missing = [(path, view, rows) for path, (view, rows) in zip(paths, shards) if not path.exists()]
+    parts = [range(start, min(start + SHARD_SIZE, len(dataset))) for start in range(0, len(dataset), SHARD_SIZE)]
+    shards = [(view, part) for view in range(num_views) for part in range(len(parts))]
+    paths = {(view, part): folder / f"view-{view:03}-{part:06}.safetensors" for view, part in shards}
+    missing = [shard for shard in shards if not paths[shard].exists()]
     # Before any process writes: all must come to the same list.
     accelerator.wait_for_everyone()
-    share = missing[accelerator.process_index :: accelerator.num_processes]
     if missing:
         logger.info("Teacher embeddings of %d views are written to %s", num_views, folder)
-    total = sum(math.ceil(len(rows) / batch_size) for *_, rows in share)
+    share = missing[accelerator.process_index :: accelerator.num_processes]
     hidden = not accelerator.is_main_process or not missing
-    with tqdm(total=total, desc="Precomputing teacher embeddings", disable=hidden) as progress:
-        for path, view, rows in share:
-            keys = [(view, row) for row in rows]
-            loader = DataLoader(dataset, batch_size, sampler=keys, collate_fn=collator, num_workers=num_workers)
-            embeds = []
-            for batch in loader:
-                with accelerator.autocast():
-                    embeds.append(teacher(batch["pixel_values"].to(accelerator.device)).float().cpu())
-                progress.update()
-            aside = path.with_name(f".{path.name}.{accelerator.process_index}")
-            save_file({"image_embeds": torch.cat(embeds)}, aside)
-            aside.replace(path)
+    for view, part in tqdm(share, desc="Precomputing teacher embeddings", disable=hidden):
+        keys = [(view, row) for row in parts[part]]
+        embeds = []
+        for batch in DataLoader(dataset, batch_size, sampler=keys, collate_fn=collator, num_workers=num_workers):
+            with accelerator.autocast():
+                embeds.append(teacher(batch["pixel_values"].to(accelerator.device)).float().cpu())
+        path = paths[view, part]
+        aside = path.with_name(f".{path.name}.{accelerator.process_index}")
+        save_file({"image_embeds": torch.cat(embeds)}, aside)
+        aside.replace(path)
     accelerator.wait_for_everyone()
-    opened = [_open_shard(path, (len(rows), teacher.embed_dim)) for path, (_, rows) in zip(paths, shards)]
-    return TeacherCache([opened[view * len(starts) :][: len(starts)] for view in range(num_views)])
+    opened = {shard: _open_shard(paths[shard], (len(parts[shard[1]]), teacher.embed_dim)) for shard in shards}
+    return TeacherCache(opened, num_views)
 
 
 def _open_shard(path: Path, shape: tuple[int, int]) -> torch.Tensor:

@@ -4,7 +4,7 @@ import logging
 import re
 from collections.abc import Iterable
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 
@@ -21,36 +21,30 @@ def train_tokenizer(captions: Iterable[str], vocab_size: int, model_max_length: 
     """Trains a byte-level BPE (Sennrich et al. 2016, on bytes as in GPT-2) on the captions.
 
     Args:
-        vocab_size: tokens at most, special ones included; fewer if the captions have fewer merges.
+        vocab_size: tokens at most, special ones included; fewer if the captions have fewer merges; at least 259.
         model_max_length: tokens a caption may have, special ones included.
 
     Returns:
         A fast tokenizer with `<pad>`, `<s>` and `</s>` that puts `<s>` before every text.
-
-    Raises:
-        ValueError: `vocab_size` is below 259.
     """
     if vocab_size < MIN_VOCAB_SIZE:
         raise ValueError(
             f"vocab_size: expected at least {MIN_VOCAB_SIZE} (256 bytes and 3 special tokens), got {vocab_size}"
         )
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        (LONG_WORD.sub(r"\1 ", caption) for caption in captions),
+        vocab_size,
         # A merge seen once is often a typing error.
         min_frequency=2,
         # The end token mustn't be id 2, which CLIP's text model handles as in its earliest checkpoints.
         special_tokens=[PAD_TOKEN, EOS_TOKEN, BOS_TOKEN],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator((LONG_WORD.sub(r"\1 ", caption) for caption in captions), trainer)
+    tokenizer = Tokenizer.from_str(bpe.to_str())
     # With the start token in the template, generation can start from an empty prompt.
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"{BOS_TOKEN} $A", special_tokens=[(BOS_TOKEN, tokenizer.token_to_id(BOS_TOKEN))]
-    )
+    start = [(BOS_TOKEN, tokenizer.token_to_id(BOS_TOKEN))]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{BOS_TOKEN} $A", special_tokens=start)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token=PAD_TOKEN,
@@ -67,10 +61,7 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     """Loads a pretrained tokenizer and fills in missing special tokens, without enlarging the vocabulary.
 
     BERT's `[CLS]` and `[SEP]` serve as start and end token. Without a pad or start token (GPT-2) the end token serves;
-    it is still learnt, since labels are masked by length, not by token id.
-
-    Raises:
-        ValueError: there is no end token, or no tokenizer that can be read.
+    it is still learnt, since labels are masked by length, not by token id. Raises `ValueError` without an end token.
     """
     try:
         # Without the argument, transformers would ask whether to run the checkpoint's code.
@@ -78,17 +69,14 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     except Exception as error:
         # `tokenizers` raises plain `Exception`, and transformers various errors on a damaged file.
         raise ValueError(f"tokenizer {name_or_path}: expected one that transformers can load: {error}") from error
-    for token, substitute in (("bos_token", tokenizer.cls_token), ("eos_token", tokenizer.sep_token)):
-        if getattr(tokenizer, token) is None and substitute is not None:
-            setattr(tokenizer, token, substitute)
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"tokenizer {name_or_path}: expected an end token (eos_token), where generation stops, got none"
-        )
-    for token in ("pad_token", "bos_token"):
+    end = tokenizer.eos_token or tokenizer.sep_token
+    if end is None or tokenizer.convert_tokens_to_ids(end) is None:
+        raise ValueError(f"tokenizer {name_or_path}: expected an end token (eos_token) to stop generation, got none")
+    substitutes = {"eos_token": end, "bos_token": tokenizer.cls_token or end, "pad_token": end}
+    for token, substitute in substitutes.items():
         if getattr(tokenizer, token) is None:
-            logger.info("tokenizer %s has no %s; %s serves as one", name_or_path, token, tokenizer.eos_token)
-            setattr(tokenizer, token, tokenizer.eos_token)
+            logger.info("tokenizer %s has no %s; %s serves as one", name_or_path, token, substitute)
+            setattr(tokenizer, token, substitute)
     # The prompts of a batch must end at the same position.
     tokenizer.padding_side = "left"
     return tokenizer

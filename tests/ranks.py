@@ -1,4 +1,4 @@
-"""Two ranks of `train_distill.py` on this machine, as started by torchrun, but forked from a server that has already
+"""Ranks of `train_distill.py` on this machine, as started by torchrun, but forked from a server that has already
 imported the libraries: imports take longer than a test's training."""
 
 import json
@@ -10,10 +10,10 @@ from pathlib import Path
 from tinycap import train_distill
 
 
-def run_rank(rank: int, port: int, argv: list[str], log: Path, witness: Path | None) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", ACCELERATE_USE_CPU="true"
-    )
+def run_rank(rank: int, number: int, port: int, argv: list[str], log: Path, witness: Path | None) -> None:
+    os.environ["ACCELERATE_USE_CPU"] = "true"
+    if number > 1:
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number))
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
     # As in a process of torchrun: the loaders' workers are forked and import nothing.
     multiprocessing.set_start_method("fork", force=True)
@@ -34,24 +34,24 @@ def run_rank(rank: int, port: int, argv: list[str], log: Path, witness: Path | N
     train_distill.main(argv)
 
 
-class TwoRanks:
+class Ranks:
     """A started training.
 
     Args:
         argv: of `train_distill.py`.
-        log: file for the output of both ranks.
-        witness: prefix of two files, to which each rank writes the ids of the images of every step.
+        log: file for the output of all ranks.
+        witness: prefix of files, to which each rank writes the ids of the images of every step.
+        number: of ranks.
     """
 
-    def __init__(self, argv: list, log: Path, witness: Path | None = None):
+    def __init__(self, argv: list, log: Path, witness: Path | None = None, number: int = 2):
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["tinycap.train_distill"])
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         self.log = log
-        self.ranks = [
-            context.Process(target=run_rank, args=(rank, port, list(map(str, argv)), log, witness)) for rank in range(2)
-        ]
+        common = (number, port, list(map(str, argv)), log, witness)
+        self.ranks = [context.Process(target=run_rank, args=(rank, *common)) for rank in range(number)]
         for process in self.ranks:
             process.start()
 
@@ -61,4 +61,4 @@ class TwoRanks:
         codes = [process.exitcode for process in self.ranks]
         for process in self.ranks:
             process.kill()
-        assert codes == [0, 0], self.log.read_text()[-4000:]
+        assert codes == [0] * len(codes), self.log.read_text()[-4000:]
