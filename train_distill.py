@@ -5,13 +5,12 @@
     python train_distill.py --dataset_name my_images --teacher_name_or_path openai/clip-vit-base-patch32
         trains on captioned images; `accelerate launch` in place of `python` does so on several devices.
 
-Reading order: arguments, teacher, one step, one evaluation, results, the run.
+Reading order: arguments, teacher, losses, evaluation, results, the run. The optimizer step is `loop.train_step`.
 """
 
 import argparse
 import os
 import time
-from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -31,15 +30,15 @@ from tinycap import train_teacher
 from tinycap.evaluation.fidelity import distillation_fidelity
 from tinycap.evaluation.metrics import score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
-from tinycap.training.arguments import build_parser, check_sources, parse_flags
+from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
-from tinycap.training.checkpoints import complete_checkpoints, seed_step
+from tinycap.training.checkpoints import complete_checkpoints
 from tinycap.training.cider_reward import CiderReward
 from tinycap.training.configuration import build_config, distillation_problems, fit_config
 from tinycap.training.data import picture_of
 from tinycap.training.loading import Data, cache_teacher_embeddings, create_loaders, load_data
 from tinycap.training.logs import write_json
-from tinycap.training.loop import Evaluation, Step, check_finite, create_accelerator, run_script, run_steps
+from tinycap.training.loop import StopSignals, create_accelerator, optimizer_steps, run_script, train_step
 from tinycap.training.model_card import summarize, write_model_card
 from tinycap.training.optimization import create_training, warn_of_few_steps
 from tinycap.training.repository import create_generation_config, save_repository
@@ -62,12 +61,13 @@ SCENE_TEACHER_SHARE = 0.25
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the flags; contradictions are errors that name them."""
-    args = parse_flags("distill", argv, __doc__.split("\n\n")[0])
-    # Where a configuration may set the weight, `build_config` checks it.
-    if "distill_weight" in args.given or (args.model_name_or_path is None and args.config_name is None):
-        for problem in distillation_problems(args):
-            build_parser("distill").error(problem)
-    return args
+
+    def problems(args: argparse.Namespace):
+        # Where a configuration may set the weight, `build_config` checks it.
+        is_default = args.model_name_or_path is None and args.config_name is None
+        return distillation_problems(args) if is_default or "distill_weight" in args.given else ()
+
+    return parse_flags("distill", argv, __doc__.split("\n\n")[0], problems)
 
 
 # --- teacher ----------------------------------------------------------------------------------------------------------
@@ -98,25 +98,24 @@ def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, run:
         compare_args(f"teacher {folder}", read_run_args(folder) or {}, scenes)
         return folder
     logger.info("First, a teacher is trained on drawn scenes; then the student.")
-    workers = ("dataloader_num_workers", "preprocessing_num_workers")
-    flags = {"output_dir": folder, **scenes, **{name: getattr(args, name) for name in workers}}
-    argv = [word for name, value in flags.items() if value is not None for word in (f"--{name}", str(value))]
-    resumed = complete_checkpoints(folder)
-    argv += ["--resume_from_checkpoint", "latest"] if resumed else ["--overwrite_output_dir"]
+    workers = {name: getattr(args, name) for name in ("dataloader_num_workers", "preprocessing_num_workers")}
+    flags = {"output_dir": folder, **scenes, **workers}
+    argv = [f"--{name}={value}" for name, value in flags.items() if value is not None]
+    argv += ["--resume_from_checkpoint=latest"] if complete_checkpoints(folder) else ["--overwrite_output_dir"]
     train_teacher.main(argv, accelerator, share=SCENE_TEACHER_SHARE)
     # accelerate saves everything that it has prepared: without this, the student's checkpoints would hold the teacher.
     accelerator.free_memory()
     return folder
 
 
-def describe_teacher(args: argparse.Namespace, teacher: Teacher | None) -> str:
-    if teacher is None:
-        return "none"
-    name = args.teacher_name_or_path or "trained in the same run"
-    return f"{name}, {args.teacher_feature} feature of width {teacher.embed_dim}"
+def teacher_embeddings(teacher: Teacher | None, batch: dict) -> torch.Tensor | None:
+    """The targets of a batch: from the cache, or of a teacher; `None` without one."""
+    if teacher is None or "teacher_embeds" in batch:
+        return batch.get("teacher_embeds")
+    return teacher(batch["pixel_values"])
 
 
-# --- one step ---------------------------------------------------------------------------------------------------------
+# --- losses -----------------------------------------------------------------------------------------------------------
 
 
 def joint_losses(model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -131,78 +130,42 @@ def joint_losses(model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | N
     return {name: output[name] for name in ("loss", "caption_loss", "distill_loss") if output.get(name) is not None}
 
 
-def train_step(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    model,
-    optimizer,
-    scheduler,
-    teacher: Teacher | None,
-    objective,
-    step: Step,
-    number: int,
+def create_objective(args: argparse.Namespace, data: Data, tokenizer):
+    """`joint_losses`, or another function of its arguments for self-critical training."""
+    if args.objective == "cross_entropy":
+        return joint_losses
+    logger.info("Counting the words of the training captions, for their CIDEr.")
+    reward = CiderReward(data.train["captions"])
+    return SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
+
+
+def compute_losses(
+    accelerator: Accelerator, model, teacher: Teacher | None, objective, batch: dict
 ) -> dict[str, torch.Tensor]:
-    """One optimizer step, the `number`-th.
-
-    Returns:
-        This process's part of each named loss, whose mean over the processes is the whole step's; and `grad_norm`,
-        where gradients are clipped.
-
-    Raises:
-        NonFiniteLossError: a loss is infinite or NaN; the weights are unchanged.
-    """
-    named = {}
-    for index, batch in enumerate(step.batches):
-        # Dropout and patch dropout depend on the step only, so that a resumed run repeats them.
-        seed_step(args.seed, number * args.gradient_accumulation_steps + index, accelerator.process_index)
-        is_last = index == len(step.batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            with accelerator.autocast():
-                teacher_embeds = batch.get("teacher_embeds")
-                if teacher_embeds is None and teacher is not None:
-                    teacher_embeds = teacher(batch["pixel_values"])
-                losses = objective(model, accelerator.unwrap_model(model), batch, teacher_embeds)
-            check_finite(losses, number, batch["image_ids"])
-            # The caption loss is a mean over tokens, the others over images.
-            images, tokens = step.image_shares[index], step.token_shares[index]
-            loss = images * losses["loss"]
-            if "caption_loss" in losses:
-                loss = loss + (tokens - images) * losses["caption_loss"]
-            accelerator.backward(loss)
-        losses["loss"] = loss
-        for name, value in losses.items():
-            share = {"loss": 1.0, "caption_loss": tokens}.get(name, images)
-            named[name] = named.get(name, 0.0) + share * value.detach()
-    if args.max_grad_norm > 0:
-        named["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    return named
+    """The named losses of a batch."""
+    with accelerator.autocast():
+        return objective(model, accelerator.unwrap_model(model), batch, teacher_embeddings(teacher, batch))
 
 
-# --- one evaluation ---------------------------------------------------------------------------------------------------
+# --- evaluation -------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def evaluate(
-    accelerator: Accelerator, model, loader: DataLoader, data: Data, tokenizer, teacher: Teacher | None, run: RunFolder
-) -> Evaluation:
-    """Losses, captions by `model.generation_config`, their scores, and the embeddings' fidelity to the teacher.
+    accelerator: Accelerator, model, loader: DataLoader, data: Data, tokenizer, teacher: Teacher | None
+) -> tuple[dict[str, float], list[str]]:
+    """Metrics, and a caption for each validation image, in order, by `model.generation_config`.
 
     With several processes the losses may count a few images of the last batch twice; captions and scores don't.
 
     Args:
         model: the unwrapped model.
-        run: keeps the weights if they are the best so far, and that is asked for.
     """
     model.eval()
     captions, student_embeds, teacher_embeds, losses = [], [], [], []
     progress = tqdm(loader, desc="Validating", leave=False, disable=None if accelerator.is_local_main_process else True)
     for batch in progress:
-        target = batch.get("teacher_embeds")
-        if target is None and teacher is not None:
-            target = teacher(batch["pixel_values"])
+        target = teacher_embeddings(teacher, batch)
         with accelerator.autocast():
             encoder_outputs = model.get_encoder()(batch["pixel_values"], return_dict=True)
             output = model(
@@ -224,66 +187,44 @@ def evaluate(
     metrics.update(score_captions(captions, list(data.validation["captions"])))
     if data.scenes is not None:
         metrics.update(score_scene_captions(captions, data.scenes))
-    run.keep_best(model, metrics)
-    return Evaluation(metrics, captions)
+    return metrics, captions
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def save_results(args, model, tokenizer, image_processor, data: Data, evaluation: Evaluation, run_info: dict) -> None:
-    """Writes the model repository, its reports and its card to `args.output_dir`, and uploads them if asked for.
+def describe_run(args, accelerator: Accelerator, data: Data, model, teacher: Teacher | None) -> dict[str, str]:
+    """Facts for the model card, see its template; logs the main ones."""
+    batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    precision = accelerator.mixed_precision.replace("no", "float32")
+    facts = {
+        "num_parameters": f"{model.num_parameters():,}",
+        "num_train_images": "a stream" if data.train is None else f"{len(data.train):,} images",
+        "steps": f"{args.max_train_steps:,} of {batch_size} images with {args.captions_per_image} caption(s) each",
+        "device": f"{accelerator.num_processes} x {accelerator.device.type}, {precision}",
+        "teacher": "none",
+    }
+    if teacher is not None:
+        name = args.teacher_name_or_path or "trained in the same run"
+        facts["teacher"] = f"{name}, {args.teacher_feature} feature of width {teacher.embed_dim}"
+    logger.info("Training %(num_parameters)s parameters on %(num_train_images)s, steps: %(steps)s; %(device)s.", facts)
+    return facts
 
-    Args:
-        model: the unwrapped model.
-        run_info: see `write_model_card`.
-    """
+
+def save_results(args, model, tokenizer, image_processor, data: Data, metrics, captions, run_info: dict) -> None:
+    """Writes the model repository, its reports and its card to `args.output_dir`, and uploads them if asked for."""
     output_dir = Path(args.output_dir)
     save_repository(output_dir, model, tokenizer, image_processor)
-    write_json(output_dir / "eval_results.json", evaluation.metrics)
+    write_json(output_dir / "eval_results.json", metrics)
     plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
-    shown = range(min(16, len(evaluation.captions)))
-    contact_sheet(
-        [picture_of(data.validation[row]) for row in shown],
-        [evaluation.captions[row] for row in shown],
-        output_dir / "samples.png",
-        references=[data.validation[row]["captions"][0] for row in shown],
-        title="Held-out images: the model's caption, and a human's" if args.dataset_name else "Unseen scenes",
-    )
-    write_model_card(output_dir / "README.md", args, model.config, evaluation.metrics, run_info)
+    shown = [data.validation[row] for row in range(min(16, len(captions)))]
+    title = "Held-out images: the model's caption, and a human's" if args.dataset_name else "Unseen scenes"
+    pictures, references = [picture_of(row) for row in shown], [row["captions"][0] for row in shown]
+    contact_sheet(pictures, captions[: len(shown)], output_dir / "samples.png", references=references, title=title)
+    write_model_card(output_dir / "README.md", args, model.config, metrics, run_info)
     if args.push_to_hub:
         logger.info("Uploaded to %s", push_to_hub(args))
-    print(summarize(evaluation.metrics, output_dir))
-
-
-def create_objective(args: argparse.Namespace, data: Data, tokenizer):
-    """Computes the named losses of a batch; see `joint_losses`."""
-    if args.objective == "cross_entropy":
-        return joint_losses
-    logger.info("Counting the words of the training captions, for their CIDEr.")
-    reward = CiderReward(data.train["captions"])
-    return SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
-
-
-def describe_run(
-    args: argparse.Namespace, accelerator: Accelerator, data: Data, num_parameters: int, teacher_name: str
-) -> dict:
-    """Facts for the model card; logs the main ones."""
-    batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    num_train_images = "a stream" if data.train is None else f"{len(data.train):,} images"
-    logger.info(
-        f"Training {num_parameters:,} parameters on {num_train_images}, {args.max_train_steps:,} steps of {batch_size} "
-        f"images, {args.captions_per_image} caption(s) each, on {accelerator.device} x {accelerator.num_processes}, "
-        f"{'float32' if accelerator.mixed_precision == 'no' else accelerator.mixed_precision}."
-    )
-    return {
-        "num_parameters": num_parameters,
-        "steps": args.max_train_steps,
-        "batch_size": batch_size,
-        "device": f"{accelerator.num_processes} x {accelerator.device.type}",
-        "teacher": teacher_name,
-        "num_train_images": num_train_images,
-    }
+    print(summarize(metrics, output_dir))
 
 
 # --- the run ----------------------------------------------------------------------------------------------------------
@@ -308,7 +249,6 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     image_size = config.vision_config.image_size
     tokenizer, image_processor = load_processors(args, image_size)
     teacher = load_teacher(args, accelerator, run, image_processor)
-    teacher_name = describe_teacher(args, teacher)
     # Precomputed teacher embeddings may be those of larger crops than the student's.
     teacher_crop_size = image_size if args.teacher_cache_dir is None else max(image_size, teacher.image_size)
     data = load_data(args, accelerator, image_size, teacher_crop_size, run.skipped)
@@ -319,38 +259,45 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model = build_model(args, config)
     decoding = (args.max_caption_length, args.num_beams, args.length_penalty)
     model.generation_config = create_generation_config(tokenizer, *decoding)
-    num_parameters = model.num_parameters()
 
-    collator = CaptionCollator(
-        tokenizer, args.max_caption_length, image_processor.image_mean, image_processor.image_std
-    )
+    statistics = (image_processor.image_mean, image_processor.image_std)
+    collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics)
     batches, validation_loader = create_loaders(args, accelerator, data, collator, image_size, run.skipped)
     if args.teacher_cache_dir is not None:
         cache_teacher_embeddings(args, accelerator, teacher, data, (batches, validation_loader), teacher_crop_size)
-        # Frees it (350 MB for ViT-B/32): all its embeddings are cached.
-        teacher = None
     run.start(batches, data.fingerprint)
     warn_of_few_steps(args)
-    optimizer, scheduler = create_training(model, args, accelerator.num_processes)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    run_info = describe_run(args, accelerator, data, model, teacher)
+    if args.teacher_cache_dir is not None:
+        # Frees it (350 MB for ViT-B/32): all its embeddings are cached.
+        teacher = None
+    optimizer, lr_scheduler = create_training(model, args, accelerator.num_processes)
+    wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     run.resume(batches)
-    objective = create_objective(args, data, tokenizer)
-    unwrapped = accelerator.unwrap_model(model)
-    run_info = describe_run(args, accelerator, data, num_parameters, teacher_name)
 
-    take_step = partial(train_step, args, accelerator, model, optimizer, scheduler, teacher, objective)
-    validate = partial(evaluate, accelerator, unwrapped, validation_loader, data, tokenizer, teacher, run)
+    objective = create_objective(args, data, tokenizer)
+    losses_of = partial(compute_losses, accelerator, wrapped, teacher, objective)
+    validate = partial(evaluate, accelerator, model, validation_loader, data, tokenizer, teacher)
     dummy_batch = partial(collator.dummy_batch, image_size, args.captions_per_image)
     model.train()
-    evaluation = run_steps(args, accelerator, batches, scheduler, run, take_step, validate, dummy_batch)
+    with StopSignals() as signals:
+        for step in optimizer_steps(run, batches, signals, dummy_batch):
+            losses = train_step(args, accelerator, wrapped, optimizer, lr_scheduler, losses_of, step)
+            run.log_step(step, losses, lr_scheduler)
+            if step.validates:
+                run.log_validation(validate()[0], model)
+            if step.saves:
+                run.save_checkpoint(batches)
+    metrics, captions = validate()
+    run.log_validation(metrics, model)
     if args.load_best_model_at_end:
-        run.load_best(unwrapped)
-        evaluation = validate()
-    run_info.update(hours=(time.perf_counter() - started) / 3600, num_images=len(evaluation.captions))
+        run.load_best(model)
+        metrics, captions = validate()
+    run_info.update(hours=(time.perf_counter() - started) / 3600, num_images=len(captions))
     if accelerator.is_main_process:
-        save_results(args, unwrapped, tokenizer, image_processor, data, evaluation, run_info)
+        save_results(args, model, tokenizer, image_processor, data, metrics, captions, run_info)
     accelerator.end_training()
-    return evaluation.metrics
+    return metrics
 
 
 if __name__ == "__main__":

@@ -6,13 +6,12 @@
 For images unlike those of the web, and for machines without a network. For web images,
 openai/clip-vit-base-patch32, trained on 400 million pairs, is the better teacher by far.
 
-Reading order: arguments, model and objective, one evaluation, one step, results, the run.
+Reading order: arguments, model and losses, evaluation, the run. The optimizer step is `loop.train_step`.
 """
 
 import argparse
 import math
 import os
-from contextlib import nullcontext
 from functools import partial
 
 
@@ -31,14 +30,13 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 # In a clone, `tinycap` adds the repository's root to its path: its modules import one another by the package's name.
 from tinycap.modeling_tinycap import position_table
-from tinycap.training.arguments import build_parser, check_sources, parse_flags
+from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
-from tinycap.training.checkpoints import seed_step
 from tinycap.training.image_tower import PretrainedImageTower, pixel_statistics
 from tinycap.training.loading import create_loaders, load_data
 from tinycap.training.locked_text import LockedTextModel
 from tinycap.training.logs import write_json
-from tinycap.training.loop import Evaluation, Step, check_finite, create_accelerator, run_script, run_steps
+from tinycap.training.loop import StopSignals, create_accelerator, optimizer_steps, run_script, train_step
 from tinycap.training.optimization import create_training
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.run_folder import RunFolder
@@ -53,54 +51,44 @@ MAX_LOGIT_SCALE = math.log(100.0)
 MAX_CACHED_CAPTIONS = 200_000
 
 
-# --- arguments --------------------------------------------------------------------------------------------------------
-
-
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     """Reads and checks the flags; contradictions are errors that name them."""
-    args = parse_flags("teacher", argv, __doc__.split("\n\n")[0])
-    parser = build_parser("teacher")
-    if args.image_model_name_or_path is None and args.image_size % args.patch_size != 0:
-        parser.error(f"--image_size: expected a multiple of --patch_size {args.patch_size}, got {args.image_size}")
-    for prefix in ("", "text_"):
-        width, heads = getattr(args, f"{prefix}hidden_size"), getattr(args, f"{prefix}num_attention_heads")
-        if width % heads != 0:
-            parser.error(f"--{prefix}hidden_size: expected a multiple of {heads} heads, got {width}")
-    return args
 
+    def problems(args: argparse.Namespace):
+        if args.image_model_name_or_path is None and args.image_size % args.patch_size != 0:
+            yield f"--image_size: expected a multiple of --patch_size {args.patch_size}, got {args.image_size}"
+        for prefix in ("", "text_"):
+            width, heads = getattr(args, f"{prefix}hidden_size"), getattr(args, f"{prefix}num_attention_heads")
+            if width % heads != 0:
+                yield f"--{prefix}hidden_size: expected a multiple of {heads} heads, got {width}"
 
-# --- model and objective ----------------------------------------------------------------------------------------------
+    return parse_flags("teacher", argv, __doc__.split("\n\n")[0], problems)
 
 
 def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextModel:
     """A `CLIPModel` with fresh weights, or an image tower, fresh or pretrained, with a frozen sentence encoder."""
-    if args.image_model_name_or_path is not None:
-        tower = PretrainedImageTower.from_pretrained(
-            args.image_model_name_or_path, args.projection_dim, args.freeze_image_model
-        )
-        tower.set_image_size(args.image_size)
-        return LockedTextModel.from_text_model(tower, args.text_model_name_or_path)
 
-    def tower_sizes(prefix: str) -> dict:
+    def tower(prefix: str) -> dict:
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
         sizes = {name: getattr(args, f"{prefix}{name}") for name in names}
         shared = {"attention_dropout": args.attention_dropout, "projection_dim": args.projection_dim}
         return {**sizes, "intermediate_size": 4 * sizes["hidden_size"], **shared}
 
-    vision = {"image_size": args.image_size, "patch_size": args.patch_size, **tower_sizes("")}
+    if args.image_model_name_or_path is not None:
+        options = (args.projection_dim, args.freeze_image_model)
+        model = PretrainedImageTower.from_pretrained(args.image_model_name_or_path, *options)
+        model.set_image_size(args.image_size)
+        return LockedTextModel.from_text_model(model, args.text_model_name_or_path)
+    vision = {"image_size": args.image_size, "patch_size": args.patch_size, **tower("")}
     if args.text_model_name_or_path is not None:
-        vision_model = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
-        init_positions(vision_model)
-        return LockedTextModel.from_text_model(vision_model, args.text_model_name_or_path)
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
+        init_positions(model)
+        return LockedTextModel.from_text_model(model, args.text_model_name_or_path)
     if tokenizer.eos_token_id == 2:
         # CLIPTextModel takes it for the mark of its earliest checkpoints, and then pools another token.
         raise ValueError("tokenizer: expected an end token of another id than 2, got 2")
     # A caption's length doesn't count the start token.
-    text = {
-        **tower_sizes("text_"),
-        "vocab_size": len(tokenizer),
-        "max_position_embeddings": args.max_caption_length + 1,
-    }
+    text = {"vocab_size": len(tokenizer), "max_position_embeddings": args.max_caption_length + 1, **tower("text_")}
     text.update({name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")})
     model = CLIPModel(CLIPConfig(vision_config=vision, text_config=text, projection_dim=args.projection_dim))
     init_positions(model)
@@ -121,35 +109,29 @@ def text_inputs(labels: torch.Tensor, tokenizer) -> dict[str, torch.Tensor]:
     is_padding = input_ids == -100
     return {
         "input_ids": input_ids.masked_fill(is_padding, tokenizer.pad_token_id),
-        "attention_mask": (~is_padding).long(),
+        "attention_mask": 1 - is_padding.long(),
     }
 
 
 def cache_captions(args: argparse.Namespace, accelerator: Accelerator, model, rows, tokenizer) -> None:
-    """Computes the frozen sentence encoder's embedding of each training caption once, where the run would compute more
-    embeddings than there are captions, and memory suffices."""
-    num_captions = sum(map(len, rows["captions"]))
-    num_images = args.max_train_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
-    num_drawn = num_images * args.captions_per_image
-    if not num_captions < num_drawn or num_captions > MAX_CACHED_CAPTIONS:
-        return
-    logger.info("Caching the sentence embeddings of %s captions.", f"{num_captions:,}")
+    """Embeds each training caption once by the frozen sentence encoder, if the run draws more captions than there are,
+    and memory suffices."""
     captions = [caption for captions in rows["captions"] for caption in captions]
-    encoded = encode_captions(tokenizer, captions, args.max_caption_length)
-    with accelerator.autocast():
-        accelerator.unwrap_model(model).cache_text_embeddings((tokenizer.bos_token_id, *ids) for ids in encoded)
+    num_images = args.max_train_steps * args.gradient_accumulation_steps * args.per_device_train_batch_size
+    if len(captions) < num_images * args.captions_per_image and len(captions) <= MAX_CACHED_CAPTIONS:
+        logger.info(f"Caching the sentence embeddings of {len(captions):,} captions.")
+        encoded = encode_captions(tokenizer, captions, args.max_caption_length)
+        with accelerator.autocast():
+            model.cache_text_embeddings((tokenizer.bos_token_id, *ids) for ids in encoded)
 
 
 def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logit_scale: torch.Tensor) -> torch.Tensor:
-    """CLIP's symmetric loss (Radford et al., 2021, figure 3), for one or several captions of each image.
+    """CLIP's symmetric loss (Radford et al., 2021, figure 3), the mean of both directions.
 
     Args:
         image_embeds: (B, D), unit norm.
-        text_embeds: (B * K, D), unit norm, the K captions of an image next to each other.
+        text_embeds: (B * K, D), unit norm, an image's K captions next to each other; all of them are its positives.
         logit_scale: scalar, what cosines are multiplied by.
-
-    Returns:
-        The mean of both directions; with K > 1 all captions of an image are its positives, with equal weights.
     """
     logits = logit_scale * image_embeds @ text_embeds.t()
     per_image = len(text_embeds) // len(image_embeds)
@@ -159,46 +141,41 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
     return (image_to_text + F.cross_entropy(logits.t(), owner)) / 2
 
 
-def gather_with_gradient(embeds: torch.Tensor, accelerator: Accelerator) -> torch.Tensor:
-    """(n, D) of each process -> (n * processes, D), through which gradients flow back."""
-    if accelerator.num_processes == 1:
-        return embeds
-    return torch.cat(torch.distributed.nn.all_gather(embeds))
-
-
-# --- one evaluation ---------------------------------------------------------------------------------------------------
+def compute_losses(accelerator: Accelerator, model, tokenizer, batch: dict) -> dict[str, torch.Tensor]:
+    """The contrastive loss of a batch among the images and captions of all processes."""
+    output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
+    embeds = [output.image_embeds.float(), output.text_embeds.float()]
+    if accelerator.num_processes > 1:
+        # Through which gradients flow back, other than through accelerate's gather.
+        embeds = [torch.cat(torch.distributed.nn.all_gather(part)) for part in embeds]
+    loss = contrastive_loss(*embeds, accelerator.unwrap_model(model).logit_scale.exp())
+    return {"loss": loss, "contrastive_loss": loss}
 
 
 def retrieval_recall(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict:
-    """Recall at k in percent, in both directions.
-
-    Args:
-        image_embeds: (N, D); text_embeds: (N * K, D), the K captions of an image next to each other; unit norm.
-    """
-    per_image = len(text_embeds) // len(image_embeds)
+    """Recall at k in percent, in both directions, of (N, D) images and (N * K, D) captions, an image's next to each
+    other; unit norm."""
+    num_images, num_texts = len(image_embeds), len(text_embeds)
     similarity = image_embeds @ text_embeds.t()
-    owner = torch.arange(len(text_embeds)) // per_image
-    images = torch.arange(len(image_embeds))
+    is_own = torch.arange(num_images)[:, None] == torch.arange(num_texts) // (num_texts // num_images)
     metrics = {}
-    directions = {
-        "image_to_text": (similarity, lambda nearest: owner[nearest] == images[:, None]),
-        "text_to_image": (similarity.t(), lambda nearest: nearest == owner[:, None]),
-    }
-    for name, (scores, is_right) in directions.items():
+    for name, scores, is_right in (
+        ("image_to_text", similarity, is_own),
+        ("text_to_image", similarity.t(), is_own.t()),
+    ):
         for k in ks:
             nearest = scores.topk(min(k, scores.shape[1]), dim=1).indices
-            metrics[f"{name}_recall_at_{k}"] = 100 * is_right(nearest).any(1).double().mean().item()
+            metrics[f"{name}_recall_at_{k}"] = 100 * is_right.gather(1, nearest).any(1).double().mean().item()
     return metrics
 
 
 @torch.inference_mode()
-def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> Evaluation:
-    """Retrieval among all validation images and their captions."""
-    model = accelerator.unwrap_model(model)
+def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> dict[str, float]:
+    """Retrieval among all validation images and their captions, by the unwrapped model."""
     model.eval()
     image_embeds, text_embeds = [], []
-    disable = None if accelerator.is_local_main_process else True
-    for batch in tqdm(loader, desc="Validating", leave=False, disable=disable):
+    progress = tqdm(loader, desc="Validating", leave=False, disable=None if accelerator.is_local_main_process else True)
+    for batch in progress:
         with accelerator.autocast():
             output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
         # One row an image, so that images repeated in the last batch are dropped from both alike.
@@ -207,50 +184,13 @@ def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> 
         text_embeds.append(accelerator.gather_for_metrics(texts.float()).cpu())
     model.train()
     images, texts = torch.cat(image_embeds), torch.cat(text_embeds)
-    return Evaluation({"num_images": len(images), **retrieval_recall(images, texts.view(-1, images.shape[1]))})
-
-
-# --- one step, results, the run ---------------------------------------------------------------------------------------
-
-
-def train_step(
-    args: argparse.Namespace, accelerator: Accelerator, model, optimizer, scheduler, tokenizer, step: Step, number: int
-) -> dict[str, torch.Tensor]:
-    """One optimizer step, the `number`-th; returns the mean `contrastive_loss` of its batches and the `logit_scale`.
-
-    Raises:
-        NonFiniteLossError: the loss is infinite or NaN; the weights are unchanged.
-    """
-    logit_scale = accelerator.unwrap_model(model).logit_scale
-    losses = []
-    for index, batch in enumerate(step.batches):
-        seed_step(args.seed, number * args.gradient_accumulation_steps + index, accelerator.process_index)
-        is_last = index == len(step.batches) - 1
-        with nullcontext() if is_last else accelerator.no_sync(model):
-            output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
-            loss = contrastive_loss(
-                gather_with_gradient(output.image_embeds.float(), accelerator),
-                gather_with_gradient(output.text_embeds.float(), accelerator),
-                logit_scale.exp(),
-            )
-            check_finite({"contrastive_loss": loss}, number, batch["image_ids"])
-            accelerator.backward(loss / len(step.batches))
-        losses.append(loss.detach())
-    if args.max_grad_norm > 0:
-        accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
-    with torch.no_grad():
-        logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-    return {"contrastive_loss": torch.stack(losses).mean(), "logit_scale": logit_scale.detach().exp()}
+    return {"num_images": len(images), **retrieval_recall(images, texts.view(-1, images.shape[1]))}
 
 
 def save_results(accelerator: Accelerator, model, tokenizer, image_processor, run: RunFolder, metrics: dict) -> None:
-    """Writes the model with its processors and its metrics to the run's folder."""
-    state_dict = accelerator.get_state_dict(model)
+    """Writes the unwrapped model with its processors and its metrics to the run's folder."""
     if accelerator.is_main_process:
-        accelerator.unwrap_model(model).save_pretrained(run.path, state_dict=state_dict)
+        model.save_pretrained(run.path, state_dict=model.state_dict())
         save_processors(run.path, tokenizer, image_processor, processor_class="CLIPProcessor")
         write_json(run.path / "eval_results.json", metrics)
     accelerator.wait_for_everyone()
@@ -259,28 +199,21 @@ def save_results(accelerator: Accelerator, model, tokenizer, image_processor, ru
 
 
 def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, share: float = 1.0) -> dict[str, float]:
-    """Runs the whole training; returns the last evaluation's metrics.
+    """Runs the whole training, as `train_distill.main`; returns the last evaluation's metrics.
 
     Args:
         accelerator: the caller's, when this is part of a larger run.
         share: of that run's time which this training takes; for the estimate of the time left.
-
-    Raises:
-        ValueError: an argument, a dataset or a checkpoint doesn't fit; nothing has been trained then.
-        NonFiniteLossError: the loss became infinite or NaN.
-        StoppedBySignal: SIGTERM or SIGINT was received; a checkpoint is saved.
     """
     args = parse_args(argv)
     check_sources(args)
-    own = accelerator is None
-    if own:
-        accelerator = create_accelerator(args)
+    is_part = accelerator is not None
+    accelerator = accelerator or create_accelerator(args)
     run = RunFolder(args, accelerator, "tinycap-teacher", share)
     data = load_data(args, accelerator, args.image_size, args.image_size, run.skipped)
 
-    pretrained = args.text_model_name_or_path or args.tokenizer_name
-    if pretrained is not None:
-        tokenizer = load_tokenizer(pretrained)
+    if args.text_model_name_or_path or args.tokenizer_name:
+        tokenizer = load_tokenizer(args.text_model_name_or_path or args.tokenizer_name)
     else:
         tokenizer = train_tokenizer(data.captions(), args.vocab_size, args.max_caption_length + 1)
     # Those of a pretrained tower, where it has any; else CLIP's.
@@ -288,29 +221,36 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
     image_processor = create_image_processor(args.image_size, *(statistics or ()))
     set_seed(args.seed)
     model = build_model(args, tokenizer)
-    num_parameters = model.num_parameters()
 
     statistics = (image_processor.image_mean, image_processor.image_std)
     collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics)
-    batches, validation_loader = create_loaders(
-        args, accelerator, data, collator, args.image_size, run.skipped, contrastive=True
-    )
+    sources = (args, accelerator, data, collator, args.image_size, run.skipped)
+    batches, validation_loader = create_loaders(*sources, contrastive=True)
     run.start(batches)
-    optimizer, scheduler = create_training(model, args, accelerator.num_processes)
-    model, optimizer, scheduler = accelerator.prepare(model, optimizer, scheduler)
+    sizes = (model.num_parameters(), len(data.train), args.max_train_steps)
+    logger.info("Training a teacher of {:,} parameters on {:,} images, {:,} steps.".format(*sizes))
+    optimizer, lr_scheduler = create_training(model, args, accelerator.num_processes)
+    wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     run.resume(batches)
-    logger.info(
-        f"Training a teacher of {num_parameters:,} parameters on {len(data.train):,} images, "
-        f"{args.max_train_steps:,} steps."
-    )
-    take_step = partial(train_step, args, accelerator, model, optimizer, scheduler, tokenizer)
-    validate = partial(evaluate, accelerator, model, validation_loader, tokenizer)
     if args.text_model_name_or_path is not None:
         cache_captions(args, accelerator, model, data.train, tokenizer)
+
+    losses_of = partial(compute_losses, accelerator, wrapped, tokenizer)
     model.train()
-    metrics = run_steps(args, accelerator, batches, scheduler, run, take_step, validate).metrics
+    with StopSignals() as signals:
+        for step in optimizer_steps(run, batches, signals):
+            losses = train_step(args, accelerator, wrapped, optimizer, lr_scheduler, losses_of, step)
+            with torch.no_grad():
+                model.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
+            run.log_step(step, {**losses, "logit_scale": model.logit_scale.detach().exp()}, lr_scheduler)
+            if step.validates:
+                run.log_validation(evaluate(accelerator, model, validation_loader, tokenizer), model)
+            if step.saves:
+                run.save_checkpoint(batches)
+    metrics = evaluate(accelerator, model, validation_loader, tokenizer)
+    run.log_validation(metrics, model)
     save_results(accelerator, model, tokenizer, image_processor, run, metrics)
-    if own:
+    if not is_part:
         accelerator.end_training()
     return metrics
 

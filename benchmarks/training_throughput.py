@@ -100,8 +100,14 @@ def tinycap_steps(setup: Setup, vocab_size: int, args: argparse.Namespace) -> It
     trained = accelerator.prepare(model, optimizer, get_scheduler("constant", optimizer))
     step_args = argparse.Namespace(seed=SEED, gradient_accumulation_steps=1, max_grad_norm=1.0)
     steps = steps_of(accelerator, setup.batches(args.batch_size), 1, StopSignals())
+    model = trained[0]
+
+    def losses_of(batch: dict) -> dict[str, torch.Tensor]:
+        return joint_losses(model, model, batch, batch["teacher_embeds"])
+
     for number, step in enumerate(steps, 1):
-        yield train_step(step_args, accelerator, *trained, None, joint_losses, step, number)
+        step.number = number
+        yield train_step(step_args, accelerator, *trained, losses_of, step)
 
 
 def reference_steps(setup: Setup, vocab_size: int, args: argparse.Namespace) -> Iterator[dict]:

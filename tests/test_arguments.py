@@ -4,7 +4,7 @@ import pytest
 
 from tinycap import train_distill, train_teacher
 from tinycap.training.arguments import flags_of
-from tinycap.training.flags import EXCLUDES, NEEDS
+from tinycap.training.flags import RULES
 
 
 ROOT = Path(train_distill.__file__).resolve().parent
@@ -37,7 +37,7 @@ def test_a_file_sets_defaults_and_flags_override_them(config_file):
     assert train_distill.parse_args(["--config_file", path]).horizontal_flip is False
 
 
-def test_the_defaults_of_scenes_hold_only_where_neither_file_nor_flags_name_a_dataset(config_file):
+def test_scene_defaults_hold_only_where_nothing_names_a_dataset(config_file):
     text = "seed: 5\ndistill_weight: 0\n"
     assert train_distill.parse_args(["--config_file", config_file(text)]).vocab_size == 512
     path = config_file(f"{text}dataset_name: my_photos\n")
@@ -88,7 +88,7 @@ def test_a_contradiction_between_file_and_flags_is_found(config_file, capsys):
         (["--freeze_vision_model", "--distill_weight", "0"], "--freeze_vision_model: needs --model_name_or_path"),
         (
             ["--model_name_or_path", "m", "--freeze_vision_model"],
-            "--distill_weight: expected 0 with --freeze_vision_model",
+            "--freeze_vision_model: needs --distill_weight 0",
         ),
         (
             ["--model_name_or_path", "m", "--freeze_vision_model", "--distill_weight", "0", "--patch_dropout", "0.5"],
@@ -111,9 +111,10 @@ def test_the_reference_recipe_is_what_was_published():
 
 
 def test_every_condition_in_the_table_names_a_flag():
-    names = {flag.name for script in ("distill", "teacher") for flag in flags_of(script)}
-    for name, condition, _ in (*NEEDS, *EXCLUDES):
-        assert {name, condition.partition(" ")[0]} <= names, (name, condition)
+    names = flags_of("distill").keys() | flags_of("teacher").keys()
+    for subject, relation, condition, _ in RULES:
+        assert {subject.partition(" ")[0], condition.partition(" ")[0]} <= names, (subject, condition)
+        assert relation in ("needs", "contradicts")
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-1"])

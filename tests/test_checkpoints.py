@@ -1,4 +1,5 @@
 import json
+from argparse import Namespace
 from types import SimpleNamespace
 
 import pytest
@@ -7,7 +8,6 @@ from accelerate import Accelerator
 from tiny import tiny_model
 from torch import nn
 
-from tinycap.training.best_model import keep_best, load_best
 from tinycap.training.checkpoints import (
     CheckpointWriteError,
     complete_checkpoints,
@@ -18,6 +18,7 @@ from tinycap.training.checkpoints import (
 )
 from tinycap.training.logs import RunLog, write_json
 from tinycap.training.optimization import create_optimizer, parameter_groups
+from tinycap.training.run_folder import RunFolder
 
 
 @pytest.fixture
@@ -89,10 +90,9 @@ def test_a_failure_while_saving_leaves_the_newest_checkpoint_intact(prepared, tm
 
 def test_nothing_to_resume_from_is_an_error(tmp_path):
     assert resolve_resume(tmp_path, None) is None
-    with pytest.raises(ValueError, match="expected a checkpoint in"):
-        resolve_resume(tmp_path, "latest")
-    with pytest.raises(ValueError, match="complete checkpoint"):
-        resolve_resume(tmp_path, str(tmp_path))
+    for value in ("latest", str(tmp_path)):
+        with pytest.raises(ValueError, match=f"--resume_from_checkpoint: expected a complete checkpoint in {tmp_path}"):
+            resolve_resume(tmp_path, value)
 
 
 def test_another_number_of_processes_is_an_error_that_names_both(prepared, tmp_path):
@@ -120,15 +120,14 @@ def test_rows_after_the_checkpoint_are_dropped_when_resuming(tmp_path):
     rows = [{"step": step, "loss": 1.0} for step in (1, 2, 3, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 5, "lo')
     log = RunLog(tmp_path, Accelerator(cpu=True), total_steps=9, start_step=2)
-    log.train_row(3, 0, {"loss": 0.5})
-    log.eval_row(3, 0, {"cider": 7.0})
-    log.close()
+    log.write(3, 0, {"loss": 0.5})
+    log.write(3, 0, {"eval_cider": 7.0})
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in found] == [1, 2, 3, 3]
     assert found[2]["loss"] == 0.5 and found[3]["eval_cider"] == 7.0
 
 
-@pytest.mark.parametrize("share, expected", [(1.0, "50 minutes"), (0.25, "3.5 hours")])
+@pytest.mark.parametrize("share, expected", [(1.0, "0:50:00"), (0.25, "3:30:00")])
 def test_the_time_left_is_said_after_the_first_steps(tmp_path, monkeypatch, caplog, share, expected):
     clock = iter(range(0, 10**6, 10))
     monkeypatch.setattr("tinycap.training.logs.time", SimpleNamespace(perf_counter=lambda: next(clock)))
@@ -219,12 +218,16 @@ def test_an_optimizer_that_is_not_there_is_an_error(monkeypatch):
 
 
 def test_the_best_weights_are_kept_and_come_back(tmp_path):
-    model, state = nn.Linear(3, 2), {}
+    model, accelerator = nn.Linear(3, 2), Accelerator(cpu=True)
+    flags = {"resume_from_checkpoint": None, "overwrite_output_dir": False, "dataset_name": "photos"}
+    args = Namespace(output_dir=str(tmp_path), on_bad_row="skip", load_best_model_at_end=True, **flags)
+    run = RunFolder(args, accelerator, "tinycap")
+    run.state, run.log = {"epoch": 0}, RunLog(tmp_path, accelerator, total_steps=4)
     for step, value in enumerate((3, 7, 7, 5), start=1):
         nn.init.constant_(model.weight, step)
-        state["step"] = step
-        keep_best(tmp_path, model, {"cider": value}, state)
-    assert state["best"]["step"] == 2
-    load_best(tmp_path, model)
+        run.state["step"] = step
+        run.log_validation({"cider": value}, model)
+    assert run.state["best"]["step"] == 2
+    run.load_best(model)
     assert (model.weight == 2).all()
-    assert [path.name for path in tmp_path.iterdir()] == ["best_model.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["best_model.safetensors", "metrics.jsonl"]

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -20,9 +21,9 @@ from tiny import draw_picture
 from transformers import pipeline
 
 from tinycap.deploy import captioners, cli
-from tinycap.deploy.captioners import CaptionOptions, CaptionResult, read_ahead
-from tinycap.deploy.inputs import list_images
-from tinycap.deploy.outputs import RowFile, RowShape, Sidecars, alt_attribute
+from tinycap.deploy.captioners import CaptionOptions, ImageResult
+from tinycap.deploy.inputs import list_images, read_ahead
+from tinycap.deploy.outputs import CaptionRows, RowFile, Sidecars, alt_attribute
 
 
 NAMES = ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png"]
@@ -119,12 +120,12 @@ def test_what_was_found_before_an_interruption_is_kept(run, photos, expected, tm
             pass
 
         def __call__(self, images):
-            yield from (CaptionResult(image, [expected[image]]) for image in images[:3])
+            yield from (ImageResult(image, [expected[image]]) for image in images[:3])
             raise KeyboardInterrupt
 
     output = tmp_path / "captions.jsonl"
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "create_captioner", lambda backend, options: Interrupted(options))
+        patch.setitem(cli.BACKENDS, "torch", Interrupted)
         assert run("caption", "photos", "--output", output, "--batch-size", "2") == 130
     assert len(read_rows(output)) == 3 and "goes on from here" in capsys.readouterr().err
     assert run("caption", "photos", "--output", output) == 0
@@ -225,6 +226,18 @@ def test_photos_that_would_share_a_text_file_are_an_error_that_names_both(run, p
         Sidecars(["http://x/y.png"], "text")
 
 
+def test_no_caption_is_written_over_an_image(run, photos, capsys):
+    """A JPEG may be called `photo.txt`."""
+    shutil.copy(photos / "a.png", photos / "photo.txt")
+    shutil.copy(photos / "a.png", photos / "photo.png")
+    content = (photos / "photo.txt").read_bytes()
+    for images in (["photos/photo.txt"], ["photos/photo.png", photos / "photo.txt"]):
+        assert run("caption", *images, "--sidecar", "--overwrite") == 2
+        assert "photo.txt" in capsys.readouterr().err and (photos / "photo.txt").read_bytes() == content
+    with pytest.raises(ValueError, match="would be written"):
+        Sidecars(["photos/a.png", str(photos / "a.jpg")], "text")
+
+
 def test_an_alt_attribute_says_the_caption_whatever_is_in_it():
     seen = []
 
@@ -294,6 +307,68 @@ def test_embeddings_are_the_models_with_the_id_of_each(run, repository, photos, 
     np.testing.assert_allclose(np.load(tmp_path / "e.npy"), embeds[[2, 0]], atol=1e-5)
     assert json.loads((tmp_path / "e.ids.json").read_text()) == ["photos/c.png", "photos/a.png"]
     assert run("embed", "photos/c.png", "--output", tmp_path / "e.npy") == 2, "it is there"
+
+
+class SmallDisk:
+    """Limits the size of files in the block, in bytes."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __enter__(self):
+        self.before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, self.before[1]))
+
+    def __exit__(self, *args):
+        resource.setrlimit(resource.RLIMIT_FSIZE, self.before)
+
+
+def test_embeddings_of_a_stopped_run_are_kept(run, photos, tmp_path, monkeypatch, capsys):
+    assert run("embed", "photos", "--output", "whole.npy") == 0
+    embed, embedded = captioners.TorchCaptioner.embed, []
+
+    def interrupted(self, images):
+        for number, result in enumerate(embed(self, images)):
+            if number == 3 and not embedded:
+                raise KeyboardInterrupt
+            yield result
+
+    def counted(self, images):
+        embedded.extend(images)
+        return embed(self, images)
+
+    flags = ("embed", "photos", "--output", "new/folder/e.npy", "--batch-size", 2)
+    for stop, status in ((interrupted, 130), (counted, 0)):
+        monkeypatch.setattr(captioners.TorchCaptioner, "embed", stop)
+        assert run(*flags) == status
+    assert embedded == [f"photos/{name}" for name in NAMES[3:]]
+    np.testing.assert_allclose(np.load("new/folder/e.npy"), np.load("whole.npy"), atol=1e-6)
+    assert sorted(path.name for path in Path("new/folder").iterdir()) == ["e.ids.json", "e.npy"]
+    assert run(*flags) == 2 and "is there already" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["e.npy", "e.safetensors"])
+def test_embeddings_on_a_full_disk_are_kept(run, photos, tmp_path, capsys, name):
+    draw_picture(9).save(photos / "z.png")
+    for size in (400, 800):
+        with SmallDisk(size):
+            assert run("embed", "photos", "--output", name, "--batch-size", 1) == 3
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert "cannot write" in line and name in line and "File too large" in line
+        assert not Path(name).exists()
+    assert run("embed", "photos", "--output", name) == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"photos", name} | (
+        {"e.ids.json"} if name == "e.npy" else set()
+    )
+
+
+def test_embeddings_of_two_models_are_not_mixed(run, repository, photos, tmp_path, capsys):
+    model = shutil.copytree(repository, tmp_path / "model")
+    with SmallDisk(400):
+        assert run("embed", "photos", "--output", "e.npy", "--batch-size", 1) == 3
+    assert cli.main(["embed", "photos", "--output", "e.npy", "--model", str(model)]) == 2
+    assert "expected rows with embeddings by" in capsys.readouterr().err
+    assert cli.main(["embed", "photos", "--output", "e.npy", "--model", str(model), "--overwrite"]) == 0
 
 
 def test_patterns_hidden_files_and_what_is_not_there(photos):
@@ -418,8 +493,54 @@ def test_a_folder_that_cannot_be_written_to_loses_no_other_sidecar(run, photos, 
 
 def test_an_output_that_cannot_be_written_is_one_line(run, photos, tmp_path, capsys):
     (tmp_path / "file").touch()
-    assert run("caption", "photos", "--output", "file/c.jsonl") == 2
-    assert "file" in capsys.readouterr().err.splitlines()[-1]
+    assert run("caption", "photos", "--output", "file/c.jsonl") == 3
+    assert "cannot write" in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_rows_on_a_full_disk_are_gone_on_with(run, photos, expected, tmp_path, capsys, kind):
+    output = tmp_path / f"c.{kind}"
+    with SmallDisk(100):
+        assert run("caption", "photos", "--output", output, "--batch-size", 1) == 3
+    assert f"cannot write {output}: File too large" in capsys.readouterr().err.splitlines()[-1]
+    assert 0 < output.stat().st_size <= 100
+    assert run("caption", "photos", "--output", output) == 0
+    assert {row["image"]: row["caption"] for row in read_rows(output)} == expected
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
+def test_a_full_disk_behind_the_standard_output_is_one_line(repository, photos):
+    command = [sys.executable, "-m", "tinycap.deploy", "caption", "photos", "--quiet", "--model", str(repository)]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr == "tinycap caption: error: cannot write to the standard output: No space left on device\n"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv"])
+def test_a_second_writer_of_an_output_is_refused(run, photos, expected, tmp_path, capsys, monkeypatch, kind):
+    """Otherwise it replaces the file, and later rows of the first one are lost."""
+    output, link = tmp_path / f"c.{kind}", tmp_path / f"link.{kind}"
+    link.symlink_to(output)
+    # As after a kill.
+    (tmp_path / f".c.{kind}.lock").touch()
+    call, statuses = captioners.TorchCaptioner.__call__, []
+
+    def meets_another(self, images):
+        for number, result in enumerate(call(self, images)):
+            if number > 2:
+                name = output if number == 3 else link
+                statuses.append(run("caption", "photos/deep/e.png", "--output", name, "--overwrite"))
+            yield result
+
+    monkeypatch.setattr(captioners.TorchCaptioner, "__call__", meets_another)
+    assert run("caption", "photos", "--output", output, "--batch-size", 1) == 0
+    assert {row["image"]: row["caption"] for row in read_rows(output)} == expected
+    assert statuses == [3, 3] and f"c.{kind}: another process is writing to it" in capsys.readouterr().err
+    assert not list(tmp_path.glob(".*")) and link.is_symlink()
+    assert run("caption", "photos/a.png", "--output", link, "--overwrite") == 0
+    assert len(read_rows(output)) == 1
 
 
 @pytest.mark.parametrize(
@@ -444,35 +565,31 @@ def test_a_csv_file_that_cannot_be_read_is_refused_as_it_is(run, photos, tmp_pat
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_no_row_is_lost_on_resume(tmp_path, kind):
     names = ["a\rb.png", "a\r\nb.png", 'a"b\n,".png', "a,b.png", "x" * 200_000, " a.png ", "\x1f.png"]
-    output = RowFile(tmp_path / f"c.{kind}", RowShape())
-    output.start(False, [])
-    output.append([*(CaptionResult(name, [name]) for name in names), CaptionResult("other\n.png", error="broken")])
-    output.close()
-    content = output.path.read_bytes()
-    output.start(False, names)
-    assert output.path.read_bytes() == content, "another command's failures are left alone too"
-    assert output.done() == {*names, "other\n.png"}
+    path = tmp_path / f"c.{kind}"
+    with RowFile(path, CaptionRows()) as output:
+        output.start([], False)
+        output.append([*(ImageResult(name, [name]) for name in names), ImageResult("other\n.png", error="broken")])
+    content = path.read_bytes()
+    with RowFile(path, CaptionRows()) as output:
+        assert output.start(names, False) == {*names, "other\n.png"}
+    assert path.read_bytes() == content, "another command's failures are left alone too"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
 def test_a_run_killed_anywhere_goes_on(tmp_path, kind):
-    results = [
-        CaptionResult("a.png", ["one"]),
-        CaptionResult('b\n".png', ["two, too"]),
-        CaptionResult("c.png", error="no"),
-    ]
-    whole = RowFile(tmp_path / f"whole.{kind}", RowShape())
-    whole.start(False, [])
-    whole.append(results)
-    whole.close()
-    content = whole.path.read_bytes()
+    results = [ImageResult("a.png", ["one"]), ImageResult('b\n".png', ["two, too"]), ImageResult("c.png", error="no")]
+    path = tmp_path / f"c.{kind}"
+    with RowFile(path, CaptionRows()) as whole:
+        whole.start([], False)
+        whole.append(results)
+    content = path.read_bytes()
     ends = [content.index(end) + len(end) for end in (b"one", b"too")]
     for length in range(len(content)):
-        output = RowFile(tmp_path / f"c.{kind}", RowShape())
-        output.path.write_bytes(content[:length])
+        path.write_bytes(content[:length])
         if kind == "csv" and content[:length].endswith(b'"b\n'):
             continue  # Could be an unclosed quote from an editor: an error.
-        done = output.start(False, ["a.png"])
+        with RowFile(path, CaptionRows()) as output:
+            done = output.start(["a.png"], False)
         assert done <= {result.image for result in results}
         # A complete row is kept.
         assert length < ends[0] + 3 or "a.png" in done
@@ -522,9 +639,9 @@ def test_the_version_is_said(capsys, monkeypatch):
 
 
 def test_hints_say_how_to_install_here(monkeypatch, tmp_path):
-    assert captioners.install_command("export") == 'pip install -e ".[export]"'
+    assert 'pip install -e ".[export]"' in str(captioners.extra_missing("why", "export", ImportError()))
     monkeypatch.setattr(captioners, "RELEASED_MODEL", tmp_path)
-    assert captioners.install_command("export") == 'pip install "tinycap[export]"'
+    assert 'pip install "tinycap[export]"' in str(captioners.extra_missing("why", "export", ImportError()))
 
 
 def test_num_threads_are_pytorchs_too(run, photos):
@@ -594,7 +711,6 @@ def test_a_file_name_that_is_no_text_goes_through(run, photos, tmp_path):
         (["trim-vocab", "--model", "nowhere", "--output", "x"], "--model nowhere: no such folder, and from the Hub"),
         (["caption", "photos", "--device", "cuda"], "--device cuda: "),
         (["caption", "photos", "--device", "toaster"], "--device toaster: "),
-        (["embed", "photos", "--output", "no/folder/e.npy"], "--output: expected a folder"),
         (["caption", "--input-list", "nowhere.txt"], "nowhere.txt"),
         (["embed", "photos", "--output", "e.txt"], ".safetensors or .npy"),
     ],

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 
 import pytest
 from tiny import draw_picture, png_bytes
@@ -133,7 +134,7 @@ def test_tables_lists_and_columns_named_after_splits_are_splits(tmp_path):
         assert list(read(folder, "validation").values()) == [TEXTS[NAMES[3]]]
 
 
-def test_a_caption_of_no_image_and_an_image_of_no_caption_are_counted_and_named(tmp_path, caplog):
+def test_captions_without_image_and_images_without_caption_are_named(tmp_path, caplog):
     names = [f"{index:03}.png" for index in range(20)]
     images(tmp_path / "images", names)
     rows = [(name, "a dog") for name in names[1:]] + [("lost.png", "a cat")]
@@ -153,7 +154,7 @@ def test_a_folder_captioned_in_part_is_read_and_the_rest_named(tmp_path, caplog)
     assert "4 images have no captions: 001.png, 002.png, 003.png" in caplog.text
 
 
-def test_images_without_any_caption_are_an_error_that_says_what_is_expected(tmp_path):
+def test_images_without_any_caption_are_an_error(tmp_path):
     images(tmp_path, NAMES)
     write(tmp_path, "captions.csv", table(["file_name", "caption"], [("other.png", "a dog")]))
     with pytest.raises(ValueError, match="captions for 4 images: a text file .* table .*captions.csv"):
@@ -166,6 +167,30 @@ def test_every_usual_ending_is_an_image(ending, tmp_path):
     write(tmp_path, "a.txt", "a dog")
     write(tmp_path, "b.txt", "a cat")
     assert load_split(str(tmp_path), "train")["file_name"][:] == [f"a.{ending}", "b.png"]
+
+
+@pytest.mark.parametrize("name", ["captions.csv", "000.txt"])
+def test_a_named_pipe_for_a_text_file_is_an_error(name, tmp_path):
+    images(tmp_path, NAMES)
+    os.mkfifo(tmp_path / name)
+    with pytest.raises(ValueError, match=f"{name}: expected a text file in UTF-8: not a regular file"):
+        load_split(str(tmp_path), "train")
+
+
+def test_unusual_file_names_keep_their_own_text_files(tmp_path):
+    names = ["a.png", "a .png", " a.png", "a #1.png", "a.b#2.png", "1.png"]
+    images(tmp_path, names)
+    for index, name in enumerate(names):
+        write(tmp_path, f"{name[:-4]}.txt", f"number {index}")
+    assert read(tmp_path) == {name: [f"number {index}"] for index, name in enumerate(names)}
+
+
+def test_text_files_in_folders_of_the_same_names_belong_to_their_images_split(tmp_path):
+    images(tmp_path, [f"images/{split}/{name}" for split in ("train", "val") for name in NAMES])
+    for split in ("train", "val"):
+        for name in NAMES:
+            write(tmp_path, f"labels/{split}/{name[:-4]}.txt", f"{split} {name}")
+    assert read(tmp_path, "validation") == {f"images/val/{name}": [f"val {name}"] for name in NAMES}
 
 
 def test_a_linked_folder_is_read_and_a_circle_of_links_ends(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import zlib
 
 import pytest
-from fuzz.hostile_images import MUTATIONS, SEEDS, cases, command_door, drive, make_case, peak_memory, png_of
+from fuzz.hostile_images import MUTATIONS, SEEDS, caption_by_command, cases, drive, make_case, peak_memory, png_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
@@ -61,7 +61,7 @@ def test_500_broken_files_end_in_captions_or_errors_naming_the_file(captioner, f
     assert not peak or peak[0] < 1500
 
 
-def test_a_command_line_is_a_door_like_the_others(captioner, folder, tmp_path):
+def test_a_command_line_is_driven_like_the_loaders(captioner, folder, tmp_path):
     """As in `fuzz_images.py --command`: a program that reads the files, and one that crashes."""
     program = tmp_path / "command.py"
     program.write_text(
@@ -71,11 +71,11 @@ def test_a_command_line_is_a_door_like_the_others(captioner, folder, tmp_path):
         "print('a caption')\n"
     )
     batch = [make_case("png", mutation, 3, (64, 48), 1) for mutation in ("none", "truncated")]
-    door = command_door(f"{sys.executable} {program}")
-    good, bad = drive(batch, captioner, folder, (door,))
+    command = caption_by_command(f"{sys.executable} {program}")
+    good, bad = drive(batch, captioner, folder, (command,))
     assert not good.problems and not bad.problems and good.caption is not None and bad.caption is None
     program.write_text("raise KeyError('no such thing')")
-    assert all("KeyError" in outcome.problems[0] for outcome in drive(batch, captioner, folder, (door,)))
+    assert all("KeyError" in outcome.problems[0] for outcome in drive(batch, captioner, folder, (command,)))
 
 
 # --- regressions ------------------------------------------------------------------------------------------------------

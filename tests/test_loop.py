@@ -42,10 +42,15 @@ def test_a_launcher_that_knows_of_no_cpu_leaves_no_core_idle(launched, asked, de
     "quota, expected", [("250000 100000\n", 2), ("max 100000\n", 5), ("50000 100000\n", 1), ("900000 100000\n", 5)]
 )
 def test_a_container_gets_no_more_threads_than_its_quota(quota, expected, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(loop.os, "sched_getaffinity", lambda pid: range(5), raising=False)
     monkeypatch.setattr(loop, "CGROUP_QUOTA", tmp_path / "cpu.max")
     (tmp_path / "cpu.max").write_text(quota)
-    assert loop.available_cores() == expected
+    given = []
+    monkeypatch.setattr(torch, "set_num_threads", given.append)
+    loop.set_cpu_threads(SimpleNamespace(device=torch.device("cpu"), num_processes=1))
+    assert given == [expected]
 
 
 @pytest.mark.parametrize("script", ["train_distill.py", "train_teacher.py"])

@@ -179,7 +179,7 @@ def test_pixels_are_the_image_processors_to_the_last_bit(size):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"do_normalize": False}, "do_normalize true, got False"),
+        ({"do_normalize": False}, "do_normalize True, got False"),
         ({"image_processor_type": "ViTImageProcessor"}, "expected CLIPImageProcessor, got ViT"),
         ({"size": {"height": 24, "width": 24}}, "expected a shortest_edge"),
         ({"crop_size": {"height": 30, "width": 30}}, "no shorter than the crop 30x30"),

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from tiny import log_rows
 
 from tinycap import train_distill, train_teacher
-from tinycap.training import arguments, loading
+from tinycap.training import arguments, loading, loop
 from tinycap.training.data import SkippedRows
 from tinycap.training.model_card import base_model_name
 from tinycap.training.optimization import plan_steps, warn_of_few_steps
@@ -260,8 +260,8 @@ def test_a_run_too_short_for_fresh_weights_is_warned_of(steps, model, warned, ca
 class Interrupts:
     """Sends the process Ctrl-C in the given steps, once or more."""
 
-    def __init__(self, monkeypatch, step: int, times: int, script=train_distill):
-        check_finite = script.check_finite
+    def __init__(self, monkeypatch, step: int, times: int):
+        check_finite = loop.check_finite
 
         def interrupted(losses, number, image_ids):
             if number == step:
@@ -269,7 +269,7 @@ class Interrupts:
                     signal.raise_signal(signal.SIGINT)
             check_finite(losses, number, image_ids)
 
-        monkeypatch.setattr(script, "check_finite", interrupted)
+        monkeypatch.setattr(loop, "check_finite", interrupted)
 
 
 @pytest.mark.slow
@@ -305,7 +305,7 @@ def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_pat
     few_steps = ["--max_train_steps", "3", "--per_device_train_batch_size", "20"]
     monkeypatch.setattr(train_teacher, "parse_args", lambda argv: parse_args([*argv, *few_steps]))
     with monkeypatch.context() as patch:
-        Interrupts(patch, step=1, times=1, script=train_teacher)
+        Interrupts(patch, step=1, times=1)
         with pytest.raises(SystemExit) as stopped:
             train_distill.main(flags)
     assert stopped.value.code == 130 and (tmp_path / "out" / "teacher" / "checkpoint-2").is_dir()

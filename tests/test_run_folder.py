@@ -4,20 +4,21 @@ import json
 from argparse import Namespace
 
 import pytest
+from accelerate import Accelerator
 
 from tinycap import train_distill
-from tinycap.training.run_folder import (
-    check_output_dir,
-    compare_args,
-    open_output_dir,
-    stopped_in_teacher,
-)
+from tinycap.training.run_folder import RunFolder, check_output_dir, compare_args, stopped_in_teacher
 
 
 def run_of(folder, **changes) -> Namespace:
     values = {"dataset_name": "photos", "teacher_name_or_path": None, "model_name_or_path": None}
-    flags = {"overwrite_output_dir": False, "resume_from_checkpoint": None, **values, **changes}
+    flags = {"overwrite_output_dir": False, "resume_from_checkpoint": None, "on_bad_row": "skip", **values, **changes}
     return Namespace(output_dir=str(folder), **flags)
+
+
+def start_in(folder, **changes) -> None:
+    """What a run does to its folder before its first step."""
+    RunFolder(run_of(folder, **changes), Accelerator(cpu=True), "tinycap").open()
 
 
 def leave_a_run(folder, **changes) -> None:
@@ -50,8 +51,7 @@ def test_a_folder_with_anything_in_it_is_refused_and_stays_as_it_is(tmp_path):
 def test_what_a_start_without_a_step_left_is_no_obstacle(tmp_path):
     (tmp_path / "skipped.jsonl").write_text("{}")
     (tmp_path / "train_args.json").write_text(json.dumps({"output_dir": "x"}))
-    check_output_dir(run_of(tmp_path))
-    open_output_dir(run_of(tmp_path, learning_rate=3))
+    start_in(tmp_path, learning_rate=3)
     assert names(tmp_path) == ["train_args.json"]
     assert json.loads((tmp_path / "train_args.json").read_text())["learning_rate"] == 3
 
@@ -59,9 +59,7 @@ def test_what_a_start_without_a_step_left_is_no_obstacle(tmp_path):
 def test_overwriting_clears_a_run_and_leaves_other_files_alone(tmp_path):
     leave_a_run(tmp_path)
     (tmp_path / "notes.txt").write_text("mine")
-    args = run_of(tmp_path, overwrite_output_dir=True)
-    check_output_dir(args)
-    open_output_dir(args)
+    start_in(tmp_path, overwrite_output_dir=True)
     assert names(tmp_path) == ["model.safetensors", "notes.txt", "train_args.json"]
 
 

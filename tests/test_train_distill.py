@@ -73,16 +73,16 @@ class KilledError(BaseException):
 
 
 def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
-    """Starts a run that dies after computing a step's losses, before the update."""
-    check_finite = train_distill.check_finite
+    """Starts a run and lets it die in a step of the student, before it changes anything."""
+    train_step = train_distill.train_step
 
-    def dies(losses, step, image_ids):
-        check_finite(losses, step, image_ids)
-        if step == dead_in_step:
+    def dies(*args):
+        if args[-1].number == dead_in_step:
             raise KilledError
+        return train_step(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train_distill, "check_finite", dies)
+        patch.setattr(train_distill, "train_step", dies)
         with pytest.raises(KilledError):
             train_distill.main(flags)
 
@@ -158,7 +158,7 @@ def test_accumulated_batches_make_one_step(flags, tmp_path):
     assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == [1, 2, 3]
 
 
-def test_training_goes_on_from_a_checkpoint_with_its_own_tokenizer_and_config(flags, tmp_path, repository):
+def test_training_goes_on_from_a_checkpoint_with_its_tokenizer_and_config(flags, tmp_path, repository):
     without = [flag for pair in zip(flags[::2], flags[1::2]) for flag in pair if pair[0] != "--config_name"]
     without = [flag for pair in zip(without[::2], without[1::2]) for flag in pair if "teacher" not in pair[0]]
     start = load_file(repository / "model.safetensors")
@@ -204,7 +204,7 @@ def test_a_cached_teacher_gives_the_losses_of_one_that_is_asked(flags, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on_with_larger_pictures_by_resampling_its_positions(flags, tmp_path, tokenizer):
+def test_a_checkpoint_goes_on_with_larger_images_and_resampled_positions(flags, tmp_path, tokenizer):
     repository = tmp_path / "repository"
     save_repository(repository, tiny_repository_model(tokenizer), tokenizer, create_image_processor(24, [0.4] * 3))
     drop = ("--config_name", "--vocab_size", "--teacher_name_or_path")
@@ -279,7 +279,7 @@ def web_shards(tmp_path) -> str:
 
 @pytest.mark.parametrize("streaming", [True, False])
 @pytest.mark.slow
-def test_webdataset_shards_train_streamed_or_not_and_resume_to_the_same_weights(flags, tmp_path, web_shards, streaming):
+def test_webdataset_shards_train_and_resume_to_the_same_weights(flags, tmp_path, web_shards, streaming):
     common = [*flags, "--dataset_name", web_shards, "--streaming" if streaming else "--no-streaming"]
     common += ["--per_device_train_batch_size", "3", "--checkpointing_steps", "3", "--dataloader_num_workers", "1"]
     train_distill.main(common)
@@ -349,7 +349,7 @@ def test_help_says_what_every_flag_does_with_its_default(capsys):
         train_distill.parse_args(["--help"])
     shown = capsys.readouterr().out
     assert "--captions_per_image" in shown and "(default: 1.0)" in shown
-    assert all(flag.help for flag in flags_of("distill"))
+    assert all(flag.help for flag in flags_of("distill").values())
 
 
 def run_and_expect(flags: list[str], error: str, out: Path) -> None:
@@ -373,7 +373,7 @@ def test_a_teacher_of_another_width_is_an_error_before_the_first_step(flags, tmp
     run_and_expect([*flags, "--config_name", str(tmp_path / "c.json")], "expected 18.*got 13", tmp_path / "out")
 
 
-def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_before_the_first_step(flags, tmp_path, config_name):
+def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_at_the_start(flags, tmp_path, config_name):
     values = json.loads(Path(config_name).read_text())
     values["text_config"]["vocab_size"] = 270
     (tmp_path / "c.json").write_text(json.dumps(values))
@@ -382,7 +382,7 @@ def test_a_tokenizer_larger_than_the_vocabulary_is_an_error_before_the_first_ste
     )
 
 
-def test_captions_longer_than_the_position_table_are_an_error_before_the_first_step(flags, tmp_path):
+def test_captions_longer_than_the_position_table_are_an_early_error(flags, tmp_path):
     run_and_expect([*flags, "--max_caption_length", "20"], "max_position_embeddings 19, got 20", tmp_path / "out")
 
 
@@ -436,7 +436,7 @@ def test_a_killed_scenes_run_resumes_to_the_weights_of_a_whole_one(scene_flags, 
 
 
 @pytest.mark.slow
-def test_without_a_data_set_scenes_are_drawn_and_their_teacher_is_trained_first(tmp_path, caplog, capfd):
+def test_without_a_data_set_scenes_are_drawn_and_a_teacher_trained_first(tmp_path, caplog, capfd):
     caplog.set_level("INFO")
     metrics = train_distill.main(
         [

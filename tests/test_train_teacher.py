@@ -18,6 +18,7 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap import train_teacher
+from tinycap.training import loop
 from tinycap.training.locked_text import TEXT_HEAD_FILE, LockedTextModel
 from tinycap.training.teacher import Teacher
 from tinycap.training.tokenizer import load_tokenizer
@@ -58,7 +59,7 @@ def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(is_locked, s
             if step == 6:
                 raise KeyboardInterrupt
 
-        patch.setattr(train_teacher, "check_finite", dies)
+        patch.setattr(loop, "check_finite", dies)
         with pytest.raises(KeyboardInterrupt):
             train_teacher.main(flags)
     train_teacher.main([*flags, "--resume_from_checkpoint", "latest"])
@@ -166,7 +167,7 @@ def test_a_remembered_text_is_embedded_as_a_read_one(sentence_encoder, monkeypat
     torch.testing.assert_close(remembered.text_embeds, read.text_embeds)
 
 
-def test_a_text_model_that_is_no_sentence_encoder_is_an_error_that_names_it(tmp_path):
+def test_a_text_model_that_is_no_sentence_encoder_is_a_named_error(tmp_path):
     args = train_teacher.parse_args([*LOCKED, "--text_model_name_or_path", str(tmp_path / "none")])
     with pytest.raises(ValueError, match="none: expected a sentence encoder"):
         train_teacher.build_model(args, None)

@@ -24,10 +24,10 @@ def run_rank(rank: int, port: int, argv: list[str], log: Path, witness: Path | N
         step_before = train_distill.train_step
 
         def step_seen(*args):
-            *_, step, number = args
+            step = args[-1]
             ids = [name for batch in step.batches for name in batch["image_ids"] if name]
             with open(f"{witness}-{rank}", "a") as file:
-                file.write(json.dumps({"step": number, "ids": ids}) + "\n")
+                file.write(json.dumps({"step": step.number, "ids": ids}) + "\n")
             return step_before(*args)
 
         train_distill.train_step = step_seen

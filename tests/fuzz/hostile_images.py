@@ -40,40 +40,16 @@ def draw(seed: int, size: tuple[int, int]) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
-def encoded(image: Image.Image, kind: str, **options) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
+def same(image: Image.Image) -> Image.Image:
+    return image
 
 
 def turned(image: Image.Image) -> Image.Image:
     return image.transpose(Image.Transpose.ROTATE_270)
 
 
-def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
-    """(name, body) of every chunk."""
-    found, position = [], 8
-    while position < len(data):
-        length, name = struct.unpack(">I4s", data[position : position + 8])
-        found.append((name, data[position + 8 : position + 8 + length]))
-        position += 12 + length
-    return found
-
-
-def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
-    """A file of these chunks with valid checksums, so that decoding continues past them."""
-    body = (
-        struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data)) for name, data in chunks
-    )
-    return b"\x89PNG\r\n\x1a\n" + b"".join(body)
-
-
-def png_16_bits(image: Image.Image) -> bytes:
-    """16 bits a channel, which Pillow reads but doesn't write."""
-    rows = np.asarray(image).repeat(2, axis=2)
-    header = struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0)
-    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in rows))
-    return png_of([(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")])
+def grey(image: Image.Image) -> Image.Image:
+    return image.convert("L").convert("RGB")
 
 
 def mode(name: str) -> Callable[[Image.Image], Image.Image]:
@@ -89,15 +65,10 @@ def mode(name: str) -> Callable[[Image.Image], Image.Image]:
     return change
 
 
-def grey(image: Image.Image) -> Image.Image:
-    return image.convert("L").convert("RGB")
-
-
 def half_clear(image: Image.Image) -> Image.Image:
     """In RGBA, the left half transparent."""
-    alpha = Image.new("L", image.size, 255)
+    alpha, image = Image.new("L", image.size, 255), image.copy()
     alpha.paste(0, (0, 0, image.width // 2, image.height))
-    image = image.copy()
     image.putalpha(alpha)
     return image
 
@@ -112,18 +83,6 @@ def palette_with_clear_color(image: Image.Image) -> Image.Image:
     return image
 
 
-def png_with_clear_color(change: Callable) -> Callable[[Image.Image], bytes]:
-    """Writes PNGs without alpha in which the colour of the first pixel means transparent."""
-
-    def write(image: Image.Image) -> bytes:
-        image = change(image)
-        color = np.atleast_1d(image.getpixel((0, 0)))
-        head, *chunks = png_chunks(encoded(image, "PNG"))
-        return png_of([head, (b"tRNS", struct.pack(f">{len(color)}H", *color)), *chunks])
-
-    return write
-
-
 def without_first_color(image: Image.Image) -> Image.Image:
     """The image with white for the colour of its first pixel."""
     pixels = np.array(image)
@@ -131,45 +90,68 @@ def without_first_color(image: Image.Image) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def over_white(image: Image.Image) -> Image.Image:
-    image = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+def encoded(image: Image.Image, kind: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def png_chunks(data: bytes) -> list[tuple[bytes, bytes]]:
+    """(name, body) of every chunk."""
+    found, position = [], 8
+    while position < len(data):
+        length, name = struct.unpack(">I4s", data[position : position + 8])
+        found.append((name, data[position + 8 : position + 8 + length]))
+        position += 12 + length
+    return found
+
+
+def png_of(chunks: list[tuple[bytes, bytes]]) -> bytes:
+    """A file of these chunks with valid checksums, so that decoding continues past them."""
+    parts = ((len(body), name + body) for name, body in chunks)
+    packed = (struct.pack(">I", length) + part + struct.pack(">I", zlib.crc32(part)) for length, part in parts)
+    return b"\x89PNG\r\n\x1a\n" + b"".join(packed)
+
+
+def png_16_bits(image: Image.Image) -> bytes:
+    """16 bits a channel, which Pillow reads but doesn't write."""
+    header = struct.pack(">IIBBBBB", *image.size, 16, 2, 0, 0, 0)
+    pixels = zlib.compress(b"".join(b"\0" + row.tobytes() for row in np.asarray(image).repeat(2, axis=2)))
+    return png_of([(b"IHDR", header), (b"IDAT", pixels), (b"IEND", b"")])
+
+
+def png_with_clear_color(change: Callable) -> Callable[[Image.Image], bytes]:
+    """Writes PNGs without alpha in which the colour of the first pixel means transparent."""
+    return lambda image: encoded(change(image), "PNG", transparency=change(image).getpixel((0, 0)))
 
 
 @dataclass(frozen=True)
 class Seed:
     """A variant of a format.
 
-    Args:
-        kind: Pillow's name of the format.
-        change: converts the RGB image to the one to save, or to the bytes of its file.
-        show: converts the RGB image to what a viewer shows; by default the result of `change` over white.
-        tolerance: mean difference of the channels, of 255, that the format's losses explain (lossy WebP halves the
-            resolution of colours; a frame that should not be shown differs by more than 100).
-        frames: whether two more frames follow, the image's negative.
-        options: of `Image.save`.
+    `change` converts the RGB image to the one to save, or to the bytes of its file; `show` to what a viewer shows, by
+    default the result of `change` over white. `tolerance`: mean difference of the channels, of 255, due to compression
+    (lossy WebP halves the resolution of colours; a wrong frame differs by more than 100). With `frames`, two negatives
+    follow. `options`: of `Image.save`.
     """
 
     kind: str
-    change: Callable = lambda image: image
+    change: Callable = same
     show: Callable | None = None
     tolerance: float = 0.0
     frames: bool = False
     options: dict = field(default_factory=dict)
 
-    def write(self, image: Image.Image) -> bytes:
+    def write(self, image: Image.Image, **metadata) -> bytes:
         saved = self.change(image)
-        if isinstance(saved, bytes):
-            return saved
         more = {"save_all": True, "append_images": [ImageChops.invert(image)] * 2} if self.frames else {}
-        return encoded(saved, self.kind, **self.options, **more)
+        return saved if isinstance(saved, bytes) else encoded(saved, self.kind, **self.options, **more, **metadata)
 
     def shown(self, image: Image.Image) -> Image.Image:
-        return self.show(image) if self.show else over_white(self.change(image))
-
-
-def same(image: Image.Image) -> Image.Image:
-    return image
+        if self.show:
+            return self.show(image)
+        image = self.change(image).convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
 BEST, TURN = {"quality": 95, "subsampling": 0}, {"exif": b"Exif\0\0" + TURNING_EXIF}
@@ -262,17 +244,15 @@ def damage(name: str, data: bytes, rng: random.Random) -> bytes:
         part = data[start : start + rng.choice((1, 2, 4, 8, 100))]
         written = (rng.choice([new for new in (0x00, 0x7F, 0x80, 0xFF) if new != old]) for old in part)
         return data[:start] + bytes(written) + data[start + len(part) :]
-    if name == "truncated":
-        return data[:start]
-    if name == "a part cut out":
-        return data[:start] + data[end:]
-    if name == "a part repeated":
-        return data[:end] + data[start:end] * rng.choice((1, 3, 50)) + data[end:]
     if name == "another format's header":
         header = rng.choice([header for header in HEADERS if not data.startswith(header)])
         return header + data[len(header) :]
-    other = SEEDS[rng.choice(sorted(SEEDS))].write(draw(rng.randrange(9), rng.choice(SIZES)))
-    return data[:start] + other[rng.randrange(len(other)) :] + b"\0"
+    if name == "another file's tail":
+        other = SEEDS[rng.choice(sorted(SEEDS))].write(draw(rng.randrange(9), rng.choice(SIZES)))
+        return data[:start] + other[rng.randrange(len(other)) :] + b"\0"
+    tails = {"truncated": b"", "a part cut out": data[end:]}
+    repeated = data[start:end] * (1 + rng.choice((1, 3, 50))) + data[end:]
+    return data[:start] + tails.get(name, repeated)
 
 
 HUGE_SIDES = (65_535, 30_000, 30_000, 16_383, 11_585)
@@ -283,30 +263,28 @@ def declare_huge(kind: str, data: bytes, width: int, height: int) -> bytes:
     if kind == "PNG":
         (name, header), *chunks = png_chunks(data)
         return png_of([(name, struct.pack(">II", width, height) + header[8:]), *chunks])
-    changed = bytearray(data)
+    low = [min(side, 16_383) for side in (width, height)]
+    changes = {}
     if kind == "GIF":
-        for place in (6, data.index(b"\x2c\0\0\0\0") + 5):
-            changed[place : place + 4] = struct.pack("<HH", width, height)
+        changes = dict.fromkeys((6, data.index(b"\x2c\0\0\0\0") + 5), struct.pack("<HH", width, height))
     elif kind == "BMP":
-        changed[18:26] = struct.pack("<ii", width, height)
+        changes[18] = struct.pack("<ii", width, height)
     elif kind == "JPEG":
-        place = max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5
-        changed[place : place + 4] = struct.pack(">HH", height, width)
+        changes[max(data.find(b"\xff\xc0"), data.find(b"\xff\xc2")) + 5] = struct.pack(">HH", height, width)
     elif kind == "TIFF":
         (start,) = struct.unpack("<I", data[4:8])
         for place in range(start + 2, start + 2 + 12 * data[start], 12):
-            tag = int.from_bytes(data[place : place + 2], "little")
-            if tag in (256, 257):
-                changed[place + 2 : place + 12] = struct.pack("<HII", 4, 1, width if tag == 256 else height)
+            side = {256: width, 257: height}.get(int.from_bytes(data[place : place + 2], "little"))
+            changes |= {} if side is None else {place + 2: struct.pack("<HII", 4, 1, side)}
     elif data[12:16] == b"VP8 ":
-        changed[26:30] = struct.pack("<HH", min(width, 16_383), min(height, 16_383))
+        changes[26] = struct.pack("<HH", *low)
     elif data[12:16] == b"VP8L":
-        bits = data[24] >> 4 << 28 | (min(height, 16_383) - 1) << 14 | (min(width, 16_383) - 1)
-        changed[21:25] = struct.pack("<I", bits)
+        changes[21] = struct.pack("<I", data[24] >> 4 << 28 | (low[1] - 1) << 14 | (low[0] - 1))
     else:
-        sides = (min(side, 16_383) - 1 for side in (width, height))
-        changed[24:30] = b"".join(side.to_bytes(3, "little") for side in sides)
-    return bytes(changed)
+        changes[24] = b"".join((side - 1).to_bytes(3, "little") for side in low)
+    for place, written in changes.items():
+        data = data[:place] + written + data[place + len(written) :]
+    return data
 
 
 EXIF_GARBAGE = (
@@ -326,50 +304,25 @@ EXIF_GARBAGE = (
 )
 
 
-def with_block(seed: Seed, whole: bytes, size: tuple[int, int], name: str, body: bytes) -> bytes | None:
-    """The file with another block of metadata, "exif" or "icc"; `None` if the format doesn't support it."""
-    if seed.options.get("exif") or seed.kind not in ("JPEG", "PNG", "WEBP") or whole[12:16] == b"VP8X":
+def with_broken_metadata(seed: Seed, image: Image.Image, is_exif: bool, rng: random.Random) -> bytes | None:
+    """The file with invalid EXIF or an invalid colour profile; `None` if the format doesn't support it."""
+    if seed.options.get("exif") or seed.kind not in ("JPEG", "PNG", "WEBP"):
         return None
-    is_exif = name == "exif"
-    if seed.kind == "PNG":
-        head, *chunks = png_chunks(whole)
-        return png_of([head, (b"eXIf" if is_exif else b"iCCP", body), *chunks])
-    if seed.kind == "JPEG":
-        body = (b"Exif\0\0" if is_exif else b"ICC_PROFILE\0") + body
-        return (
-            whole[:2] + (b"\xff\xe1" if is_exif else b"\xff\xe2") + struct.pack(">H", len(body) + 2) + body + whole[2:]
-        )
-    # Converts a simple WebP to the extended layout: the profile before the pixels, EXIF after them.
-    block = (b"EXIF" if is_exif else b"ICCP") + struct.pack("<I", len(body)) + body + b"\0" * (len(body) % 2)
-    head = struct.pack("<4sIBxxx", b"VP8X", 10, 0x08 if is_exif else 0x20)
-    head += b"".join((side - 1).to_bytes(3, "little") for side in size)
-    inside = b"WEBP" + head + (whole[12:] + block if is_exif else block + whole[12:])
-    return b"RIFF" + struct.pack("<I", len(inside)) + inside
-
-
-def broken_exif(rng: random.Random, kind: str) -> bytes:
-    return rng.choice((*EXIF_GARBAGE, b"MM\0*" + rng.randbytes(40), flip_bits(TURNING_EXIF[:-6], rng)))
-
-
-def broken_icc(rng: random.Random, kind: str) -> bytes:
-    """An invalid colour profile."""
+    exif = rng.choice((*EXIF_GARBAGE, b"MM\0*" + rng.randbytes(40), flip_bits(TURNING_EXIF[:-6], rng)))
     profile = rng.choice((b"\0", b"acsp" * 40, rng.randbytes(300), b"\0\0\xff\xff" * 100))
-    if kind == "PNG":
-        return b"profile\0\0" + rng.choice((zlib.compress(profile), profile))
-    return rng.choice((b"\1\1", b"\2\1", b"\0\0", b"\xff\xff")) * (kind == "JPEG") + profile
+    if seed.kind == "PNG":
+        head, *chunks = png_chunks(seed.write(image))
+        profile = b"profile\0\0" + rng.choice((zlib.compress(profile), profile))
+        return png_of([head, (b"eXIf", exif) if is_exif else (b"iCCP", profile), *chunks])
+    if is_exif:
+        return seed.write(image, exif=b"Exif\0\0" + exif if seed.kind == "JPEG" else exif or b"\0")
+    numbers = rng.choice((b"\1\1", b"\2\1", b"\0\0", b"\xff\xff"))
+    return seed.write(image, icc_profile=profile).replace(b"ICC_PROFILE\0\1\1", b"ICC_PROFILE\0" + numbers)
 
 
 @dataclass(frozen=True)
 class Case:
-    """One file to open.
-
-    Args:
-        seed, mutation: keys of `SEEDS` and `MUTATIONS`.
-        image: what was drawn.
-        data: the content of the file.
-        extension: of its name.
-        declared: width and height in the header, with "huge declared size".
-    """
+    """One file to open, of a seed and a mutation; `declared`: width and height in a header of a huge size."""
 
     seed: str
     mutation: str
@@ -387,21 +340,19 @@ def make_case(seed_name: str, mutation: str, image_seed: int, size: tuple[int, i
     """The case of these choices; `None` if the mutation doesn't apply to the variant."""
     seed, rng = SEEDS[seed_name], random.Random(f"{seed_name}/{mutation}/{image_seed}/{number}")
     image = draw(image_seed, size)
-    original, extension, declared = seed.write(image), EXTENSIONS[seed.kind], None
-    data = original
+    data, extension, declared = seed.write(image), EXTENSIONS[seed.kind], None
+    original = data
     if mutation in DAMAGES:
-        data = damage(mutation, original, rng)
+        data = damage(mutation, data, rng)
     elif mutation == "huge declared size":
         declared = rng.choice(HUGE_SIDES), rng.choice(HUGE_SIDES)
-        data = declare_huge(seed.kind, original, *declared)
+        data = declare_huge(seed.kind, data, *declared)
     elif mutation == "garbage at the end":
-        garbage = (b"\0" * 1000, b"<script>", rng.randbytes(3000), b"PK\x03\x04" + rng.randbytes(99))
-        data = original + rng.choice(garbage)
+        data += rng.choice((b"\0" * 1000, b"<script>", rng.randbytes(3000), b"PK\x03\x04" + rng.randbytes(99)))
     elif mutation == "wrong extension":
         extension = rng.choice([other for other in (*EXTENSIONS.values(), "eps", "txt", "") if other != extension])
     elif mutation != "none":
-        body = (broken_exif if mutation == "broken exif" else broken_icc)(rng, seed.kind)
-        data = with_block(seed, original, size, mutation.removeprefix("broken "), body)
+        data = with_broken_metadata(seed, image, mutation == "broken exif", rng)
     if data is None:
         return None
     assert (data == original) == (mutation in ("none", "wrong extension")), (seed_name, mutation, "isn't there")
@@ -419,14 +370,8 @@ def cases() -> st.SearchStrategy[Case]:
 
 @dataclass
 class Outcome:
-    """The outcome of a case.
-
-    Args:
-        caption: of the pipeline, or `None` with an `error`.
-        problems: violated expectations.
-        seconds: CPU time of the slowest single way to open it.
-        peak_mb: peak of resident memory above that before; `None` if unknown.
-    """
+    """The pipeline's caption or `load_image`'s error of a case, violated expectations (`problems`), CPU time of the
+    slowest single way to open it, and its peak of resident memory in MB, if known."""
 
     caption: str | None = None
     error: str | None = None
@@ -446,22 +391,19 @@ class Outcome:
         finally:
             self.seconds = max(self.seconds, time.process_time() - started)
 
-    def agree(self, name: str, refused: bool, said) -> bool:
-        """Records a problem unless the function and `load_image` reject the same files."""
-        if refused != (self.error is not None):
-            self.problems.append(f"{name}: {said!r} where load_image says {self.error!r}")
-        return refused == (self.error is not None)
+    def agree(self, name: str, path: str, error: str | None) -> None:
+        """Records a problem unless `load_image` rejects the same files, and the error names the file."""
+        if bool(error) != (self.error is not None):
+            self.problems.append(f"{name}: {error!r} where load_image says {self.error!r}")
+        elif error and path not in error:
+            self.problems.append(f"{name}: the error doesn't name the file: {error}")
 
 
 def drive(batch: list[Case], captioner, folder: Path, also: tuple[Callable[[Path], str], ...] = ()) -> list[Outcome]:
     """Opens each case with the image loader, the training data's decoder and the pipeline, and checks the outcome.
 
-    The pipeline gets all files as one list, then the unreadable ones one by one.
-
-    Args:
-        captioner: the project's pipeline.
-        folder: for the files, which remain until the next call.
-        also: further functions from a path to a caption, with a `ValueError` for an unreadable file.
+    The pipeline gets all files as one list, then the unreadable ones one by one. The files remain in `folder` until the
+    next call. `also`: further functions from a path to a caption, with a `ValueError` for an unreadable file.
     """
     for old in folder.glob("case-*"):
         old.unlink()
@@ -480,9 +422,8 @@ def drive(batch: list[Case], captioner, folder: Path, also: tuple[Callable[[Path
             return outcomes
         for path, outcome, (entry, *_) in zip(paths, outcomes, found):
             outcome.caption = entry["generated_text"]
-            if outcome.agree("pipeline", outcome.caption is None, entry) and outcome.caption is None:
-                if str(path) not in entry["error"]:
-                    outcome.problems.append(f"pipeline: the error doesn't name the file: {entry}")
+            outcome.agree("pipeline", str(path), entry["error"] if outcome.caption is None else None)
+            if outcome.caption is None:
                 alone, _ = outcome.attempt("pipeline alone", str(path), captioner, str(path))
                 if alone is not None:
                     outcome.problems.append(f"pipeline alone: {alone} where it says {entry} among several")
@@ -495,16 +436,13 @@ def drive_alone(case: Case, path: Path, outcome: Outcome, also: tuple[Callable[[
     row = {"image": {"bytes": case.data, "path": None}, "caption": "a caption", "id": str(path)}
     decoded, _ = outcome.attempt("decode_row", "", decode_row, row, 7, Columns("image", "caption", "id"), 64)
     if decoded is not None:
-        outcome.agree("decode_row", bool(decoded["reason"]), decoded["reason"])
-        if decoded["reason"] and str(path) not in decoded["reason"]:
-            outcome.problems.append(f"decode_row: the reason doesn't name the row: {decoded['reason']}")
-    for door in also:
-        said, why = outcome.attempt("door", str(path), door, path)
-        outcome.agree("door", said is None, why)
+        outcome.agree("decode_row", str(path), decoded["reason"])
+    for caption in also:
+        outcome.agree("command", str(path), outcome.attempt("command", str(path), caption, path)[1])
     if case.declared is not None and min(case.declared) >= 30_000 and case.kind != "WEBP" and image is not None:
         outcome.problems.append(f"a claim of {case.declared} was not refused but opened as {image.size}")
     if case.mutation in HARMLESS:
-        outcome.problems.extend(judge_image(case, image, outcome.error))
+        outcome.problems += judge_image(case, image, outcome.error)
 
 
 def judge_image(case: Case, image: Image.Image | None, refused: str | None) -> list[str]:
@@ -520,7 +458,7 @@ def judge_image(case: Case, image: Image.Image | None, refused: str | None) -> l
     return [f"another image: channels differ by {difference:.1f} of 255"] if difference > seed.tolerance else []
 
 
-def command_door(command: str, timeout: float = 120) -> Callable[[Path], str]:
+def caption_by_command(command: str, timeout: float = 120) -> Callable[[Path], str]:
     """Runs a command line with a path appended: returns the printed caption, or raises for its exit status."""
 
     def caption(path: Path) -> str:
@@ -536,15 +474,12 @@ def command_door(command: str, timeout: float = 120) -> Callable[[Path], str]:
 
 @contextlib.contextmanager
 def peak_memory():
-    """Yields a list that holds, after the block, the peak of resident memory in it, in MB above that at its start.
-
-    Read from /proc on Linux; elsewhere the list stays empty.
-    """
+    """Yields a list that holds, after the block and on Linux, its peak of resident memory in MB above the start."""
     found = []
 
     def high_water() -> float:
-        with open("/proc/self/status", encoding="ascii") as status:
-            return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+        return next(int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM"))
 
     try:
         # 5 resets the peak to the present size.

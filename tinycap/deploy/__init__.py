@@ -1,7 +1,7 @@
-"""TinyCap where it is used: command line, ONNX without PyTorch, smaller vocabularies. One subject a file."""
+"""Deployment: the command line, ONNX without PyTorch, vocabulary trimming."""
 
 import os
 
 
-# Without this, set before its import, onnxruntime reports to its vendor and writes a device id into the home folder.
+# Disables onnxruntime's telemetry, which connects to its vendor and writes a device id to the home folder.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")

@@ -1,45 +1,89 @@
-"""Image embeddings in a file, with the image that each is of."""
+"""Files of image embeddings and the images' names."""
 
+import base64
 import json
 import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
-from tinycap.deploy.outputs import path_aside
+from tinycap.deploy.captioners import ImageResult
+from tinycap.deploy.outputs import Output, RowFile, json_line, path_aside, writing
 
 
-class EmbeddingFile:
+class EmbeddingRows:
+    """Rows of embeddings, float32 in base64, with the name of the model."""
+
+    def __init__(self, model: str):
+        self.model = model
+
+    def head(self, kind: str) -> str:
+        return ""
+
+    def line(self, result: ImageResult, kind: str) -> str:
+        row = {"image": result.image, "model": self.model}
+        if result.error is not None:
+            return json_line({**row, "error": result.error})
+        embedding = np.asarray(result.embedding, np.float32).tobytes()
+        return json_line({**row, "embedding": base64.b64encode(embedding).decode("ascii")})
+
+    def missing(self, row: dict) -> str:
+        is_same = row.get("model") == self.model and ("embedding" in row or "error" in row)
+        return "" if is_same else f"embeddings by {self.model}"
+
+
+class EmbeddingFile(Output):
     """A file of embeddings: `.safetensors` (tensor `image_embeds`; `ids`, a JSON list, in its metadata) or `.npy`.
 
+    A run collects rows in `<name>.partial.jsonl`, from which the next run with the same `model` resumes.
+
     Raises:
-        ValueError: its ending is neither, or its folder isn't there or can't be written to; names it.
+        ValueError: the extension is another one, or the file exists; names it.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
+    def __init__(self, path: str | Path, model: str, overwrite: bool):
+        self.path, self.images = Path(path), ()
         if self.path.suffix not in (".safetensors", ".npy"):
             raise ValueError(f"--output: expected a name that ends in .safetensors or .npy, got {path}")
-        if not os.access(self.path.absolute().parent, os.W_OK):
-            raise ValueError(f"--output: expected a folder that can be written to, got {self.path.absolute().parent}")
+        self.rows = RowFile(f"{path}.partial.jsonl", EmbeddingRows(model))
+        if self.path.exists() and not overwrite and not self.rows.path.exists():
+            raise ValueError(f"--output: {path} is there already; pass --overwrite to write over it")
 
-    @property
-    def ids_path(self) -> Path:
-        """Where the ids of a `.npy` file are."""
-        return self.path.with_suffix(".ids.json")
+    def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
+        self.images = images
+        return self.rows.start(images, overwrite)
 
-    def write(self, ids: list[str], embeds: list[np.ndarray]) -> None:
-        """Writes N ids and N arrays (D,), aside and renamed."""
-        table = np.stack(embeds).astype(np.float32)
+    def append(self, results: Iterable[ImageResult]) -> list[tuple[str, str]]:
+        return self.rows.append(results)
+
+    def close(self, finished: bool) -> None:
+        try:
+            if finished:
+                with writing(self.path):
+                    self._write()
+        finally:
+            self.rows.close(finished)
+        if finished:
+            self.rows.path.unlink()
+
+    def _write(self) -> None:
+        """Writes the embeddings of this run's images in their order, atomically."""
+        found = {row["image"]: row["embedding"] for _, row in self.rows.rows() if "embedding" in row}
+        ids = [image for image in self.images if image in found]
+        if not ids:
+            return
+        table = np.stack([np.frombuffer(base64.b64decode(found[image]), np.float32) for image in ids])
         aside = path_aside(self.path)
-        if self.path.suffix == ".npy":
-            np.save(aside, table)
-            aside_ids = aside.with_suffix(".ids.json")
-            aside_ids.write_text(json.dumps(ids) + "\n", encoding="utf-8")
-            os.replace(aside_ids, self.ids_path)
-        else:
-            save_file({"image_embeds": table}, aside, metadata={"ids": json.dumps(ids)})
-            # safetensors writes files that only their owner can read.
-            aside.chmod(0o644)
-        os.replace(aside, self.path)
+        try:
+            with open(aside, "wb") as file:
+                if self.path.suffix == ".npy":
+                    np.save(file, table)
+                else:
+                    file.write(save({"image_embeds": table}, {"ids": json.dumps(ids)}))
+            if self.path.suffix == ".npy":
+                self.path.with_suffix(".ids.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
+            os.replace(aside, self.path)
+        finally:
+            aside.unlink(missing_ok=True)

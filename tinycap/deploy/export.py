@@ -1,4 +1,4 @@
-"""Writes a TinyCap as two ONNX graphs that need no PyTorch, in float32 and in int8.
+"""Exports a TinyCap as two ONNX graphs, in float32 and int8, which don't need PyTorch.
 
     onnx/encoder_model.onnx          pixel_values -> last_hidden_state, image_embeds
     onnx/decoder_model_merged.onnx   input_ids, encoder_hidden_states, past_key_values.* -> logits, present.*
@@ -13,8 +13,6 @@ others.
 import logging
 import shutil
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -23,19 +21,18 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import cached_file
 
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
-from tinycap.configuration_tinycap import TinyCapConfig
-from tinycap.deploy.captioners import install_command
+from tinycap.deploy.captioners import extra_missing, load_model
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
 
-# Beside the graphs, what a captioner reads.
+# Files beside the graphs that a captioner reads.
 COMPANIONS = (
     *("config.json", "generation_config.json", "preprocessor_config.json"),
     *("tokenizer.json", "tokenizer_config.json"),
 )
-# Largest difference of an exported graph's outputs to the model's: what other orders of summation come to.
+# Maximum difference between outputs of an exported graph and the model, due to the order of summation.
 TOLERANCE = 1e-3
-# Values of the decoder's weights that share a scale.
+# Weights of the decoder that share a scale.
 DECODER_BLOCK = 32
 
 
@@ -48,18 +45,17 @@ class EncoderGraph(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         encoded = self.model.get_encoder()(pixel_values, return_dict=True)
-        memory, _ = self.model.get_memory(encoded)
-        memory = self.model.decoder.project_memory(memory)
+        memory = self.model.decoder.project_memory(self.model.get_memory(encoded)[0])
         states = []
         for layer in self.model.decoder.layers:
             keys, values = layer.cross_attn.memory_states(memory, memory.shape[1], None)
-            # With one memory vector the constant takes the place of the keys, and the values are unused.
+            # With a single memory vector, `keys` is the constant that the layer adds, and the values are unused.
             states += [keys] if memory.shape[1] == 1 else [keys, values]
         return torch.cat([state.transpose(1, 2).flatten(2) for state in states], dim=-1), encoded.image_embeds
 
 
 class DecoderGraph(nn.Module):
-    """The decoder over the tokens that aren't in the cache yet, and the head over the last of them."""
+    """The decoder over the tokens that aren't in the cache yet, and the head for the last one."""
 
     def __init__(self, model: TinyCapForConditionalGeneration):
         super().__init__()
@@ -77,7 +73,7 @@ class DecoderGraph(nn.Module):
             split = [layer.cross_attn.split_heads(state) for state in states[a_layer * index : a_layer * (index + 1)]]
             cache.cross_attention_cache.update(split[0], split[-1], index)
             cache.is_updated[index] = True
-        # Of the memory, only its length is still looked at.
+        # Only the length of the memory is still used.
         hidden_states = self.model.decoder(input_ids, encoder_hidden_states, cache=cache).last_hidden_state
         logits = self.model.lm_head(hidden_states[:, -1:])
         present = [tensor for layer in cache.self_attention_cache.layers for tensor in (layer.keys, layer.values)]
@@ -85,7 +81,7 @@ class DecoderGraph(nn.Module):
 
 
 def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize: bool = True) -> dict[str, Path]:
-    """Writes the ONNX graphs of a checkpoint, and the configs and tokenizer that go with them.
+    """Writes the ONNX graphs of a checkpoint, and copies its configs and tokenizer.
 
     Args:
         model_name_or_path: a TinyCap repository, local or on the Hub.
@@ -98,123 +94,87 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
     Raises:
         ValueError: the checkpoint isn't a TinyCap's.
         ImportError: one of the packages of `tinycap[export]` is missing.
-        RuntimeError: an exported graph computes something else than the model.
+        RuntimeError: an exported graph's outputs differ from the model's.
     """
     try:
         import onnx  # noqa: F401
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401
     except ImportError as error:
-        raise ImportError(
-            f"exporting needs onnx, onnxscript and onnxruntime: {install_command('export')} ({error})"
-        ) from error
-    model_type = TinyCapConfig.get_config_dict(model_name_or_path)[0].get("model_type")
-    if model_type != TinyCapConfig.model_type:
-        raise ValueError(f"{model_name_or_path}: expected model_type {TinyCapConfig.model_type}, got {model_type}")
-    model = TinyCapForConditionalGeneration.from_pretrained(model_name_or_path, dtype=torch.float32).eval()
+        raise extra_missing("exporting needs onnx, onnxscript and onnxruntime", "export", error) from error
+    model = load_model(str(model_name_or_path))[0].float()
     output_dir = Path(output_dir)
     (output_dir / "onnx").mkdir(parents=True, exist_ok=True)
     for name in (*COMPANIONS, CONFIDENCE_NAME):
-        # Only the calibration may be missing.
+        # Only the calibration is optional.
         source = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=name in COMPANIONS)
         if source is None:
             (output_dir / name).unlink(missing_ok=True)
         elif Path(source).resolve() != (output_dir / name).resolve():
             shutil.copyfile(source, output_dir / name)
 
-    paths = {name: output_dir / "onnx" / f"{name}.onnx" for name in ("encoder_model", "decoder_model_merged")}
-    _export_encoder(model, paths["encoder_model"])
-    _export_decoder(model, paths["decoder_model_merged"])
-    if quantize:
-        for name, quantize_graph in (("encoder_model", quantize_encoder), ("decoder_model_merged", quantize_decoder)):
-            quantized_path = paths[name].with_name(f"{name}_quantized.onnx")
-            quantize_graph(paths[name], quantized_path)
-            paths[f"{name}_quantized"] = quantized_path
+    paths = {}
+    for name, export in (("encoder_model", _export_encoder), ("decoder_model_merged", _export_decoder)):
+        paths[name] = output_dir / "onnx" / f"{name}.onnx"
+        export(model, paths[name])
+        if quantize:
+            paths[f"{name}_quantized"] = output_dir / "onnx" / f"{name}_quantized.onnx"
+            quantize_graph(paths[name], paths[f"{name}_quantized"], is_decoder=export is _export_decoder)
     return paths
 
 
-def quantize_encoder(path: Path, quantized_path: Path) -> None:
-    """Weights of linear layers to int8 with a scale for each output channel; activations at run time, as a whole.
+def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool) -> None:
+    """Quantizes weights of linear layers to int8, and activations at run time; docs/on_the_device.md compares variants.
 
-    Seven bits and not eight: processors without VNNI add two products of bytes in 16 bits, and eight bits would
-    overflow there; where VNNI is, the seventh bit costs nothing in time.
-    """
-    from onnxruntime.quantization import QuantType, quantize_dynamic
-
-    with _prepared(path, quantized_path) as prepared:
-        quantize_dynamic(
-            prepared,
-            quantized_path,
-            op_types_to_quantize=["MatMul", "Gemm"],
-            per_channel=True,
-            reduce_range=True,
-            weight_type=QuantType.QInt8,
-        )
-
-
-def quantize_decoder(path: Path, quantized_path: Path) -> None:
-    """Weights of linear layers to int8 with a scale for every 32, the token table to half precision.
-
-    A greedy choice between two words of like probability falls the other way by a small error, and everything after it
-    with it: a decoder quantised like the encoder changes twice as many captions (docs/on_the_device.md).
+    The encoder has a scale for each output channel, and seven bits, since processors without VNNI add two products of
+    bytes in 16 bits. The decoder, whose small errors change words, has a scale for every 32 weights, and its token
+    embeddings are float16.
     """
     import onnx
+    from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
-
-    # It reports on every node.
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
-    with _prepared(path, quantized_path) as prepared:
-        # Level 4: activations are quantised too, each row's blocks by themselves.
-        how = DefaultWeightOnlyQuantConfig(bits=8, block_size=DECODER_BLOCK, is_symmetric=True, accuracy_level=4)
-        quantizer = MatMulNBitsQuantizer(str(prepared), algo_config=how)
-        quantizer.process()
-        graph = quantizer.model.model
-        _halve_table(graph)
-        onnx.save(graph, quantized_path)
-
-
-@contextmanager
-def _prepared(path: Path, quantized_path: Path) -> Iterator[Path]:
-    """The graph with constants folded: the head's transposition among them, so that it is a matrix to be quantised."""
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
+    # It logs every node.
+    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
     prepared = quantized_path.with_name(f".{quantized_path.name}")
     try:
+        # Folds constants, including the transposed weight of the head, which is otherwise not quantized.
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        yield prepared
+        if is_decoder:
+            # Level 4 also quantizes activations, each block of a row separately.
+            options = {"bits": 8, "block_size": DECODER_BLOCK, "is_symmetric": True, "accuracy_level": 4}
+            quantizer = MatMulNBitsQuantizer(str(prepared), algo_config=DefaultWeightOnlyQuantConfig(**options))
+            quantizer.process()
+            _halve_table(quantizer.model.model)
+            onnx.save(quantizer.model.model, quantized_path)
+        else:
+            options = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
+            quantize_dynamic(prepared, quantized_path, op_types_to_quantize=["MatMul", "Gemm"], **options)
     finally:
         prepared.unlink(missing_ok=True)
 
 
 def _halve_table(model) -> None:
-    """Stores the table that `input_ids` are looked up in as float16; a row of it is widened when it is read."""
+    """Stores the token embeddings as float16 and casts the rows of `input_ids` to float32."""
     from onnx import TensorProto, helper, numpy_helper
 
     graph = model.graph
     weights = {tensor.name: tensor for tensor in graph.initializer}
-    index, gather = next(
-        (index, node)
-        for index, node in enumerate(graph.node)
-        if node.op_type == "Gather" and node.input[0] in weights and node.input[1] == "input_ids"
-    )
+    gather = next(node for node in graph.node if node.op_type == "Gather" and node.input[1] == "input_ids")
     table = weights[gather.input[0]]
     table.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(table).astype("float16"), table.name))
     wide, narrow = gather.output[0], f"{gather.output[0]}_half"
     gather.output[0] = narrow
-    graph.node.insert(index + 1, helper.make_node("Cast", [narrow], [wide], to=TensorProto.FLOAT))
+    cast = helper.make_node("Cast", [narrow], [wide], to=TensorProto.FLOAT)
+    graph.node.insert(list(graph.node).index(gather) + 1, cast)
 
 
 def _export_encoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     vision = model.config.vision_config
-    pixel_values = torch.randn(2, vision.num_channels, vision.image_size, vision.image_size)
-    batch = torch.export.Dim("batch")
-    _export(
-        EncoderGraph(model),
-        {"pixel_values": pixel_values},
-        path,
-        output_names=["last_hidden_state", "image_embeds"],
-        dynamic_shapes={"pixel_values": {0: batch}},
-    )
+    inputs = {"pixel_values": torch.randn(2, vision.num_channels, vision.image_size, vision.image_size)}
+    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    _export(EncoderGraph(model), inputs, path, list(inputs), ["last_hidden_state", "image_embeds"], shapes)
 
 
 def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
@@ -223,61 +183,51 @@ def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     length, a_layer = (1, 1) if model.config.memory == "embedding" else (1 + patches, 2)
     states = torch.randn(2, length, len(layers) * a_layer * text.hidden_size)
     heads, head_dim = text.num_attention_heads, text.hidden_size // text.num_attention_heads
-    # Sizes other than 0 and 1, so that the trace takes nothing for granted that holds only for them.
+    # Sizes other than 0 and 1, which the exporter would specialise on.
     past = [torch.randn(2, heads, 3, head_dim) for _ in range(2 * len(layers))]
     names = [f"{index}.decoder.{part}" for index in range(len(layers)) for part in ("key", "value")]
     batch, new, before = (torch.export.Dim(name) for name in ("batch", "sequence_length", "past_sequence_length"))
-    _export(
-        DecoderGraph(model),
-        {"input_ids": torch.tensor([[1, 2], [2, 1]]), "encoder_hidden_states": states, "past_key_values": past},
-        path,
-        input_names=["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)],
-        output_names=["logits", *(f"present.{name}" for name in names)],
-        dynamic_shapes={
-            "input_ids": {0: batch, 1: new},
-            "encoder_hidden_states": {0: batch},
-            "past_key_values": [{0: batch, 2: before}] * len(past),
-        },
-    )
+    inputs = {"input_ids": torch.tensor([[1, 2], [2, 1]]), "encoder_hidden_states": states, "past_key_values": past}
+    shapes = {
+        "input_ids": {0: batch, 1: new},
+        "encoder_hidden_states": {0: batch},
+        "past_key_values": [{0: batch, 2: before}] * len(past),
+    }
+    input_names = ["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)]
+    output_names = ["logits", *(f"present.{name}" for name in names)]
+    _export(DecoderGraph(model), inputs, path, input_names, output_names, shapes)
 
 
 @torch.no_grad()
-def _export(module: nn.Module, inputs: dict, path: Path, input_names: list[str] | None = None, **options) -> None:
-    """Exports a module and holds the graph to it on its example inputs."""
+def _export(
+    module: nn.Module, inputs: dict, path: Path, input_names: list[str], output_names: list[str], shapes: dict
+) -> None:
+    """Exports a module; `RuntimeError` if the graph's outputs for the example inputs differ from the module's."""
     import onnxruntime
 
-    input_names = input_names or list(inputs)
+    names = {"input_names": input_names, "output_names": output_names, "dynamic_shapes": shapes}
     with warnings.catch_warnings():
-        # Two inputs share an axis, which is what was asked for.
+        # Inputs share axes intentionally.
         warnings.filterwarnings("ignore", message="# The axis name")
         warnings.filterwarnings("ignore", category=FutureWarning)
-        torch.onnx.export(
-            module.eval(),
-            kwargs=inputs,
-            f=path,
-            input_names=input_names,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            **options,
-        )
+        options = {"dynamo": True, "external_data": False, "verbose": False}
+        torch.onnx.export(module.eval(), kwargs=inputs, f=path, **names, **options)
     _strip_source(path)
     flat = [tensor for value in inputs.values() for tensor in (value if isinstance(value, list) else [value])]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    outputs = session.run(options["output_names"], {name: tensor.numpy() for name, tensor in zip(input_names, flat)})
-    for name, output, expected in zip(options["output_names"], outputs, module(**inputs)):
+    outputs = session.run(output_names, {name: tensor.numpy() for name, tensor in zip(input_names, flat)})
+    for name, output, expected in zip(output_names, outputs, module(**inputs)):
         difference = (torch.from_numpy(output) - expected).abs().max().item()
         if not difference <= TOLERANCE:
             raise RuntimeError(f"{path.name}: expected the model's {name}, got one that differs by {difference:.2g}")
 
 
 def _strip_source(path: Path) -> None:
-    """Takes out what the exporter notes of the source files of each node, the paths of this machine among it."""
+    """Removes the exporter's metadata about source files, which contains paths of this machine."""
     import onnx
 
-    graph = onnx.load(path)
-    for part in (graph, graph.graph, *graph.graph.node, *graph.graph.value_info, *graph.graph.initializer):
+    model = onnx.load(path)
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
         del part.metadata_props[:]
-    for part in (*graph.graph.input, *graph.graph.output):
-        del part.metadata_props[:]
-    onnx.save(graph, path)
+    onnx.save(model, path)

@@ -1,6 +1,6 @@
-"""The image processor of a TinyCap repository in Pillow and numpy, equal to the last bit.
+"""The image processor of a TinyCap repository in Pillow and numpy, bit for bit.
 
-`CLIPImageProcessor` on Pillow is what it equals (transformers' choice where torchvision isn't installed).
+It equals `CLIPImageProcessor` on Pillow (transformers' choice if torchvision isn't installed).
 """
 
 import json
@@ -10,11 +10,15 @@ import numpy as np
 from PIL import Image
 
 
-# What else a `preprocessor_config.json` may say, where it asks for nothing that this file doesn't do.
-NEUTRAL = {"do_pad": (None, False), "pad_size": (None,), "input_data_format": (None,), "do_convert_rgb": (None, True)}
-DESCRIPTIVE = {"image_processor_type", "processor_class", "data_format", "return_tensors", "default_to_square"}
-STEPS = {"do_resize", "do_center_crop", "do_rescale", "do_normalize"}
-HONOURED = STEPS | {"size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std"}
+# Supported values of settings; then the settings of which every value is supported.
+NEUTRAL = {
+    **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), (True,)),
+    **{"do_pad": (False, None), "do_convert_rgb": (True, None)},
+}
+ANY_VALUE = {
+    *("size", "crop_size", "resample", "rescale_factor", "image_mean", "image_std", "image_processor_type"),
+    *("processor_class", "data_format", "return_tensors", "default_to_square"),
+}
 
 
 class ImagePreprocessor:
@@ -24,7 +28,7 @@ class ImagePreprocessor:
         config: the content of that file.
 
     Raises:
-        ValueError: the config asks for something that this preprocessor doesn't do; names it.
+        ValueError: a setting isn't supported; names it.
     """
 
     def __init__(self, config: dict):
@@ -32,13 +36,10 @@ class ImagePreprocessor:
         if kind.removesuffix("Fast").removesuffix("Pil") != "CLIPImageProcessor":
             raise ValueError(f"image_processor_type: expected CLIPImageProcessor, got {kind}")
         for name, value in config.items():
-            if name in NEUTRAL and value not in NEUTRAL[name]:
-                raise ValueError(f"preprocessor config: expected {name} {NEUTRAL[name][-1]}, got {value}")
-            if name not in HONOURED | DESCRIPTIVE | set(NEUTRAL) and value is not None:
+            if value not in NEUTRAL.get(name, (value,)):
+                raise ValueError(f"preprocessor config: expected {name} {NEUTRAL[name][0]}, got {value}")
+            if name not in ANY_VALUE and name not in NEUTRAL and value is not None:
                 raise ValueError(f"preprocessor config: {name}={value} isn't supported without transformers")
-        for name in STEPS:
-            if not config.get(name, True):
-                raise ValueError(f"preprocessor config: expected {name} true, got {config[name]}")
         size, crop = config.get("size", {"shortest_edge": 224}), config.get("crop_size", 224)
         self.shortest_edge = size.get("shortest_edge") if isinstance(size, dict) else size
         crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
@@ -49,7 +50,7 @@ class ImagePreprocessor:
                 f"{self.crop_height}x{self.crop_width}, got size {size}"
             )
         self.resample = Image.Resampling(config.get("resample", Image.Resampling.BICUBIC))
-        # A byte has 256 values: what becomes of each in each channel is computed once, in the processor's own types.
+        # A lookup table of the 256 values of each channel, computed in the processor's types.
         scaled = (np.arange(256, dtype=np.float64) * config.get("rescale_factor", 1 / 255)).astype(np.float32)
         means, stds = (np.array(config[name], dtype=np.float32) for name in ("image_mean", "image_std"))
         self.values = [(scaled - mean) / std for mean, std in zip(means, stds)]
@@ -68,10 +69,7 @@ class ImagePreprocessor:
         return pixel_values
 
     def _resize_and_crop(self, image: Image.Image) -> Image.Image:
-        width, height = image.size
-        shortest, longest = sorted((width, height))
-        longest = int(self.shortest_edge * longest / shortest)
-        size = (self.shortest_edge, longest) if width <= height else (longest, self.shortest_edge)
-        image = image.resize(size, self.resample)
+        size = tuple(int(self.shortest_edge * side / min(image.size)) for side in image.size)
         left, top = (size[0] - self.crop_width) // 2, (size[1] - self.crop_height) // 2
+        image = image.resize(size, self.resample)
         return image.crop((left, top, left + self.crop_width, top + self.crop_height))

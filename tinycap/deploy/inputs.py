@@ -1,73 +1,55 @@
-"""Resolves the images of a command: files, folders, patterns, addresses, lists."""
+"""Finds the images of a command (files, folders, patterns, addresses, lists) and opens them in batches."""
 
 import glob
+import itertools
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
-from tinycap.processing_tinycap import IMAGE_ENDINGS
+from tinycap.processing_tinycap import IMAGE_ENDINGS, load_image
 
 
-# Names given of each kind of what is left out.
+OTHER, HIDDEN, LINKS = "file(s) of other kinds", "hidden", "linked folder(s), not followed"
+FOLDERS, UNREADABLE = "folder(s) that match a pattern", "folder(s) that can't be read"
+# Names shown of each kind of entry that is left out.
 MAX_NAMED = 5
 
 
-@dataclass
-class LeftOut:
-    """What lies in the searched folders and isn't taken.
+class LeftOut(defaultdict):
+    """Entries of searched folders that aren't captioned, by kind: paths, or the extensions of other files.
 
-    Args:
-        endings: number of files by their ending, where that isn't an image's.
-        hidden: number of files and folders whose name begins with a dot.
-        links: linked folders; not followed, since they may lead in a circle or to images that are there already.
-        folders: folders that match a pattern.
-        unreadable: folders that can't be read, with the reason; unlike the others, a failure.
+    Links to folders may form loops or lead to the same images. Unreadable folders are failures.
     """
 
-    endings: Counter = field(default_factory=Counter)
-    hidden: int = 0
-    links: list[str] = field(default_factory=list)
-    folders: list[str] = field(default_factory=list)
-    unreadable: list[str] = field(default_factory=list)
+    def __init__(self):
+        super().__init__(list)
 
     def __str__(self) -> str:
-        """One line; empty where nothing was left out."""
+        """One line; empty if nothing was left out."""
         parts = []
-        if self.endings:
-            parts.append(f"{self.endings.total()} file(s) of other kinds ({_names(sorted(self.endings))})")
-        if self.hidden:
-            parts.append(f"{self.hidden} hidden")
-        for paths, what in (
-            (self.links, "linked folder(s), not followed"),
-            (self.folders, "folder(s) that match a pattern"),
-            (self.unreadable, "folder(s) that can't be read"),
-        ):
-            if paths:
-                parts.append(f"{len(paths)} {what}: {_names(paths)}")
+        for kind in filter(self.get, (OTHER, HIDDEN, LINKS, FOLDERS, UNREADABLE)):
+            names = sorted(set(self[kind])) if kind == OTHER else self[kind]
+            text = ", ".join([*names[:MAX_NAMED], *(["..."] if len(names) > MAX_NAMED else [])])
+            shown = {OTHER: f" ({text})", HIDDEN: ""}.get(kind, f": {text}")
+            parts.append(f"{len(self[kind])} {kind}{shown}")
         return f"left out: {'; '.join(parts)}" if parts else ""
-
-
-def _names(names: list[str]) -> str:
-    return ", ".join([*names[:MAX_NAMED], *(["..."] if len(names) > MAX_NAMED else [])])
 
 
 def list_images(inputs: Iterable[str], left_out: LeftOut | None = None, from_list: bool = False) -> list[str]:
     """The images of a command, each once, in the order given; folders and patterns in the order of their names.
 
     Args:
-        inputs: files, folders (searched with all folders below them, hidden and linked ones left out), patterns with
-            `*`, `?`, `[...]` or `**`, `http(s)://` addresses; `-` stands for a list on the standard input, one a line.
-            A path that exists is never a pattern, nor is an existing folder at the head of one.
-        left_out: collects what folders hold beyond images.
-        from_list: the inputs are the lines of a list: a folder or pattern without images is a bad file among others.
-
-    Returns:
-        Paths and addresses. A file that doesn't exist is among them: it is a bad file, not a bad command.
+        inputs: files, folders (searched recursively without hidden and linked ones), patterns with `*`, `?`, `[...]` or
+            `**`, `http(s)://` URLs; `-` is a list on standard input, one entry a line. An existing path is not a
+            pattern, nor is the existing folder that a pattern starts with. Missing files are kept, as unreadable ones.
+        left_out: collects the entries of folders that aren't images.
+        from_list: the inputs are the lines of a list; a folder or pattern without images is kept too.
 
     Raises:
-        ValueError: a pattern or folder holds no image; names it.
+        ValueError: a pattern or folder has no images; names it.
     """
     left_out = LeftOut() if left_out is None else left_out
     images: dict[str, None] = {}
@@ -84,24 +66,20 @@ def list_images(inputs: Iterable[str], left_out: LeftOut | None = None, from_lis
     return list(images)
 
 
-def read_list(path: str) -> list[str]:
-    """The entries of a list of images, one a line, as `list_images` takes them; UTF-8, or UTF-16 with its mark.
-
-    Raises:
-        ValueError: the file can't be read; names it.
-    """
+def read_lines(path: str, errors: str = "strict") -> list[str]:
+    """The non-blank lines of a file in UTF-8, or UTF-16 with a byte order mark; `ValueError` if it can't be read."""
     try:
         with open(path, "rb") as file:
-            return _lines(file.read())
+            return _lines(file.read(), errors)
     except (OSError, UnicodeError) as error:
-        raise ValueError(f"{path}: cannot read the list of images: {getattr(error, 'strerror', error)}") from None
+        raise ValueError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from None
 
 
-def _lines(content: bytes | str) -> list[str]:
+def _lines(content: bytes | str, errors: str = "surrogateescape") -> list[str]:
     if isinstance(content, bytes):
-        # What PowerShell writes, and what Notepad puts before UTF-8.
+        # PowerShell writes UTF-16, Notepad a byte order mark before UTF-8.
         is_utf16 = content.startswith((b"\xff\xfe", b"\xfe\xff"))
-        content = content.decode("utf-16") if is_utf16 else content.decode("utf-8-sig", "surrogateescape")
+        content = content.decode("utf-16") if is_utf16 else content.decode("utf-8-sig", errors)
     return [line for line in (line.rstrip("\r") for line in content.split("\n")) if line.strip()]
 
 
@@ -115,11 +93,11 @@ def _expand(entry: str, left_out: LeftOut) -> Iterator[str]:
             if not os.path.isdir(path):
                 yield path
             elif "**" not in entry:
-                left_out.folders.append(path)
+                left_out[FOLDERS].append(path)
 
 
 def _match(pattern: str) -> list[str]:
-    """The paths that a pattern matches, sorted. Brackets that match nothing as a pattern stand for themselves."""
+    """The paths that a pattern matches, sorted. Brackets that match nothing as a pattern are literal."""
     parts = pattern.split(os.sep)
     heads = (os.sep.join(parts[:number]) for number in range(len(parts) - 1, 0, -1))
     head = next(filter(os.path.isdir, heads), "")
@@ -130,16 +108,52 @@ def _match(pattern: str) -> list[str]:
 
 def _walk(folder: str, left_out: LeftOut) -> Iterator[str]:
     def refuse(error: OSError) -> None:
-        left_out.unreadable.append(f"{error.filename} ({error.strerror})")
+        left_out[UNREADABLE].append(f"{error.filename} ({error.strerror})")
 
     for here, folders, files in os.walk(folder, onerror=refuse):
-        left_out.hidden += sum(name.startswith(".") for name in (*folders, *files))
+        left_out[HIDDEN] += [name for name in (*folders, *files) if name.startswith(".")]
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-        left_out.links += [path for path in (os.path.join(here, name) for name in folders) if os.path.islink(path)]
-        for name in sorted(files):
-            if name.startswith("."):
-                continue
+        left_out[LINKS] += filter(os.path.islink, (os.path.join(here, name) for name in folders))
+        for name in sorted(name for name in files if not name.startswith(".")):
             if name.lower().endswith(IMAGE_ENDINGS):
                 yield os.path.join(here, name)
             else:
-                left_out.endings[os.path.splitext(name)[1].lower() or "no ending"] += 1
+                left_out[OTHER].append(os.path.splitext(name)[1].lower() or "no ending")
+
+
+def read_ahead(read: Callable, images: Iterable, num_workers: int, ahead: int) -> Iterator:
+    """Maps `read` over images in order, by threads that are at most `ahead` images early; by none with 0 workers."""
+    if num_workers == 0:
+        yield from map(read, images)
+        return
+    with ThreadPoolExecutor(num_workers) as threads:
+        waiting = deque()
+        for image in images:
+            waiting.append(threads.submit(read, image))
+            if len(waiting) > ahead:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def run_batches(
+    run: Callable[[list], Iterable], images: Sequence[Any], batch_size: int, num_workers: int = 0
+) -> Iterator[tuple[Any, Any]]:
+    """Yields each image with its result of `run`, or with its error if it can't be read.
+
+    `run` maps the readable images of a batch, opened, to their results; `num_workers` threads open images ahead.
+    """
+
+    def read(image: Any) -> Any:
+        try:
+            return load_image(image)
+        except (ValueError, TypeError) as error:
+            return error
+
+    opened = read_ahead(read, images, num_workers, 2 * batch_size)
+    for start in range(0, len(images), batch_size):
+        batch = list(itertools.islice(opened, batch_size))
+        readable = [image for image in batch if not isinstance(image, Exception)]
+        results = iter(run(readable) if readable else ())
+        for name, image in zip(images[start : start + batch_size], batch):
+            yield name, image if isinstance(image, Exception) else next(results)

@@ -1,81 +1,144 @@
-"""Outputs of captions: the screen, one file of rows, or a text file beside each image.
+"""Outputs: the screen, one file of rows, a text file beside each image; embeddings are in embeddings.py.
 
-A file of rows is a log: rows are appended and flushed batch by batch, so that a killed run loses only the row that it
-was writing, and the next run resumes after the last whole one.
+All outputs have the same interface; they are complete after a `with` block without an error:
+
+    with output:
+        done = output.start(images, overwrite)  # images written by an earlier run; none with `overwrite`
+        failed = output.append(results)         # a batch; (image, reason) of what can't be written
+
+Rows are appended to a file and flushed after every batch: a killed run loses only the row that it was writing, and the
+next run resumes after the last complete row.
 """
 
+import contextlib
 import csv
 import html
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
-from tinycap.deploy.captioners import CaptionResult
+from tinycap.deploy.captioners import ImageResult
 
+
+if os.name == "nt":
+    import msvcrt
+else:
+    import fcntl
 
 FORMATS = ("text", "alt", "jsonl", "csv")
-# The csv module reads no longer field than 131,072 characters unless told; this is the most that it takes everywhere.
+# File names may be invalid UTF-8.
+AS_IT_IS = {"errors": "surrogateescape", "newline": ""}
+# The csv module's limit is 131,072 characters by default; this is the maximum on all platforms.
 csv.field_size_limit(2**31 - 1)
 
 
+class OutputError(OSError):
+    """An output can't be written; names the file and the reason."""
+
+
+@contextlib.contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Converts the block's system errors to `OutputError`; errors of transformers have no errno and pass through."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or isinstance(error, (BrokenPipeError, OutputError)):
+            raise
+        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+
+
+def lock(path: Path) -> TextIO:
+    """Locks an output until the returned file is closed; `OutputError` if another process has the lock."""
+    file = open(path.with_name(f".{path.name}.lock"), "w")
+    try:
+        if os.name == "nt":
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        else:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(file.fileno()).st_nlink == 0:
+            # The previous owner removed it in the meantime.
+            raise BlockingIOError
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise OutputError(f"cannot write {path}: another process is writing to it") from None
+    except OSError:
+        # Some cluster file systems don't support locks.
+        pass
+    return file
+
+
+def path_aside(path: Path) -> Path:
+    """The temporary file for an atomic write, in the same folder and with a short name."""
+    return path.with_name(f".tinycap-{os.getpid()}{path.suffix}")
+
+
 def alt_attribute(caption: str) -> str:
-    """`alt="..."`, escaped so that it can be pasted into an HTML tag whatever the caption holds."""
+    """`alt="..."`, escaped for an HTML tag."""
     return f'alt="{html.escape(caption, quote=True)}"'
 
 
-class RowShape:
-    """What a row of the output holds; the same for all rows of a file.
+class Output:
+    """Base class of the outputs; see the module."""
 
-    Args:
-        num_captions: captions of each image.
-        confidence: there is a column for it.
-        alt: there is a column for the `alt` attribute.
-    """
+    def __enter__(self) -> "Output":
+        return self
+
+    def __exit__(self, kind, error, traceback) -> None:
+        self.close(finished=kind is None)
+
+    def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
+        return set()
+
+    def close(self, finished: bool) -> None:
+        pass
+
+
+# --- rows -------------------------------------------------------------------------------------------------------------
+
+
+class CaptionRows:
+    """The content of caption rows: image, captions, `confidence` and `alt` if requested, and error."""
 
     def __init__(self, num_captions: int = 1, confidence: bool = False, alt: bool = False):
-        self.num_captions, self.confidence, self.alt = num_captions, confidence, alt
+        self.num_captions = num_captions
+        self.extra = [name for name, wanted in (("confidence", confidence), ("alt", alt)) if wanted]
+        captions = ["caption", *(f"caption_{number}" for number in range(2, num_captions + 1))]
+        self.columns = ["image", *captions, *self.extra, "error"]
 
-    def columns(self) -> list[str]:
-        """Names of the columns of a CSV file."""
-        captions = ["caption", *(f"caption_{number}" for number in range(2, self.num_captions + 1))]
-        extra = [name for name in ("confidence", "alt") if getattr(self, name)]
-        return ["image", *captions, *extra, "error"]
+    def head(self, kind: str) -> str:
+        return csv_line(self.columns) if kind == "csv" else ""
 
-    def as_dict(self, result: CaptionResult) -> dict:
-        """The row of a JSON-lines file: `image`, `caption` (None where there is none) and what else was asked for."""
-        row = {"image": result.image, "caption": result.captions[0] if result.captions else None}
+    def line(self, result: ImageResult, kind: str) -> str:
+        """A row of a `csv` or `jsonl` file."""
+        best = result.captions[0] if result.captions else None
+        row = {"image": result.image, "caption": best}
         if self.num_captions > 1:
             row["alternatives"] = result.captions[1:]
-        if self.confidence:
-            row["confidence"] = None if result.confidence is None else round(result.confidence, 4)
-        if self.alt:
-            row["alt"] = None if row["caption"] is None else alt_attribute(row["caption"])
+        confidence = None if result.confidence is None else round(result.confidence, 4)
+        extra = {"confidence": confidence, "alt": None if best is None else alt_attribute(best)}
+        row |= {name: extra[name] for name in self.extra}
         if result.error is not None:
             row["error"] = result.error
-        return row
+        if kind == "jsonl":
+            return json_line(row)
+        row |= {f"caption_{n}": text for n, text in enumerate(result.captions[1:], start=2)}
+        return csv_line(["" if row.get(name) is None else str(row[name]) for name in self.columns])
 
     def missing(self, row: dict) -> str:
-        """What a row of an earlier run lacks of what was asked for now; empty where it is nothing."""
-        names = {"confidence": self.confidence, "alt": self.alt}
-        missing = [name for name, wanted in names.items() if wanted and name not in row]
+        """The requested content that a JSON row of an earlier run lacks; empty if there is none."""
+        missing = [name for name in self.extra if name not in row]
         alternatives = row.get("alternatives")
         num_captions = 1 + (len(alternatives) if isinstance(alternatives, list) else 0)
         if row.get("caption") is not None and num_captions < self.num_captions:
             missing.append(f"{self.num_captions} captions")
         return " and ".join(missing)
 
-    def as_fields(self, result: CaptionResult) -> list[str]:
-        """The row of a CSV file, in the order of `columns`; empty where there is nothing."""
-        row = self.as_dict(result)
-        row.update({f"caption_{n}": text for n, text in enumerate(row.pop("alternatives", []), start=2)})
-        return ["" if row.get(name) is None else str(row[name]) for name in self.columns()]
-
 
 def json_line(row: dict) -> str:
-    """One line of JSON; readable, unless a file's name is no text in any encoding."""
+    """A line of JSON, escaped only if a file name is invalid UTF-8."""
     line = json.dumps(row, ensure_ascii=False)
     try:
         line.encode("utf-8")
@@ -85,282 +148,194 @@ def json_line(row: dict) -> str:
 
 
 def csv_line(fields: list[str]) -> str:
-    """One row of CSV, quoted where it must be."""
     buffer = io.StringIO()
-    # Python 3.11 and older quote a line break only where it is one of the terminator's: with the default, both are.
+    # Up to Python 3.11, only the terminator's characters are quoted; the default terminator has both line breaks.
     csv.writer(buffer).writerow(fields)
     return buffer.getvalue().removesuffix("\r\n") + "\n"
 
 
-def path_aside(path: Path) -> Path:
-    """Where a file is written before it is renamed: beside it, by a name that isn't longer than most."""
-    return path.with_name(f".tinycap-{os.getpid()}{path.suffix}")
+class RowFile(Output):
+    """A `.jsonl` or `.csv` file (`ValueError` for other extensions) to which runs append, one at a time.
 
-
-# --- reading what is there --------------------------------------------------------------------------------------------
-
-
-def read_jsonl(path: Path, shape: RowShape) -> Iterator[tuple[str, str, bool]]:
-    """The whole rows of a file that `RowFile` wrote: their text, image and whether they hold an error.
-
-    A last line that was being written when the run was stopped is left out.
-
-    Raises:
-        ValueError: any other line is no such row, or lacks what this run's rows hold; names it.
-    """
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="\n") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                row = json.loads(line)
-                image = row["image"]
-            except (ValueError, RecursionError, TypeError, KeyError):
-                image = None
-            if not isinstance(image, str):
-                if not line.endswith("\n"):
-                    return
-                raise ValueError(
-                    f'{path}, line {number}: expected a row with an "image", got {line.strip()[:60]!r}; '
-                    "is this another program's file?"
-                )
-            if missing := shape.missing(row):
-                raise ValueError(
-                    f"{path}, line {number}: expected rows with {missing}, got one without, which would stay so; "
-                    "pass --overwrite or another name"
-                )
-            # An editor may have taken the last line's end.
-            yield line.rstrip("\r\n") + "\n", image, row.get("error") is not None
-
-
-def read_csv(path: Path, columns: list[str]) -> Iterator[tuple[str, str, bool]]:
-    """As `read_jsonl`, of a CSV file with a head.
-
-    Raises:
-        ValueError: its columns aren't `columns`, or a row can't be parsed or has more or fewer of them; names its line.
-    """
-    with open(path, encoding="utf-8-sig", errors="surrogateescape", newline="") as file:
-        read: list[str] = []
-
-        def lines():
-            for line in file:
-                read.append(line)
-                yield line
-
-        rows = csv.reader(lines(), strict=True)
-        first = 1
-        while True:
-            read.clear()
-            try:
-                fields, reason = next(rows), ""
-            except StopIteration:
-                return
-            except csv.Error as error:
-                fields, reason = [], f": {error}"
-            text = "".join(read)
-            # A row that was being written when the run was stopped has no line end. One that has all its fields and a
-            # caption is whole: an editor may have taken the end.
-            is_whole = text.endswith("\n") or (
-                first > 1 and len(fields) == len(columns) and bool(fields[1]) and not fields[-1]
-            )
-            # But an open quote in the middle of the file takes all rows behind it for one field.
-            takes_rows = any(len(row) == len(columns) for line in read[1:] for row in csv.reader([line]))
-            if not is_whole and not takes_rows:
-                return
-            if first == 1 and not reason and fields != columns:
-                raise ValueError(
-                    f"{path}: expected the columns {columns}, got {fields}; pass --overwrite or another name"
-                )
-            if len(fields) != len(columns):
-                got = reason or f", got {len(fields)}"
-                raise ValueError(
-                    f"{path}, line {first}: expected a row of {len(columns)} fields{got}: {text.strip()[:60]!r}; "
-                    "mend its quotes, or pass --overwrite or another name"
-                )
-            if first > 1:
-                yield text.rstrip("\r\n") + "\n", fields[0], bool(fields[-1])
-            first += len(read)
-
-
-class RowFile:
-    """A `.jsonl` or `.csv` file of captions to which runs append.
-
-    Args:
-        path: the file; its ending says which kind it is.
-        shape: what its rows hold.
-
-    Raises:
-        ValueError: the ending is neither; names it.
+    `shape` defines the content of its rows, like `CaptionRows`.
     """
 
-    def __init__(self, path: str | Path, shape: RowShape):
-        self.path, self.shape, self.file = Path(path), shape, None
+    def __init__(self, path: str | Path, shape):
+        # Resolved, so that links to the same file share its lock.
+        self.path, self.shape, self.file, self.lock = Path(os.path.realpath(path)), shape, None, None
         self.kind = self.path.suffix.lower()[1:]
         if self.kind not in ("jsonl", "csv"):
             raise ValueError(f"--output: expected a name that ends in .jsonl or .csv, got {path}")
 
-    def rows(self) -> Iterator[tuple[str, str, bool]]:
-        """The whole rows: text, image, whether it holds an error."""
-        if not self.path.exists() or self.path.stat().st_size == 0:
-            return iter(())
-        if self.kind == "jsonl":
-            return read_jsonl(self.path, self.shape)
-        return read_csv(self.path, self.shape.columns())
+    def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
+        """Removes a half-written row and the errors of this run's images, which are retried.
 
-    def done(self) -> set[str]:
-        """The images that have their rows."""
-        return {image for _, image, _ in self.rows()}
-
-    def start(self, overwrite: bool, images: Iterable[str]) -> set[str]:
-        """Rewrites the file without a half-written row and without errors of this run's images, which are retried.
-
-        Killed in the middle, it leaves the file as it was.
-
-        Args:
-            overwrite: keep no row.
-            images: those of this run.
-
-        Returns:
-            The images that have their rows.
+        The file is replaced atomically. It stays unchanged if it contains anything else (`ValueError`).
         """
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        rows, retried = () if overwrite else self.rows(), set(images)
-        aside = path_aside(self.path)
-        try:
-            with open(aside, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-                if self.kind == "csv":
-                    file.write(csv_line(self.shape.columns()))
-                file.writelines(text for text, image, is_error in rows if not (is_error and image in retried))
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(aside, self.path)
-        finally:
-            aside.unlink(missing_ok=True)
-        return self.done()
+        with writing(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self.lock = lock(self.path)
+            retried, done, aside = set(images), set(), path_aside(self.path)
+            try:
+                with open(aside, "w", encoding="utf-8", **AS_IT_IS) as file:
+                    file.write(self.shape.head(self.kind))
+                    for text, row in () if overwrite else self.rows():
+                        if not row.get("error") or row["image"] not in retried:
+                            file.write(text)
+                            done.add(row["image"])
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(aside, self.path)
+            finally:
+                aside.unlink(missing_ok=True)
+            self.file = open(self.path, "a", encoding="utf-8", **AS_IT_IS)
+        return done
 
-    def append(self, batch: Iterable[CaptionResult]) -> list[tuple[str, str]]:
-        """Appends rows and flushes them; returns no failures, since rows can't fail one by one."""
-        if self.file is None:
-            self.file = open(self.path, "a", encoding="utf-8", errors="surrogateescape", newline="")
-        for result in batch:
-            if self.kind == "jsonl":
-                self.file.write(json_line(self.shape.as_dict(result)))
-            else:
-                self.file.write(csv_line(self.shape.as_fields(result)))
-        self.file.flush()
+    def append(self, results: Iterable[ImageResult]) -> list[tuple[str, str]]:
+        with writing(self.path):
+            self.file.writelines(self.shape.line(result, self.kind) for result in results)
+            self.file.flush()
         return []
 
-    def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
-            self.file = None
+    def close(self, finished: bool) -> None:
+        file, held, self.file, self.lock = self.file, self.lock, None, None
+        try:
+            if file is not None:
+                with writing(self.path):
+                    file.close()
+        finally:
+            if held is not None:
+                # Windows can't remove an open file.
+                with contextlib.suppress(OSError):
+                    os.unlink(held.name)
+                held.close()
+
+    def rows(self) -> Iterator[tuple[str, dict]]:
+        """The complete rows of the file, as text and as dicts."""
+        if not self.path.exists() or not self.path.stat().st_size:
+            return
+        with open(self.path, encoding="utf-8-sig", **AS_IT_IS) as file:
+            for number, text, row, expected in self._read_csv(file) if self.kind == "csv" else self._read_jsonl(file):
+                if expected:
+                    raise ValueError(
+                        f"{self.path}, line {number}: expected {expected}, got {text.strip()[:60]!r}; fix it, or pass "
+                        "--overwrite or another name"
+                    )
+                # An editor may have changed or removed the line end.
+                yield text.rstrip("\r\n") + "\n", row
+
+    def _read_jsonl(self, file: TextIO) -> Iterator[tuple[int, str, dict, str]]:
+        """Yields line number, text and content of each row, and what was expected instead if it is invalid."""
+        for number, text in enumerate(file, start=1):
+            try:
+                row = json.loads(text)
+            except (ValueError, RecursionError):
+                row = None
+            if isinstance(row, dict) and isinstance(row.get("image"), str):
+                missing = self.shape.missing(row)
+                yield number, text, row, f"rows with {missing}" if missing else ""
+            elif text.endswith("\n"):
+                yield number, text, {}, 'a row with an "image"'
+
+    def _read_csv(self, file: TextIO) -> Iterator[tuple[int, str, dict, str]]:
+        columns, lines = self.shape.columns, []
+        rows = csv.reader((lines.append(line) or line for line in file), strict=True)
+        while True:
+            number = rows.line_num + 1
+            lines.clear()
+            try:
+                fields = next(rows)
+            except StopIteration:
+                return
+            except csv.Error:
+                fields = []
+            text, is_row = "".join(lines), len(fields) == len(columns)
+            # A half-written row has no line end. With all fields, a caption and no error it is complete: an editor may
+            # have removed the line end. An unclosed quote from an editor includes all rows after it.
+            is_whole = text.endswith("\n") or (number > 1 and is_row and bool(fields[1]) and not fields[-1])
+            takes_rows = any(len(row) == len(columns) for line in lines[1:] for row in csv.reader([line]))
+            if is_whole or takes_rows:
+                if number == 1 and fields != columns:
+                    yield number, text, {}, f"the columns {columns}"
+                elif number > 1:
+                    yield number, text, dict(zip(columns, fields)), "" if is_row else f"{len(columns)} fields"
 
 
-# --- a file beside each image -----------------------------------------------------------------------------------------
+# --- a file beside each image, the screen -----------------------------------------------------------------------------
 
 
-class Sidecars:
-    """`photo.txt` beside `photo.jpg`, with the captions, one a line.
-
-    Args:
-        images: all that will be captioned, to see that no two share a file.
-        format: "text" or "alt".
+class Sidecars(Output):
+    """`photo.txt` beside `photo.jpg`, with a caption a line, as "text" or "alt".
 
     Raises:
-        ValueError: two images would share a file, or an image is an address; names them.
+        ValueError: an image is a URL, or its sidecar is that of another image or an image itself; names them.
     """
 
-    def __init__(self, images: Iterable[str], format: str):
+    def __init__(self, images: Sequence[str], format: str | None):
         self.format = format
-        owners: dict[Path, str] = {}
+        taken = {os.path.realpath(image): f"over the image {image}" for image in images}
         for image in images:
             if image.startswith(("http://", "https://")):
                 raise ValueError(f"--sidecar: expected files, got the address {image}")
-            other = owners.setdefault(self.path_of(image), image)
-            if other != image:
-                raise ValueError(f"--sidecar: {other} and {image} would share {self.path_of(image)}; use --output")
+            path = self.path_of(image)
+            # On a case-insensitive file system, an image `photo.TXT` is its own sidecar.
+            is_image = os.path.exists(path) and os.path.samefile(path, image)
+            real = os.path.realpath(image if is_image else path)
+            if real in taken:
+                raise ValueError(f"--sidecar: the caption of {image} would be written {taken[real]}; use --output")
+            taken[real] = f"to {path}, as that of {image}"
 
     @staticmethod
     def path_of(image: str) -> Path:
         return Path(image).with_suffix(".txt")
 
-    def start(self, overwrite: bool, images: Iterable[str]) -> set[str]:
-        """The images that have a file beside them, whoever wrote it; none if they are to be overwritten."""
-        # Not `Path.exists`, which raises an error on a name that is too long.
+    def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
+        # `Path.exists` raises an error if the name is too long.
         return set() if overwrite else {image for image in images if os.path.isfile(self.path_of(image))}
 
-    def append(self, batch: Iterable[CaptionResult]) -> list[tuple[str, str]]:
-        """Writes the files, each aside and renamed; none where there is no caption.
-
-        Returns:
-            The images whose file can't be written, with the reason.
-        """
+    def append(self, results: Iterable[ImageResult]) -> list[tuple[str, str]]:
         failed = []
-        for result in batch:
-            lines = [caption for caption in result.captions if caption is not None]
-            if not lines:
-                continue
-            if self.format == "alt":
-                lines = [alt_attribute(line) for line in lines]
+        for result in results:
             path = self.path_of(result.image)
             aside = path_aside(path)
+            lines = [caption for caption in result.captions if caption is not None]
+            if self.format == "alt":
+                lines = [alt_attribute(line) for line in lines]
             try:
-                aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-                os.replace(aside, path)
+                if lines:
+                    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+                    os.replace(aside, path)
             except OSError as error:
                 aside.unlink(missing_ok=True)
                 failed.append((result.image, f"cannot write {path}: {error.strerror}"))
         return failed
 
-    def close(self) -> None:
-        pass
 
+class Screen(Output):
+    """Lines of image name, confidence (both optional) and caption, separated by tabs; or the rows of a file."""
 
-# --- the screen -------------------------------------------------------------------------------------------------------
-
-
-class Screen:
-    """Captions as lines of the standard output.
-
-    `text` and `alt` write a line for each caption; the image's name stands before it where there are several images,
-    and the confidence where it was asked for, separated by tabs. `jsonl` and `csv` write the rows of a file.
-
-    Args:
-        stream: where to, such as `sys.stdout`.
-        format: one of `FORMATS`.
-        show_names: put the image's name first.
-        show_confidence: put the confidence before the caption.
-    """
-
-    def __init__(self, stream: TextIO, format: str, shape: RowShape, show_names: bool, show_confidence: bool):
+    def __init__(self, stream: TextIO, format: str | None, shape: CaptionRows, show_names: bool, show_confidence: bool):
         self.stream, self.format, self.shape = stream, format, shape
-        if hasattr(stream, "reconfigure"):
-            # A file's name needn't be text in any encoding; it goes out as it came in.
-            stream.reconfigure(errors="surrogateescape")
         self.show_names, self.show_confidence = show_names, show_confidence
-        if format == "csv":
-            stream.write(csv_line(shape.columns()))
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors=AS_IT_IS["errors"])
 
-    def start(self, overwrite: bool, images: Iterable[str]) -> set[str]:
+    def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
+        with writing("to the standard output"):
+            self.stream.write(self.shape.head(self.format))
         return set()
 
-    def append(self, batch: Iterable[CaptionResult]) -> list[tuple[str, str]]:
-        for result in batch:
-            if self.format == "jsonl":
-                self.stream.write(json_line(self.shape.as_dict(result)))
-            elif self.format == "csv":
-                self.stream.write(csv_line(self.shape.as_fields(result)))
-            elif result.error is None:
-                self._write_lines(result)
-        self.stream.flush()
+    def append(self, results: Iterable[ImageResult]) -> list[tuple[str, str]]:
+        with writing("to the standard output"):
+            for result in results:
+                if self.format in ("jsonl", "csv"):
+                    self.stream.write(self.shape.line(result, self.format))
+                    continue
+                for caption in result.captions:
+                    fields = [result.image] if self.show_names else []
+                    fields += [f"{result.confidence:.2f}"] if self.show_confidence else []
+                    is_alt = self.format == "alt" and caption is not None
+                    fields.append(alt_attribute(caption) if is_alt else caption or "")
+                    self.stream.write("\t".join(fields) + "\n")
+            self.stream.flush()
         return []
-
-    def _write_lines(self, result: CaptionResult) -> None:
-        for caption in result.captions:
-            fields = [result.image] if self.show_names else []
-            if self.show_confidence:
-                fields.append(f"{result.confidence:.2f}")
-            text = caption or ""
-            fields.append(alt_attribute(text) if self.format == "alt" and caption is not None else text)
-            self.stream.write("\t".join(fields) + "\n")
-
-    def close(self) -> None:
-        pass

@@ -1,4 +1,4 @@
-"""Greedy and beam search over any function from tokens to logits, in numpy, as transformers 5.24 searches.
+"""Greedy and beam search over any function from tokens to logits, in numpy, as in transformers 5.24.
 
 Results equal `GenerationMixin`'s greedy and beam search, including the order of ties; the tests compare them.
 """
@@ -9,20 +9,20 @@ from dataclasses import dataclass
 import numpy as np
 
 
-# Log-probability of what must not be chosen: transformers' own value, which stays finite in sums.
+# Log-probability of excluded candidates: transformers' value, which stays finite in sums.
 NEVER = np.float32(-1.0e9)
 
-# step(tokens, rows) -> logits. `tokens` (N, L) are new since the last call; before them, the state's rows are replaced
-# by those that `rows` (N,) names, or stay as they are where it is `None`. `logits` (N, vocab_size) are float32.
+# step(tokens, rows) -> logits. `rows` (N,) first reorders the rows of the cache, unless it is `None`; `tokens` (N, L)
+# are those since the last call; `logits` (N, vocab_size) are float32.
 Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 
 @dataclass
 class Sequences:
-    """The token sequences of a search for B images, R for each, the best first.
+    """The R best token sequences for each of B images, best first.
 
     Args:
-        tokens: (B, R) lists of token ids, with the end token where there is one, without the prompt.
+        tokens: (B, R) lists of token ids, with the end token if there is one, without the prompt.
         scores: (B, R), the sum of their log-probabilities.
     """
 
@@ -39,11 +39,9 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 def greedy_search(
     step: Step, prompt: np.ndarray, eos_token_ids: list[int], max_new_tokens: int, suppress_tokens: Sequence[int] = ()
 ) -> Sequences:
-    """Takes the most probable token until the end token or the limit.
+    """Chooses the most probable token until the end token or the limit, never one of `suppress_tokens`.
 
-    Args:
-        prompt: (B, L), the start token and what else the captions begin with.
-        suppress_tokens: ids that are never taken; they count in the probabilities of the others.
+    `prompt` (B, L) is the start token and the beginning of the captions.
     """
     batch = len(prompt)
     sequences, scores = [[] for _ in range(batch)], np.zeros((batch, 1), np.float32)
@@ -61,7 +59,7 @@ def greedy_search(
         finished |= np.isin(best, eos_token_ids)
         if finished.all():
             break
-        # The input of finished rows doesn't matter: rows are independent.
+        # Finished rows get any input, since rows are independent.
         tokens = best[:, None]
     return Sequences([[row] for row in sequences], scores)
 
@@ -77,24 +75,26 @@ def beam_search(
     early_stopping: bool | str = False,
     suppress_tokens: Sequence[int] = (),
 ) -> Sequences:
-    """Keeps the `num_beams` best beginnings of each caption and returns the best finished ones.
+    """Keeps the `num_beams` best beginnings of each caption; returns the best finished ones.
 
     Args:
-        step: is called with the beams of an image next to each other, B * num_beams rows.
-        prompt: (B, L).
+        step: is called with B * num_beams rows, the beams of an image adjacent.
+        prompt, suppress_tokens: as in `greedy_search`.
         length_penalty: finished captions are compared by log-probability / length ** length_penalty.
         early_stopping: `True` ends with the first `num_beams` finished captions, `False` when the running ones are no
             longer better at their present length, `"never"` when they can't become better.
-        suppress_tokens: as in `greedy_search`.
     """
     batch, beams_to_keep = len(prompt), max(2, 1 + len(eos_token_ids)) * num_beams
     is_top = np.arange(beams_to_keep) < num_beams
     rows = np.arange(batch)[:, None]
     running = np.zeros((batch, num_beams, max_new_tokens), np.int64)
-    # All beams are equal in the first step: only the first one counts.
+    # In the first step all beams are equal, so that only the first one is used.
     running_scores = np.full((batch, num_beams), NEVER)
     running_scores[:, 0] = 0.0
-    finished = _Finished(batch, num_beams, max_new_tokens)
+    # The best finished sequences of each image: tokens, lengths, scores, log-probabilities, whether there is one.
+    shape = (batch, num_beams)
+    finished = [np.zeros_like(running), np.zeros(shape, np.int64), np.full(shape, NEVER), np.full(shape, NEVER)]
+    finished.append(np.zeros(shape, bool))
     can_improve = np.ones((batch, 1), bool)
     tokens, order = np.repeat(prompt, num_beams, axis=0), None
 
@@ -116,51 +116,34 @@ def beam_search(
         order = (beams[rows, kept] + rows * num_beams).flatten()
         tokens = running[:, :, length - 1].reshape(-1, 1)
 
-        # Candidates beyond the first `num_beams` only keep enough beams running.
+        # Candidates after the first `num_beams` only serve to keep enough beams running.
         just_ended = ended & is_top
-        is_full = finished.is_finished.all(axis=1, keepdims=True) & (early_stopping is True)
+        *_, is_finished = finished
+        is_full = is_finished.all(axis=1, keepdims=True) & (early_stopping is True)
         excluded = is_full.astype(np.float32) + ~can_improve + ~just_ended
         scores = sums / np.float32(length**length_penalty) + excluded * NEVER
-        finished.add(sequences, np.full_like(top, length), scores, sums, just_ended)
+        new = (sequences, np.full_like(top, length), scores, sums, just_ended)
+        merged = [np.concatenate(pair, axis=1) for pair in zip(finished, new)]
+        best = _top_k(merged[2], num_beams)
+        finished = [part[rows, best] for part in merged]
+        _, _, finished_scores, _, is_finished = finished
 
         final_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
         attainable = running_scores[:, :1] / np.float32(final_length**length_penalty)
-        worst = np.where(finished.is_finished, finished.scores.min(axis=1, keepdims=True), NEVER)
+        worst = np.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
         can_improve &= (attainable > worst).any(axis=1, keepdims=True)
-        if not can_improve.any() or ended.all() or (early_stopping is True and finished.is_finished.all()):
+        if not can_improve.any() or ended.all() or (early_stopping is True and is_finished.all()):
             break
 
-    best = [
-        [tokens[:length].tolist() for tokens, length in zip(*image)]
-        for image in zip(finished.tokens[:, :num_return_sequences], finished.lengths)
-    ]
-    return Sequences(best, finished.log_probs[:, :num_return_sequences])
-
-
-class _Finished:
-    """The best finished sequences of B images, at most `num_beams` each, the best first.
-
-    Args of `add`: tokens (B, K, max_new_tokens); lengths, scores, log_probs and is_finished (B, K).
-    """
-
-    def __init__(self, batch: int, num_beams: int, max_new_tokens: int):
-        shape = (batch, num_beams)
-        self.tokens, self.lengths = np.zeros((*shape, max_new_tokens), np.int64), np.zeros(shape, np.int64)
-        self.scores, self.log_probs = np.full(shape, NEVER), np.full(shape, NEVER)
-        self.is_finished = np.zeros(shape, bool)
-
-    def add(self, *new: np.ndarray) -> None:
-        old = (self.tokens, self.lengths, self.scores, self.log_probs, self.is_finished)
-        merged = [np.concatenate(pair, axis=1) for pair in zip(old, new, strict=True)]
-        best = _top_k(merged[2], self.scores.shape[1])
-        rows = np.arange(len(best))[:, None]
-        self.tokens, self.lengths, self.scores, self.log_probs, self.is_finished = (part[rows, best] for part in merged)
+    tokens, lengths, _, log_probs, _ = (part[:, :num_return_sequences] for part in finished)
+    captions = [[row[:length].tolist() for row, length in zip(*image)] for image in zip(tokens, lengths)]
+    return Sequences(captions, log_probs)
 
 
 def _top_k(values: np.ndarray, k: int) -> np.ndarray:
-    """Positions of the `k` largest of each row, the largest first; of equal ones the first."""
+    """Positions of the `k` largest values of each row, descending; ties in the order of positions."""
     if values.shape[1] > 4 * k:
-        # Sorted, so that equal values come in the order of their positions.
+        # Sorted, so that ties are in the order of positions.
         part = np.sort(np.argpartition(-values, k - 1, axis=1)[:, :k], axis=1)
     else:
         part = np.broadcast_to(np.arange(values.shape[1]), values.shape)

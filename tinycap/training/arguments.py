@@ -3,127 +3,112 @@
 import argparse
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-import huggingface_hub
 import yaml
 from accelerate.tracking import get_available_trackers
-from accelerate.utils import LoggerType
+from datasets.config import HF_DATASETS_CACHE
+from huggingface_hub import constants
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import validate_repo_id
 
-from tinycap.training.flags import EXCLUDES, GROUPS, NEEDS, SCENE_DEFAULTS, Flag
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a flag's default, except `None`, whose meaning the help says in words."""
-
-    def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+from tinycap.training.flags import GROUPS, RULES, SCENE_DEFAULTS, Flag
 
 
 class ArgumentParser(argparse.ArgumentParser):
     """Ends with an error of two lines, where argparse would print all flags before it."""
 
+    source = ""
+
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {message}\n{self.prog} --help lists all flags.\n")
+        self.exit(2, f"{self.prog}: error: {self.source}{message}\n{self.prog} --help lists all flags.\n")
 
 
-def flags_of(script: str) -> list[Flag]:
-    """The flags of a script, "distill" or "teacher"."""
-    return [flag for flags in GROUPS.values() for flag in flags if flag.script in (None, script)]
+def flags_of(script: str) -> dict[str, Flag]:
+    """The flags of a script, "distill" or "teacher", by name."""
+    return {flag.name: flag for flags in GROUPS.values() for flag in flags if flag.script in (None, script)}
 
 
-def build_parser(script: str, description: str = "") -> ArgumentParser:
-    """The parser of a script, "distill" or "teacher"; its defaults are those for one's own images."""
-    options = {"formatter_class": HelpFormatter, "allow_abbrev": False, "usage": "%(prog)s [--FLAG VALUE ...]"}
+def build_parser(script: str, description: str) -> ArgumentParser:
+    """The parser of a script; it returns the flags that were given and no defaults."""
+    options = {"usage": "%(prog)s [--FLAG VALUE ...]", "allow_abbrev": False, "argument_default": argparse.SUPPRESS}
     parser = ArgumentParser(description=description, **options)
     for title, flags in GROUPS.items():
         group = parser.add_argument_group(title)
         for flag in flags:
             if flag.script in (None, script):
-                default = flag.default[script] if isinstance(flag.default, dict) else flag.default
+                default = flag.default_of(script)
+                text = flag.help if default is None else f"{flag.help} (default: {default})"
+                kind = {"action": argparse.BooleanOptionalAction} if flag.type is bool else {"type": flag.type}
                 choices = flag.allowed if isinstance(flag.allowed, tuple) else None
-                kind = {"type": flag.type} if flag.type is not bool else {"action": argparse.BooleanOptionalAction}
-                group.add_argument(f"--{flag.name}", default=default, help=flag.help, choices=choices, **kind)
-    parser.epilog = "Without --dataset_name, drawn scenes have these defaults instead: " + ", ".join(
-        f"--{name} {value}" for name, value in SCENE_DEFAULTS[script].items()
-    )
+                group.add_argument(f"--{flag.name}", help=text, choices=choices, **kind)
+    scenes = ", ".join(f"--{name} {value}" for name, value in SCENE_DEFAULTS[script].items())
+    parser.epilog = f"Without --dataset_name, drawn scenes have these defaults instead: {scenes}"
     return parser
 
 
-def parse_flags(script: str, argv: list[str] | None, description: str) -> argparse.Namespace:
-    """Parses and checks the flags of a script, "distill" or "teacher".
+def parse_flags(
+    script: str, argv: list[str] | None, description: str, other_problems: Callable[..., Iterable[str]]
+) -> argparse.Namespace:
+    """Parses and checks the flags of a script, "distill" or "teacher"; every contradiction is reported at once.
 
-    Defaults < the defaults of scenes, without a `dataset_name` < `--config_file` < command line.
-
-    Returns:
-        The flags; in `given`, the names of those that file or command line set: a default overrules no configuration.
+    Defaults < the defaults of scenes, without a `dataset_name` < `--config_file` < command line. `given` has the names
+    of the flags that file or command line set: a default overrules no configuration.
     """
-    parser = build_parser(script, description)
-    unset = object()
-    names = vars(parser.parse_args([]))
-    values = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(names, unset))))
-    values = {name: value for name, value in values.items() if value is not unset}
-    if "config_file" in values:
-        values = {**read_config_file(parser, values["config_file"]), **values}
-    if "dataset_name" not in values:
-        parser.set_defaults(**SCENE_DEFAULTS[script])
-    defaults = {name: parser.get_default(name) for name in names}
-    parser.set_defaults(**values)
-    args = parser.parse_args([])
-    problems = [*range_problems(args, flags_of(script)), *pair_problems(args, defaults)]
+    parser, flags = build_parser(script, description), flags_of(script)
+    given = vars(parser.parse_args(argv))
+    if "config_file" in given:
+        given = {**read_config_file(parser, flags, given["config_file"]), **given}
+    defaults = {name: flag.default_of(script) for name, flag in flags.items()}
+    if "dataset_name" not in given:
+        defaults.update(SCENE_DEFAULTS[script])
+    args = argparse.Namespace(**{**defaults, **given}, given=set(given))
+    problems = [*range_problems(args, flags), *pair_problems(args, defaults), *other_problems(args)]
+    if args.report_to not in ("none", "all", *map(str, get_available_trackers())):
+        package = args.report_to
+        problems.append(f"--report_to {package}: expected its package, which is not installed: pip install {package}")
     if problems:
         parser.error("; ".join(problems))
-    check_tracker(parser, args.report_to)
-    args.given = set(values)
     return args
 
 
-def read_config_file(parser: argparse.ArgumentParser, path: str) -> dict[str, Any]:
-    """The values in a YAML file of `key: value` for `--key value`, with `true` and `false` for switches.
+def read_config_file(parser: ArgumentParser, flags: dict[str, Flag], path: str) -> dict[str, Any]:
+    """The flags in a YAML file of `key: value` for `--key value`; `null` leaves one at its default.
 
-    A value is parsed by its flag, so that `3e-4`, a string in YAML, is a number, and `no`, a boolean, can be a value.
-    `null` leaves a flag at its default, as in a `train_args.json`. Ends the program with a message that names file and
-    key where a key is unknown or its flag doesn't take the value.
+    Values are parsed as those of the command line: `3e-4`, a string in YAML, is a number, and `no` is no boolean.
     """
-
-    def refuse(problem: object) -> NoReturn:
-        parser.error(f"--config_file {path}: {problem}")
-
+    parser.source, words = f"--config_file {path}: ", []
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        refuse(f"expected a readable YAML file: {error}")
+        parser.error(f"expected a readable YAML file: {error}")
     if not isinstance(content, dict):
-        refuse(f"expected lines of 'key: value', got a {type(content).__name__}")
-    actions = {action.dest: action for action in parser._actions if action.dest not in ("help", "config_file")}
-    values = {}
+        parser.error(f"expected lines of 'key: value', got a {type(content).__name__}")
     for name, text in content.items():
-        if name not in actions:
-            refuse(f"unknown key {name!r}: expected the name of a flag without its dashes")
+        if name not in flags or name == "config_file":
+            parser.error(f"unknown key {name!r}: expected the name of a flag without its dashes")
         if not isinstance(text, str):
-            refuse(f"key {name!r}: expected one value, got a {type(text).__name__}")
+            parser.error(f"key {name!r}: expected one value, got a {type(text).__name__}")
         if text in ("", "~", "null"):
             continue
-        action = actions[name]
-        is_switch = isinstance(action, argparse.BooleanOptionalAction)
-        try:
-            values[name] = {"true": True, "false": False}[text] if is_switch else (action.type or str)(text)
-        except (KeyError, ValueError):
-            refuse(f"--{name}: expected {'true or false' if is_switch else action.type.__name__}, got {text!r}")
-        if action.choices and values[name] not in action.choices:
-            refuse(f"--{name}: expected one of {', '.join(action.choices)}, got {text!r}")
-    return values
+        if flags[name].type is not bool:
+            words.append(f"--{name}={text}")
+        elif text in ("true", "false"):
+            words.append(f"--{name}" if text == "true" else f"--no-{name}")
+        else:
+            parser.error(f"--{name}: expected true or false, got {text!r}")
+    given = vars(parser.parse_args(words))
+    parser.source = ""
+    return given
 
 
-def range_problems(args: argparse.Namespace, flags: Iterable[Flag]) -> Iterator[str]:
+def range_problems(args: argparse.Namespace, flags: dict[str, Flag]) -> Iterator[str]:
     """A message for each flag outside its interval."""
-    for flag in flags:
-        value, interval = getattr(args, flag.name), flag.allowed
+    for name, flag in flags.items():
+        value, interval = getattr(args, name), flag.allowed
         if not isinstance(interval, str) or value is None:
             continue
         low, high = map(float, interval[1:-1].split(","))
@@ -134,43 +119,20 @@ def range_problems(args: argparse.Namespace, flags: Iterable[Flag]) -> Iterator[
         expected = f"a number in {interval}"
         if high == math.inf:
             expected = "a positive number" if interval[0] == "(" else f"at least {low:g}"
-        yield f"--{flag.name}: expected {expected}, got {value}"
+        yield f"--{name}: expected {expected}, got {value}"
 
 
 def pair_problems(args: argparse.Namespace, defaults: dict[str, Any]) -> Iterator[str]:
-    """A message for each flag that differs from its default, and whose `NEEDS` or `EXCLUDES` are violated."""
-
-    def differs(name: str) -> bool:
-        return name in defaults and getattr(args, name) != defaults[name]
+    """A message for each of the `RULES` that the flags break."""
 
     def holds(condition: str) -> bool:
         name, _, value = condition.partition(" ")
-        if not value:
-            return differs(name)
-        return name in defaults and getattr(args, name) == type(defaults[name])(value)
+        return getattr(args, name) == type(defaults[name])(value) if value else getattr(args, name) != defaults[name]
 
-    for name, condition, why in EXCLUDES:
-        if differs(name) and holds(condition):
-            yield f"--{name}: contradicts --{condition}{why and ', '}{why}"
-    for name, condition, why in NEEDS:
-        needed, _, value = condition.partition(" ")
-        if not differs(name) or needed not in defaults or holds(condition):
-            continue
-        # A flag may need another one for some of its values only.
-        shown = f"{name} {getattr(args, name)}" if isinstance(getattr(args, name), str) else name
-        if value:
-            yield f"--{needed}: expected {value} with --{shown}, {why}, got {getattr(args, needed)}"
-        else:
-            yield f"--{shown}: needs --{needed}{why and ', '}{why}"
-
-
-def check_tracker(parser: argparse.ArgumentParser, name: str) -> None:
-    """Ends the program where `--report_to` isn't a tracker of accelerate's, or its package isn't installed."""
-    trackers = (*LoggerType.list(), "none")
-    if name not in trackers:
-        parser.error(f"--report_to: expected one of {', '.join(trackers)}, got {name}")
-    if name not in ("none", "all", *map(str, get_available_trackers())):
-        parser.error(f"--report_to {name}: expected its package, which is not installed: pip install {name}")
+    for subject, relation, condition, why in RULES:
+        names = {subject.partition(" ")[0], condition.partition(" ")[0]}
+        if names <= defaults.keys() and holds(subject) and holds(condition) != (relation == "needs"):
+            yield f"--{subject}: {relation} --{condition}{why and ', '}{why}"
 
 
 def check_sources(args: argparse.Namespace) -> None:
@@ -190,15 +152,7 @@ def check_sources(args: argparse.Namespace) -> None:
             is_path = True
         if is_path:
             raise ValueError(f"--{flag}: no such folder: {name}")
-        if huggingface_hub.constants.HF_HUB_OFFLINE and not _is_cached(name, is_dataset=flag == "dataset_name"):
+        cached = repo_folder_name(repo_id=name, repo_type="dataset" if flag == "dataset_name" else "model")
+        places = (Path(constants.HF_HUB_CACHE, cached), Path(HF_DATASETS_CACHE, name.replace("/", "___")))
+        if constants.HF_HUB_OFFLINE and not any(place.exists() for place in places):
             raise ValueError(f"--{flag}: no such folder: {name}; as a name on the Hub it can't be had offline")
-
-
-def _is_cached(name: str, is_dataset: bool) -> bool:
-    kind = "dataset" if is_dataset else "model"
-    folder = Path(huggingface_hub.constants.HF_HUB_CACHE, repo_folder_name(repo_id=name, repo_type=kind))
-    if not is_dataset:
-        return folder.exists()
-    from datasets.config import HF_DATASETS_CACHE
-
-    return folder.exists() or Path(HF_DATASETS_CACHE, name.replace("/", "___")).exists()

@@ -7,13 +7,15 @@ follows from (seed, epoch, row), never from a worker's state.
 import math
 import random
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 
 import datasets
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
+from transformers import PreTrainedTokenizerBase
 
 from tinycap.training.data import picture_of
 from tinycap.training.tokenizer import encode_captions
@@ -24,13 +26,15 @@ SIDE_WORDS = re.compile(r"\b(left|right)\b", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a training image is varied. The defaults vary nothing; `Augmentation()` is the evaluation crop.
+    """How a training image is varied; `Augmentation()` is the evaluation crop.
 
     Args:
         crop_scale: smallest share of the image's area that a random crop keeps (1.0: the whole centre square).
         horizontal_flip: mirror half of the images, except where the captions say left or right.
         color_jitter: largest relative change of brightness, contrast and each channel's gain.
-        mixup: share of the samples that are mixed with another image, and lose their captions.
+        mixup: share of the samples that another image's crop is blended into (Zhang et al., 2018,
+            https://arxiv.org/abs/1710.09412). No caption describes these: only the teacher embeds them, like any image
+            (Beyer et al., 2022, https://arxiv.org/abs/2106.05237).
     """
 
     crop_scale: float = 1.0
@@ -48,21 +52,11 @@ class Augmentation:
                 left, top = rng.uniform(0, width - crop_width), rng.uniform(0, height - crop_height)
                 return left, top, left + crop_width, top + crop_height
         side = min(width, height)
-        left, top = (width - side) / 2, (height - side) / 2
-        return left, top, left + side, top + side
-
-    def color_gain_and_shift(self, rng: random.Random) -> tuple[list[float], list[float]]:
-        """Per channel (gain, shift), to be applied as `pixel * gain + shift` to pixels from 0 to 1."""
-        if not self.color_jitter:
-            return [1.0] * 3, [0.0] * 3
-        vary = self.color_jitter
-        brightness, contrast = rng.uniform(1 - vary, 1 + vary), rng.uniform(1 - vary, 1 + vary)
-        gains = [brightness * contrast * rng.uniform(1 - vary / 2, 1 + vary / 2) for _ in range(3)]
-        # Contrast scales about the middle grey.
-        return gains, [0.5 * (1 - contrast)] * 3
+        return (width - side) / 2, (height - side) / 2, (width + side) / 2, (height + side) / 2
 
     def __call__(self, row: dict, image_size: int, rng: random.Random) -> dict:
-        """A decoded row's `pixels` (image_size, image_size, 3) uint8, cropped and mirrored, its `gain` and `shift`."""
+        """A decoded row's `pixels` (image_size, image_size, 3) uint8, cropped and mirrored; per channel its `gain` and
+        `shift`, to be applied as `pixel * gain + shift` to pixels from 0 to 1."""
         box = self.crop_box(row["width"], row["height"], rng)
         size = (image_size, image_size)
         image = picture_of(row).resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
@@ -70,64 +64,56 @@ class Augmentation:
         mirrored = rng.random() < 0.5 and not any(map(SIDE_WORDS.search, row["captions"]))
         if self.horizontal_flip and mirrored:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        gain, shift = self.color_gain_and_shift(rng)
+        gain, shift = [1.0] * 3, [0.0] * 3
+        if vary := self.color_jitter:
+            brightness, contrast = rng.uniform(1 - vary, 1 + vary), rng.uniform(1 - vary, 1 + vary)
+            gain = [brightness * contrast * rng.uniform(1 - vary / 2, 1 + vary / 2) for _ in range(3)]
+            # Contrast scales about the middle grey.
+            shift = [0.5 * (1 - contrast)] * 3
         pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(*size, 3)
         return {"pixels": pixels, "gain": gain, "shift": shift}
 
 
-def sample_rng(seed: int, epoch: int, index: int | str) -> random.Random:
-    """The random numbers of one row in one epoch, equal in every worker and process."""
-    return random.Random(f"{seed}/{epoch}/{index}")
-
-
 @dataclass(eq=False)
 class SampleMaker:
-    """Makes samples of decoded rows.
+    """Makes samples of rows (decoded, or of a stream).
 
     Args:
         image_size: side of the square images, pixels.
-        augmentation: how to vary them.
         captions_per_image: captions to draw, without repeats while there are enough; `None` for all.
         seed: with the epoch and the row, fixes every draw.
     """
 
+    rows: datasets.Dataset | datasets.IterableDataset
     image_size: int
-    augmentation: Augmentation | None = None
+    augmentation: Augmentation = Augmentation()
     captions_per_image: int | None = None
     seed: int = 0
 
-    def __post_init__(self):
-        self.augmentation = self.augmentation or Augmentation()
-
     def make_sample(self, row: dict, index: int | str, epoch: int, view: int) -> dict:
-        """One sample: the image follows from (seed, view, index), the captions from (seed, epoch, index).
-
-        It has `pixels`, `gain`, `shift` (see `Augmentation`), `captions` (those drawn), `references` (all), `image_id`.
-        """
+        """`pixels`, `gain`, `shift` (see `Augmentation`) follow from (seed, view, index), `captions` from (seed, epoch,
+        index); `references` are all captions."""
         captions = list(row["captions"])
         if self.captions_per_image is not None:
-            sample_rng(self.seed, epoch, index).shuffle(captions)
+            random.Random(f"{self.seed}/{epoch}/{index}").shuffle(captions)
             captions = [captions[i % len(captions)] for i in range(self.captions_per_image)]
         image = self.augmentation(row, self.image_size, random.Random(f"picture/{self.seed}/{view}/{index}"))
         return {**image, "captions": captions, "references": row["captions"], "image_id": row["image_id"]}
 
 
+@dataclass(eq=False)
 class CaptionDataset(SampleMaker, Dataset):
-    """Samples of decoded rows (from `decode_dataset`), drawn anew in every epoch; see `SampleMaker`.
+    """Samples of decoded rows, drawn anew in every epoch; see `SampleMaker`.
 
-    A key is `(epoch, row)`, as `EpochBatchSampler` gives it, so that workers need not know the epoch; a plain row
-    number means epoch 0. With a `teacher_cache` (see `teacher_cache.py`), epochs cycle through its views, and samples
-    carry `teacher_embeds`, the teacher's embedding of their view.
+    A key is `(epoch, row)`, so that workers need not know the epoch, or a row of epoch 0. With a `TeacherCache`, epochs
+    cycle through its views, and samples carry `teacher_embeds`, the teacher's embedding of their view.
     """
 
-    def __init__(self, rows: datasets.Dataset, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.rows = rows
-        self.teacher_cache = None
+    teacher_cache: Callable[[int, int], torch.Tensor] | None = None
 
     def in_size(self, image_size: int) -> "CaptionDataset":
         """The same crops of the same images, resized to another side (pixels), without a teacher cache."""
-        return CaptionDataset(self.rows, image_size, self.augmentation, self.captions_per_image, self.seed)
+        return replace(self, image_size=image_size, teacher_cache=None)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -138,20 +124,13 @@ class CaptionDataset(SampleMaker, Dataset):
         sample = self.make_sample(self.rows[index], index, epoch, view)
         rng = random.Random(f"mixup/{self.seed}/{view}/{index}")
         if self.augmentation.mixup > 0 and rng.random() < self.augmentation.mixup:
-            self._mix(sample, rng)
+            other = self.augmentation(self.rows[rng.randrange(len(self))], self.image_size, rng)["pixels"]
+            # The image's own share is the larger one; the other image is mixed at its own index.
+            mixed = torch.lerp(sample["pixels"].float(), other.float(), rng.uniform(0.0, 0.5))
+            sample.update(pixels=mixed.round_().to(torch.uint8), mixed=True)
         if self.teacher_cache is not None:
             sample["teacher_embeds"] = self.teacher_cache(view, index)
         return sample
-
-    def _mix(self, sample: dict, rng: random.Random) -> None:
-        """Blends another image's crop into a sample: mixup with alpha = 1 (Zhang et al., 2018,
-        https://arxiv.org/abs/1710.09412). No caption describes the mixture; only the teacher embeds it, like any image
-        (Beyer et al., 2022, https://arxiv.org/abs/2106.05237).
-        """
-        other = self.augmentation(self.rows[rng.randrange(len(self))], self.image_size, rng)["pixels"]
-        # The image's own share is the larger one; the other image is mixed at its own index.
-        mixed = torch.lerp(sample["pixels"].float(), other.float(), rng.uniform(0.0, 0.5))
-        sample.update(pixels=mixed.round_().to(torch.uint8), mixed=True)
 
 
 @dataclass(eq=False)
@@ -160,11 +139,8 @@ class EpochBatchSampler(Sampler):
 
     What all processes take together in a step follows from (seed, epoch) and the step's size only: two processes with
     batches of 8 see what one sees with batches of 16. Every image comes exactly once an epoch, and the steps of an
-    epoch differ by one image at most.
-
-    Args:
-        batch_size: images of a batch of one process.
-        equal: drop what doesn't fill a batch of every process, for objectives that compare a batch's images.
+    epoch differ by one image at most. `equal` drops what doesn't fill a batch of every process, for objectives that
+    compare a batch's images.
 
     Raises:
         ValueError: there are too few images for the processes.
@@ -176,26 +152,25 @@ class EpochBatchSampler(Sampler):
     process_index: int = 0
     num_processes: int = 1
     equal: bool = False
+    epoch: int = 0
+    first_batch: int = 0
 
     def __post_init__(self):
-        step_size = self.batch_size * self.num_processes
-        if self.num_rows < (step_size if self.equal else self.num_processes):
-            wanted = f"a batch of {self.batch_size}" if self.equal else "one"
+        step_size, self.used_rows = self.batch_size * self.num_processes, self.num_rows
+        # At least one image for each process.
+        self.num_batches = min(-(-self.num_rows // step_size), self.num_rows // self.num_processes)
+        if self.equal:
+            self.num_batches = self.num_rows // step_size
+            self.used_rows = self.num_batches * step_size
+        if not self.num_batches:
             raise ValueError(
-                f"expected {wanted} of the training photos for each of {self.num_processes} processes, "
-                f"got {self.num_rows} photos"
+                f"expected {f'a batch of {self.batch_size}' if self.equal else 'one'} of the training images for each "
+                f"of {self.num_processes} processes, got {self.num_rows} images"
             )
-        self.num_batches, self.used_rows = self.num_rows // step_size, self.num_rows // step_size * step_size
-        if not self.equal:
-            # At least one image for each process.
-            self.num_batches = min(-(-self.num_rows // step_size), self.num_rows // self.num_processes)
-            self.used_rows = self.num_rows
-        self.set_position(0, 0)
 
     def set_position(self, epoch: int, batch: int) -> None:
         """Sets the next epoch, and the batch it starts from."""
-        self.epoch = epoch
-        self.first_batch = batch
+        self.epoch, self.first_batch = epoch, batch
 
     def __len__(self) -> int:
         """Batches of a whole epoch."""
@@ -203,7 +178,7 @@ class EpochBatchSampler(Sampler):
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order = list(range(self.num_rows))
-        sample_rng(self.seed, self.epoch, -1).shuffle(order)
+        random.Random(f"{self.seed}/{self.epoch}/-1").shuffle(order)
         shares = self.num_batches * self.num_processes
         for batch in range(self.first_batch, self.num_batches):
             share = batch * self.num_processes + self.process_index
@@ -211,6 +186,7 @@ class EpochBatchSampler(Sampler):
             yield [(self.epoch, row) for row in order[first:end]]
 
 
+@dataclass
 class CaptionCollator:
     """B samples with K captions each to a batch of tensors.
 
@@ -224,28 +200,25 @@ class CaptionCollator:
         captions of an image; `image_ids`, B strings; `teacher_embeds` (B, embed_dim) where the samples carry them.
     """
 
-    def __init__(self, tokenizer, max_caption_length: int, image_mean: list[float], image_std: list[float]):
-        self.tokenizer = tokenizer
-        self.max_caption_length = max_caption_length
-        self.image_mean = torch.tensor(image_mean)
-        self.image_std = torch.tensor(image_std)
+    tokenizer: PreTrainedTokenizerBase
+    max_caption_length: int
+    image_mean: list[float]
+    image_std: list[float]
+
+    def __post_init__(self):
+        self.image_mean, self.image_std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
 
     def __call__(self, samples: list[dict]) -> dict:
         pixels = torch.stack([sample["pixels"] for sample in samples]).permute(0, 3, 1, 2).float()
         # Jitter, scaling to 0..1 and normalisation are one multiplication and one addition.
         gain = torch.tensor([sample["gain"] for sample in samples]) / (255 * self.image_std)
         shift = (torch.tensor([sample["shift"] for sample in samples]) - self.image_mean) / self.image_std
-        pixel_values = pixels.mul_(gain[:, :, None, None]).add_(shift[:, :, None, None]).contiguous()
-
         captions = [caption for sample in samples for caption in sample["captions"]]
         encoded = encode_captions(self.tokenizer, captions, self.max_caption_length)
-        labels = torch.full((len(encoded), max(map(len, encoded))), -100)
-        for row, ids in enumerate(encoded):
-            labels[row, : len(ids)] = torch.tensor(ids)
-        mixed = [sample.get("mixed", False) for sample in samples for _ in sample["captions"]]
-        labels[torch.tensor(mixed)] = -100
+        labels = pad_sequence([torch.tensor(ids) for ids in encoded], batch_first=True, padding_value=-100)
+        labels[torch.tensor([sample.get("mixed", False) for sample in samples for _ in sample["captions"]])] = -100
         batch = {
-            "pixel_values": pixel_values,
+            "pixel_values": pixels.mul_(gain[:, :, None, None]).add_(shift[:, :, None, None]).contiguous(),
             "labels": labels,
             "references": [sample["references"] for sample in samples],
             "image_ids": [sample["image_id"] for sample in samples],

@@ -15,15 +15,11 @@ QUOTED = r"""[uU]?(?:'(?:[^'\\\n]|\\.)*'|"(?:[^"\\\n]|\\.)*")"""
 
 
 def clean_captions(value: str | list | dict | None) -> list[str]:
-    """The usable captions of one row: control characters and whitespace folded, no space before closing punctuation,
-    captions without a visible character left out.
+    """The usable captions of one caption, one a line, a list, such a list written as text (JSON, Python's or NumPy's),
+    or a list of objects such as COCO's `{"raw": ...}`.
 
-    Args:
-        value: one caption, one caption a line, a list of captions, such a list written as text (JSON, Python's or
-            NumPy's), or a list of objects such as COCO's `{"raw": ...}`.
-
-    Raises:
-        ValueError: no usable caption is left; shows `value`.
+    Control characters and whitespace are folded, spaces before closing punctuation and captions without a visible
+    character left out. Raises `ValueError` where no caption is left.
     """
     captions = usable_captions([value])
     if not captions:
@@ -33,11 +29,8 @@ def clean_captions(value: str | list | dict | None) -> list[str]:
 
 def usable_captions(values: Iterable) -> list[str]:
     """The cleaned captions of several values as `clean_captions` takes them; may be empty."""
-    captions = [
-        re.sub(r"\s+([.,;:!?])", r"\1", " ".join(UNWRITABLE.sub(" ", text).split()))
-        for value in values
-        for text in _texts(value)
-    ]
+    texts = (" ".join(UNWRITABLE.sub(" ", text).split()) for text in _texts(list(values)))
+    captions = [re.sub(r"\s+([.,;:!?])", r"\1", text) for text in texts]
     # Zero-width spaces and direction marks alone are no caption.
     return [text for text in captions if any(unicodedata.category(letter)[0] not in "CZ" for letter in text)]
 
@@ -47,13 +40,14 @@ def _texts(value) -> Iterator[str]:
         listed = _parse_list(value.strip())
         yield from re.split(r"[\r\n]+", value) if listed is None else listed
     elif isinstance(value, dict):
-        yield from _texts(_text_of(value))
+        yield from _texts(text_of(value))
     elif isinstance(value, (list, tuple)):
         for entry in value:
             yield from _texts(entry)
 
 
-def _text_of(entry: dict):
+def text_of(entry: dict):
+    """The text of an object such as COCO's `{"raw": ...}`; `None` where it has none."""
     return next((entry[key] for key in TEXT_KEYS if key in entry), None)
 
 
@@ -74,6 +68,6 @@ def _parse_list(text: str) -> list[str] | None:
                 return None
         except (ValueError, SyntaxError, RecursionError, MemoryError):
             return None
-    entries = [_text_of(entry) if isinstance(entry, dict) else entry for entry in entries]
+    entries = [text_of(entry) if isinstance(entry, dict) else entry for entry in entries]
     texts = [entry for entry in entries if entry]
     return texts if texts and all(isinstance(entry, (str, type(None))) for entry in entries) else None

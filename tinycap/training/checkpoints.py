@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import re
 import shutil
 from pathlib import Path
 
@@ -22,26 +21,14 @@ class CheckpointWriteError(OSError):
 
 
 def save_checkpoint(
-    accelerator: Accelerator,
-    output_dir: str | Path,
-    state: dict,
-    keep: int | None = None,
-    rank_state: dict | None = None,
+    accelerator: Accelerator, output_dir: Path, state: dict, keep: int | None = None, rank_state: dict | None = None
 ) -> Path:
     """Writes `checkpoint-<step>`: accelerate's state (safetensors weights, optimizer, scheduler, scaler) and `state`.
 
     Args:
-        state: of the run, the same for all processes; JSON, with the `step`.
-        rank_state: of this process; JSON.
+        state: of the run, the same for all processes; JSON, with the `step`. `rank_state`: of this process; JSON.
         keep: how many of the newest checkpoints to keep; `None` keeps all.
-
-    Returns:
-        The checkpoint's folder.
-
-    Raises:
-        CheckpointWriteError: the disk is full, or fails otherwise; says how much is free.
     """
-    output_dir = Path(output_dir)
     final, aside = output_dir / f"checkpoint-{state['step']}", output_dir / f".checkpoint-{state['step']}"
     if accelerator.is_main_process:
         for stale in output_dir.glob(".checkpoint-*"):
@@ -73,49 +60,43 @@ def save_checkpoint(
     return final
 
 
-def complete_checkpoints(output_dir: str | Path) -> list[Path]:
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = [
-        (int(match[1]), path)
-        for path in Path(output_dir).glob("checkpoint-*")
-        if (match := re.fullmatch(r"checkpoint-(\d+)", path.name)) and (path / STATE_FILE).is_file()
-    ]
-    return [path for _, path in sorted(found)]
+    found = {path.parent.name.split("-", 1)[1]: path.parent for path in output_dir.glob(f"checkpoint-*/{STATE_FILE}")}
+    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
 
 
-def resolve_resume(output_dir: str | Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint to resume from: `None`, a folder, or the newest complete one for "latest".
-
-    Raises:
-        ValueError: there is none, or the folder isn't a complete checkpoint.
-    """
+def resolve_resume(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
+    """The checkpoint to resume from, or `None`: a folder, or for "latest" the newest complete one."""
     if resume_from_checkpoint is None:
         return None
-    if resume_from_checkpoint == "latest":
-        found = complete_checkpoints(output_dir)
-        if not found:
-            raise ValueError(f"--resume_from_checkpoint latest: expected a checkpoint in {output_dir}, got none")
-        return found[-1]
-    path = Path(resume_from_checkpoint)
-    if not (path / STATE_FILE).is_file():
-        raise ValueError(f"--resume_from_checkpoint: expected a complete checkpoint with its {STATE_FILE}, got {path}")
-    return path
+    latest = resume_from_checkpoint == "latest"
+    found = complete_checkpoints(output_dir) if latest else [Path(resume_from_checkpoint)]
+    if not found or not (found[-1] / STATE_FILE).is_file():
+        folder = output_dir if latest else found[-1]
+        raise ValueError(f"--resume_from_checkpoint: expected a complete checkpoint in {folder}, got no {STATE_FILE}")
+    return found[-1]
 
 
-def load_checkpoint(accelerator: Accelerator, path: str | Path) -> tuple[dict, dict | None]:
-    """Restores everything that was prepared; returns the saved `state` and this process's `rank_state`.
-
-    Raises:
-        ValueError: the checkpoint was written by another number of processes, whose shares of an epoch differ.
-    """
-    state = json.loads((Path(path) / STATE_FILE).read_text())
+def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[dict, dict | None]:
+    """Restores everything that was prepared; returns the saved `state` and this process's `rank_state`."""
+    state = json.loads((path / STATE_FILE).read_text())
     saved = state.pop("num_processes")
     if saved != accelerator.num_processes:
+        # Another number of processes would share the rest of the epoch otherwise.
         raise ValueError(
             f"checkpoint {path}: expected {saved} processes, as it was written by, got {accelerator.num_processes}"
         )
     accelerator.load_state(str(path))
-    rank_state = Path(path) / RANK_STATE_FILE.format(accelerator.process_index)
+    rank_state = path / RANK_STATE_FILE.format(accelerator.process_index)
     return state, json.loads(rank_state.read_text()) if rank_state.exists() else None
 
 
@@ -125,11 +106,3 @@ def seed_step(seed: int, step: int, process_index: int) -> None:
     random.seed(value)
     numpy.random.seed(value % 2**32)
     torch.manual_seed(value)
-
-
-def _flush(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,8 +1,4 @@
-"""Captioned images: from a dataset on disk or on the Hub to decoded rows, one for each image.
-
-Reading order: which dataset and columns, the rows of one image, decoding (once, cached by `datasets`). Samples and
-batches are made of decoded rows in `batches.py`, of a stream in `streaming.py`.
-"""
+"""Captioned images: from a dataset on disk or on the Hub to decoded rows, one for each image."""
 
 import hashlib
 import importlib.util
@@ -16,20 +12,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
+from datasets import Dataset, IterableDataset
 from PIL import Image
 
 from tinycap.processing_tinycap import load_image
-from tinycap.training.captions import TEXT_KEYS, clean_captions, usable_captions
+from tinycap.training.captions import clean_captions, text_of, usable_captions
 from tinycap.training.folders import UNREADABLE, NoSplitError, find_broken_shard, read_folder
 from tinycap.training.skipped_rows import SkippedRows
 
 
 logger = logging.getLogger(__name__)
 
-CAPTION_COLUMNS = (
-    *("captions", "caption", "text", "sentences", "txt"),
-    *("sentence", "raw", "comment", "description", "alt_text"),
-)
+AnyDataset = Dataset | IterableDataset
+# Usual names, the most usual first.
+CAPTION_COLUMNS = tuple("captions caption text sentences txt sentence raw comment description alt_text".split())
 IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "photo")
 ID_COLUMNS = ("image_id", "id", "filename", "file_name", "__key__")
 TEXT = datasets.Value("string")
@@ -41,13 +37,9 @@ HELD_OUT = 0.05
 DECODE_VERSION = 3
 
 
-# --- which dataset ----------------------------------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of an image, its captions (such as caption_0, and caption_1 to caption_4 as further ones)
-    and its id (`None`: its file's name or its row number)."""
+    """Names of the columns of an image, its captions (`caption` and further ones) and its id, where there is one."""
 
     image: str
     caption: str
@@ -78,12 +70,9 @@ def path_of(image: dict | str | bytes | None) -> str | None:
 
 def load_split(
     dataset_name: str, split: str, dataset_config_name: str | None = None, streaming: bool = False
-) -> datasets.Dataset | datasets.IterableDataset:
-    """Loads one split of a Hub dataset, of a local folder of shards (parquet, WebDataset), or of plain image files.
-
-    Args:
-        split: name of the split, slices such as `train[:100]` included.
-        streaming: read the shards on the fly instead of from a memory-mapped copy.
+) -> AnyDataset:
+    """Loads one split (slices such as `train[:100]` included) of a Hub dataset, of a local folder of shards (parquet,
+    WebDataset), or of plain image files; a stream reads the shards on the fly.
 
     Raises:
         NoSplitError: there is no such split; lists the splits.
@@ -113,34 +102,26 @@ def load_splits(
     max_eval_samples: int | None = None,
     streaming: bool = False,
     seed: int = 0,
-    image_column: str | None = None,
-    caption_column: str | None = None,
     num_proc: int | None = None,
-) -> tuple[datasets.Dataset | datasets.IterableDataset, datasets.Dataset]:
-    """The training and the validation split, one row for each image.
+    **columns: str | None,
+) -> tuple[AnyDataset, Dataset]:
+    """The training and the validation split, one row for each image (a stream's training rows aren't merged).
 
     Args (others: see `load_split` and `resolve_columns`):
         validation_split: `None` for "validation" if there is one, else for 5 % of the training images, drawn by `seed`.
-        max_train_samples, max_eval_samples: use only the first images.
-        streaming: stream the training split, without merging its rows; of the validation split, `max_eval_samples` rows
-            (default: 1,000) are kept, since metrics need the same images each time.
+        max_train_samples, max_eval_samples: use only the first images; of a stream, 1,000 to validate on by default.
         num_proc: processes that hash the rows' images.
 
     Raises:
-        ValueError: a split or column is missing, a stream has no validation split, or there are too few images to hold
-            some out.
+        ValueError: a split or column is missing, a stream has no validation split, or there are too few images.
     """
     train = load_split(dataset_name, train_split, dataset_config_name, streaming)
-    columns = resolve_columns(train, image_column, caption_column)
+    columns = resolve_columns(train, **columns)
     try:
         validation = load_split(dataset_name, validation_split or "validation", dataset_config_name, streaming)
-    except NoSplitError:
-        if validation_split is not None:
-            raise
-        if streaming:
-            raise ValueError(
-                f"dataset {dataset_name}: expected a split to validate on; name it by --validation_split"
-            ) from None
+    except NoSplitError as error:
+        if streaming or validation_split is not None:
+            raise NoSplitError(f"{error} A split to validate on is named by --validation_split.") from None
         train, validation = hold_out(merge_rows(train, columns, num_proc), columns, seed)
         logger.info(
             "dataset %s has no validation split: %d of its %d training images are held out, drawn by seed %d",
@@ -149,54 +130,49 @@ def load_splits(
     else:
         if streaming:
             logger.warning("dataset %s: a stream's rows are not merged: each row counts as an image", dataset_name)
-            train = train.take(max_train_samples) if max_train_samples else train
             rows = list(validation.take(max_eval_samples or 1000))
-            validation = datasets.Dataset.from_list(rows, features=validation.features)
+            validation = Dataset.from_list(rows, features=validation.features)
         else:
             train = merge_rows(train, columns, num_proc)
         validation = merge_rows(validation, columns, num_proc)
-    if not streaming:
-        train = train.select(range(min(len(train), max_train_samples or len(train))))
-    return train, validation.select(range(min(len(validation), max_eval_samples or len(validation))))
+    if max_train_samples:
+        train = train.take(max_train_samples if streaming else min(max_train_samples, len(train)))
+    return train, validation.take(min(max_eval_samples or len(validation), len(validation)))
 
 
 def load_images(
     dataset_name: str, split: str, dataset_config_name: str | None = None, seed: int = 0, **columns: str | None
-) -> tuple[datasets.Dataset, Columns]:
+) -> tuple[Dataset, Columns]:
     """One split with one row for each image, and its columns (`columns` as in `resolve_columns`).
 
     "validation" of a dataset without such a split is what `load_splits` holds out of "train" with the same seed.
     """
     try:
         rows = load_split(dataset_name, split, dataset_config_name)
+        rows = merge_rows(rows, resolve_columns(rows, **columns))
     except NoSplitError:
         if split != "validation":
             raise
         rows = load_splits(dataset_name, dataset_config_name, seed=seed, **columns)[1]
-    else:
-        rows = merge_rows(rows, resolve_columns(rows, **columns))
     return rows, resolve_columns(rows, **columns)
 
 
-def resolve_columns(
-    dataset: datasets.Dataset | datasets.IterableDataset,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-) -> Columns:
-    """Finds the image, caption and id columns, by the given names or by the usual ones.
+def resolve_columns(dataset: AnyDataset, image_column: str | None = None, caption_column: str | None = None) -> Columns:
+    """Finds the image, caption (also caption_0 ...) and id columns, by the given names or by the usual ones.
 
     Of several candidates the most usual name is taken, with a warning.
 
     Raises:
-        ValueError: a named column is missing, no column has a usual name, the caption column holds no text, or the
-            image column neither images nor bytes nor paths.
+        ValueError: there is no such column, or it holds no text, or neither images nor bytes nor paths.
     """
-    names = list(dataset.column_names or next(iter(dataset)).keys())
+    names = list(dataset.column_names or next(iter(dataset)))
     features = dataset.features or {}
+    # The name of each column, and its number.
+    parts = {name: re.fullmatch(r"(?s)(.*?)(?:[ _-]?(\d+))?", name.lower()).groups() for name in names}
 
-    def like(usual: tuple[str, ...], ending: str = "") -> list[str]:
-        patterns = [re.compile(re.escape(name) + ending, re.IGNORECASE) for name in usual]
-        return [name for pattern in patterns for name in names if pattern.fullmatch(name)]
+    def named(usual: tuple[str, ...], numbered: bool = False) -> list[str]:
+        found = [name for name, (word, number) in parts.items() if word in usual and bool(number) == numbered]
+        return sorted(found, key=lambda name: int(parts[name][1]) if numbered else usual.index(parts[name][0]))
 
     def pick(flag: str, given: str | None, candidates: list[str], usual: tuple[str, ...]) -> str:
         if given is not None:
@@ -207,19 +183,13 @@ def resolve_columns(
             logger.warning("%s: took %r of the columns %s", flag, candidates[0], candidates)
         return candidates[0]
 
-    def by_number(columns: list[str]) -> list[str]:
-        return sorted(columns, key=lambda name: int(re.search(r"\d+$", name).group()))
-
-    number = r"[ _-]?\d+"
-    numbered = by_number(like(CAPTION_COLUMNS, number))
-    caption = pick("caption_column", caption_column, like(CAPTION_COLUMNS) or numbered[:1], CAPTION_COLUMNS)
-    more = []
-    if caption_column is None:
-        more = by_number(name for name in like((re.sub(f"{number}$", "", caption),), number) if name != caption)
+    candidates = named(CAPTION_COLUMNS) or named(CAPTION_COLUMNS, numbered=True)[:1]
+    caption = pick("caption_column", caption_column, candidates, CAPTION_COLUMNS)
+    more = [] if caption_column else [name for name in named(parts[caption][:1], numbered=True) if name != caption]
     for name in (caption, *more):
         if name in features and not _holds_text(kind := features[name]):
             raise ValueError(f"caption_column: expected strings or lists of strings in {name!r}, got {kind}")
-    usual = [name for name in like(IMAGE_COLUMNS) if name != caption]
+    usual = [name for name in named(IMAGE_COLUMNS) if name != caption]
     images = [name for name in usual if _holds_files(features.get(name))]
     images += [name for name in names if isinstance(features.get(name), datasets.Image) and name not in images]
     image = pick("image_column", image_column, images or usual, IMAGE_COLUMNS)
@@ -235,23 +205,19 @@ def _is_value(kind: object, dtype: str) -> bool:
 
 
 def _holds_files(kind: object) -> bool:
-    """Whether a feature holds images or the bytes of image files."""
     is_struct = isinstance(kind, dict) and not {"bytes", "path"}.isdisjoint(kind)
     return is_struct or isinstance(kind, datasets.Image) or _is_value(kind, "binary")
 
 
 def _holds_text(kind: object, is_list: bool = False) -> bool:
-    """Whether a feature holds strings, lists of strings, or lists of objects with a text each."""
+    # Strings, lists of strings, or lists of objects with a text each.
     if isinstance(kind, dict):
-        inner = next((kind[key] for key in TEXT_KEYS if key in kind), None)
+        inner = text_of(kind)
         return _holds_text(inner) and (is_list or not isinstance(inner, datasets.Value))
     return _is_value(kind, "string") or (hasattr(kind, "feature") and _holds_text(kind.feature, is_list=True))
 
 
-# --- one row for each image -------------------------------------------------------------------------------------------
-
-
-def undecoded(rows: datasets.Dataset, column: str) -> datasets.Dataset:
+def undecoded(rows: Dataset, column: str) -> Dataset:
     """The rows with images as bytes or paths, so that a damaged image only costs its own row."""
     is_image = isinstance((rows.features or {}).get(column), datasets.Image)
     return rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows
@@ -266,42 +232,38 @@ def image_key(row: dict, number: int, column: str) -> dict[str, str]:
     return {"key": hashlib.blake2b(content, digest_size=16).hexdigest() if content else path or f"row {number}"}
 
 
-def merge_rows(rows: datasets.Dataset, columns: Columns, num_proc: int | None = None) -> datasets.Dataset:
-    """One row for each image: the first of its rows, with the distinct captions of all of them in a list.
+def merge_rows(rows: Dataset, columns: Columns, num_proc: int | None = None) -> Dataset:
+    """One row for each image: the first of the rows whose files have the same bytes, with the distinct captions of all.
 
-    Rows belong to one image if their files have the same bytes. Nothing is decoded, and `datasets` caches the hashes.
-    `ROW_COLUMN` keeps the number of the row in `rows`.
+    Nothing is decoded, and `datasets` caches the hashes. `ROW_COLUMN` keeps the number of the row in `rows`.
     """
     files = undecoded(rows, columns.image)
     options = {"with_indices": True, "fn_kwargs": {"column": columns.image}, "remove_columns": columns.image}
     images = files.select_columns([columns.image])
     keys = images.map(image_key, num_proc=num_proc, desc="Looking for rows of the same image", **options)["key"][:]
-    groups: dict[str, list[int]] = {}
+    first: dict[str, int] = {}
     for number, key in enumerate(keys):
-        groups.setdefault(key, []).append(number)
-    if len(groups) == len(rows):
-        return rows if ROW_COLUMN in rows.column_names else rows.add_column(ROW_COLUMN, list(range(len(rows))))
-    logger.info("%d rows are of %d images: their captions are merged", len(rows), len(groups))
-    table = rows.select_columns(columns.captions).to_list()
-    values = ([value for number in group for value in table[number].values()] for group in groups.values())
-    captions = [list(dict.fromkeys(usable_captions(texts))) for texts in values]
-    first = [group[0] for group in groups.values()]
-    replaced = [name for name in (*columns.captions, ROW_COLUMN) if name in rows.column_names]
+        first.setdefault(key, number)
+    numbers = list(first.values())
+    if len(first) == len(rows):
+        return rows.add_column(ROW_COLUMN, numbers)
+    logger.info("%d rows are of %d images: their captions are merged", len(rows), len(first))
+    texts = {key: [] for key in first}
+    for key, row in zip(keys, rows.select_columns(columns.captions).to_list()):
+        texts[key] += usable_captions(row.values())
+    captions = [list(dict.fromkeys(values)) for values in texts.values()]
     # Few rows at a time: images of several megabytes are held in memory.
-    merged = files.select(first).remove_columns(replaced).flatten_indices(writer_batch_size=100, num_proc=num_proc)
-    merged = merged.add_column(columns.caption, captions, feature=datasets.List(TEXT)).add_column(ROW_COLUMN, first)
+    merged = files.select(numbers).remove_columns(columns.captions)
+    merged = merged.flatten_indices(writer_batch_size=100, num_proc=num_proc)
+    merged = merged.add_column(columns.caption, captions, feature=datasets.List(TEXT)).add_column(ROW_COLUMN, numbers)
     return merged.cast_column(columns.image, rows.features[columns.image])
 
 
-def hold_out(rows: datasets.Dataset, columns: Columns, seed: int) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """The images to train on and those held out (`HELD_OUT` of them), drawn by `seed`; each in the rows' order.
-
-    Rows (from `merge_rows`) that share an id, such as two encodings of an image, stay together. Raises `ValueError` for
-    fewer than two images.
-    """
+def hold_out(rows: Dataset, columns: Columns, seed: int) -> tuple[Dataset, Dataset]:
+    """The images to train on and those held out, drawn by `seed`; rows that share an id stay together."""
     ids = list(range(len(rows)))
-    if columns.image_id and len(set(rows[columns.image_id][:]) - {None}) > 1:
-        ids = [number if name is None else f"id {name}" for number, name in enumerate(rows[columns.image_id][:])]
+    if columns.image_id and len(set(names := rows[columns.image_id][:]) - {None}) > 1:
+        ids = [number if name is None else f"id {name}" for number, name in enumerate(names)]
     unique = list(dict.fromkeys(ids))
     if len(unique) < 2:
         raise ValueError(f"expected at least 2 images, one of them to be held out for validation, got {len(unique)}")
@@ -310,7 +272,7 @@ def hold_out(rows: datasets.Dataset, columns: Columns, seed: int) -> tuple[datas
     return rows.select(kept), rows.select(held_out)
 
 
-def uncaptioned(rows: datasets.Dataset, columns: Columns) -> dict[int, str]:
+def uncaptioned(rows: Dataset, columns: Columns) -> dict[int, str]:
     """The rows without a usable caption: number and reason."""
     bad = {}
     for number, row in enumerate(rows.select_columns(columns.captions)):
@@ -323,14 +285,12 @@ def uncaptioned(rows: datasets.Dataset, columns: Columns) -> dict[int, str]:
     return bad
 
 
-def image_ids(rows: datasets.Dataset, columns: Columns) -> list[str | int]:
+def image_ids(rows: Dataset, columns: Columns) -> list[str | int]:
     """The id of every row: see `Columns.id_of`."""
     wanted = [name for name in (columns.image, columns.image_id, ROW_COLUMN) if name in rows.column_names]
     bare = undecoded(rows.select_columns(wanted), columns.image)
     return [columns.id_of(row, row.get(ROW_COLUMN, number)) for number, row in enumerate(bare)]
 
-
-# --- decoding ---------------------------------------------------------------------------------------------------------
 
 DECODED_FEATURES = datasets.Features(
     {"pixels": datasets.Value("binary"), "height": datasets.Value("int32"), "width": datasets.Value("int32")}
@@ -344,29 +304,26 @@ def cache_size(image_size: int) -> int:
 
 
 def decode_row(row: dict, index: int | str, columns: Columns, size: int, version: tuple = ()) -> dict:
-    """Checks and decodes one row; a bad one comes back with its reason and no pixels.
+    """Checks and decodes one row with an undecoded image.
 
     Args:
-        row: a row with an undecoded image.
-        index: its number, the id where the dataset has neither ids nor file names.
+        index: the id where the dataset has neither ids nor file names.
         size: shorter side of the decoded image, pixels; smaller images keep their size.
         version: only part of the cache key.
 
     Returns:
-        dict of `pixels` (height x width x 3 bytes, RGB), `height`, `width`, `captions`, `image_id`, `reason` ("" for a
-        good row; it names the file), `digest` (see `row_digest`).
+        dict of `pixels` (height x width x 3 bytes, RGB), `height`, `width`, `captions`, `image_id`, `digest`, `reason`
+        ("" for a good row; a bad one has no pixels).
     """
     image_id, path = str(columns.id_of(row, row.get(ROW_COLUMN, index))), path_of(row[columns.image])
     decoded = {"pixels": b"", "height": 0, "width": 0, "captions": [], "image_id": image_id, "reason": ""}
-    column = columns.caption
+    where = f"{columns.caption!r} of {path}" if path else repr(columns.caption)
     try:
         captions = columns.captions_of(row)
-        column = columns.image
+        where = repr(columns.image)
         image = load_image(row[columns.image], name=path or image_id)
     except (ValueError, TypeError) as error:
-        # `load_image` names the file itself.
-        where = f" of {path}" if path and column == columns.caption else ""
-        return {**decoded, "reason": f"column {column!r}{where}: {error}", "digest": ""}
+        return {**decoded, "reason": f"column {where}: {error}", "digest": ""}
     if min(image.size) > size:
         ratio = size / min(image.size)
         shape = tuple(max(size, round(side * ratio)) for side in image.size)
@@ -376,25 +333,15 @@ def decode_row(row: dict, index: int | str, columns: Columns, size: int, version
 
 
 def decode_dataset(
-    dataset: datasets.Dataset,
-    columns: Columns,
-    image_size: int,
-    skipped: SkippedRows,
-    split: str,
-    num_proc: int | None = None,
-) -> datasets.Dataset:
-    """Decodes every image once and leaves the bad rows out.
+    dataset: Dataset, columns: Columns, image_size: int, skipped: SkippedRows, split: str, num_proc: int | None = None
+) -> Dataset:
+    """Decodes every image once, with `num_proc` processes, for models that see squares of `image_size` pixels.
 
     The result is `datasets`' own Arrow cache, keyed by the dataset's fingerprint, the columns and the size; it takes
     about 3 x (8/7 x image_size)^2 bytes an image (200 kB at 224) and is memory-mapped, so that processes share it.
 
-    Args:
-        image_size: side of the images that the model will see, pixels.
-        split: the split's name, for the report.
-        num_proc: processes to decode with.
-
     Returns:
-        A dataset of what `decode_row` returns, without `reason`.
+        What `decode_row` returns for the good rows, without `reason`.
 
     Raises:
         ValueError: no good row is left, or there are too many bad ones (see `SkippedRows`).
@@ -413,13 +360,14 @@ def decode_dataset(
         writer_batch_size=200,  # 40 MB of memory for images of 200 kB.
         desc=f"Decoding {split}",
     )
-    bad = {row: reason for row, reason in enumerate(decoded["reason"][:]) if reason}
-    if bad:
+    reasons = decoded["reason"][:]
+    if any(reasons):
         numbers = rows[ROW_COLUMN][:] if ROW_COLUMN in rows.column_names else range(len(rows))
-        for row, reason in bad.items():
-            skipped.add(split, numbers[row], decoded[row]["image_id"], reason)
+        for number, image_id, reason in zip(numbers, decoded["image_id"][:], reasons):
+            if reason:
+                skipped.add(split, number, image_id, reason)
         skipped.check(split, len(rows))
-        decoded = decoded.select([row for row in range(len(rows)) if row not in bad])
+        decoded = decoded.select([row for row, reason in enumerate(reasons) if not reason])
     if not len(decoded):
         raise ValueError(f"split {split}: expected at least one usable row, got none of {len(rows)}")
     return decoded.remove_columns("reason")
@@ -431,12 +379,8 @@ def row_digest(row: dict) -> str:
     return hashlib.blake2b(row["pixels"] + texts.encode(errors="surrogatepass"), digest_size=16).hexdigest()
 
 
-def content_fingerprint(rows: datasets.Dataset) -> str:
-    """A hash of everything that decoded rows hold: equal on any machine, different if a single pixel changes.
-
-    `datasets`' own fingerprint depends on paths and file times, on which neither a shared cache nor a resumed run
-    should depend. No pixels are read where `decode_dataset` has stored the rows' digests.
-    """
+def content_fingerprint(rows: Dataset) -> str:
+    """A hash of all that decoded rows hold: unlike `datasets`' own fingerprint, independent of paths and file times."""
     digests = rows["digest"][:] if "digest" in rows.column_names else map(row_digest, rows)
     return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 

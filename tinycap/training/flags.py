@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from accelerate.utils import LoggerType
 from transformers import SchedulerType
 
 from tinycap.configuration_tinycap import MEMORIES
@@ -13,13 +14,11 @@ from tinycap.training.teacher import FEATURES
 
 @dataclass(frozen=True)
 class Flag:
-    """One flag.
+    """One flag, by its name without dashes, with its help in argparse's format.
 
     Args:
-        name: without its dashes.
         default: for one's own images; a dict where it differs between the scripts. A `bool` makes a pair of switches.
-        help: what it does; argparse's format, so that a percent sign is `%%`.
-        allowed: the values that it takes: a tuple of choices, or an interval such as "[0, 1)".
+        allowed: a tuple of choices, or an interval such as "[0, 1)".
         script: "distill" or "teacher", where only one script has it.
     """
 
@@ -29,10 +28,13 @@ class Flag:
     allowed: tuple[str, ...] | str | None = None
     script: str | None = None
 
+    def default_of(self, script: str) -> Any:
+        return self.default[script] if isinstance(self.default, dict) else self.default
+
     @property
     def type(self) -> type:
-        """Of its values: that of the default; without one, `int` for a number."""
-        default = self.default["teacher"] if isinstance(self.default, dict) else self.default
+        """That of the default; without one, `int` for a number."""
+        default = self.default_of("teacher")
         return type(default) if default is not None else int if isinstance(self.allowed, str) else str
 
 
@@ -63,9 +65,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         DistillFlag("freeze_vision_model", False, "train the decoder alone: the student's weights stay as they are"),
         DistillFlag("memory", None, "what the decoder attends to; as the config says if not given", MEMORIES),
         DistillFlag("image_size", None, "side of the images in pixels; as the config says if not given", POSITIVE),
-        TeacherFlag(
-            "image_model_name_or_path", None, "pretrained image classifier to start from; a new CLIP tower else"
-        ),
+        TeacherFlag("image_model_name_or_path", None, "pretrained image classifier to start from; else a new tower"),
         TeacherFlag("freeze_image_model", False, "train only the pretrained image model's new head"),
         TeacherFlag("text_model_name_or_path", None, "frozen sentence encoder to learn against; a new text tower else"),
         TeacherFlag("image_size", 224, "side of the images in pixels", POSITIVE),
@@ -82,13 +82,11 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("max_caption_length", 32, "tokens of a caption, the end token included", "[2, inf)"),
     ),
     "learn from a teacher": (
-        DistillFlag(
-            "teacher_name_or_path", None, "CLIP vision model from the Hub or a folder, or one of train_teacher.py"
-        ),
+        DistillFlag("teacher_name_or_path", None, "a CLIP vision model: Hub id, folder, or output of train_teacher.py"),
         DistillFlag("teacher_feature", "pooled", "target: before the visual projection, or image_embeds", FEATURES),
         DistillFlag("distill_weight", 1.0, "weight of the distillation loss; 0: no teacher", NOT_NEGATIVE),
         DistillFlag(
-            "teacher_cache_dir", None, "folder to store teacher embeddings once; computed in each step if not given"
+            "teacher_cache_dir", None, "store teacher embeddings here once; computed in each step if not given"
         ),
         DistillFlag("teacher_views", 8, "differently cropped views of an image in the cache", POSITIVE),
         DistillFlag("mixup", 0.0, "share of images blended with another, trained by distillation alone", SHARE),
@@ -114,9 +112,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         DistillFlag("dropout", 0.1, "dropout of the decoder's embeddings and sublayers", SHARE),
         TeacherFlag("attention_dropout", 0.0, "dropout of the attention weights", SHARE),
         DistillFlag("patch_dropout", 0.0, "share of an image's patches left out of a training step", SHARE),
-        DistillFlag(
-            "memory_noise", 0.0, "norm of the noise added to the embedding, of norm 1, in training", NOT_NEGATIVE
-        ),
+        DistillFlag("memory_noise", 0.0, "norm of the noise on the embedding, of norm 1, in training", NOT_NEGATIVE),
         Flag("crop_scale", 0.5, "smallest share of an image that a crop keeps; 1: all", "(0, 1]"),
         Flag("horizontal_flip", True, "mirror half of the images"),
         Flag("color_jitter", 0.2, "largest relative change of the colours", SHARE),
@@ -134,11 +130,9 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("logging_steps", 10, "steps between rows of metrics.jsonl", POSITIVE),
         Flag("evaluation_steps", None, "steps between validations; only at the end if not given", POSITIVE),
         DistillFlag("num_beams", 3, "beams of validation and of the saved model", POSITIVE),
-        DistillFlag(
-            "length_penalty", 1.0, "beams are ranked by log-probability / length ** this: above 0, longer ones win"
-        ),
+        DistillFlag("length_penalty", 1.0, "beams rank by log-probability / length ** this: above 0, longer ones win"),
         DistillFlag("load_best_model_at_end", False, "save the weights of the best CIDEr, not the last"),
-        Flag("report_to", "none", "accelerate's trackers: none, all, tensorboard, wandb, ..."),
+        Flag("report_to", "none", "accelerate's trackers", ("none", *map(str, LoggerType))),
     ),
     "save, resume and share": (
         Flag("output_dir", {"distill": "outputs/tinycap", "teacher": "outputs/teacher"}, "where model and reports go"),
@@ -151,53 +145,50 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     ),
 }
 
-# A flag that differs from its default, the condition that it needs or excludes, and the reason. A condition is another
-# flag's name (it differs from its default), or a name with a value.
-NEEDS = (
-    *((name, "dataset_name", "") for name in ("dataset_config_name", "train_split", "validation_split")),
-    *((name, "dataset_name", "") for name in ("image_column", "caption_column", "streaming")),
-    ("streaming", "max_train_steps", "the end of the run"),
-    ("freeze_vision_model", "model_name_or_path", "a trained student"),
-    ("freeze_vision_model", "distill_weight 0", "since a frozen student can't be distilled"),
-    ("freeze_image_model", "image_model_name_or_path", ""),
-    ("image_model_name_or_path", "text_model_name_or_path", "a sentence encoder to learn against"),
-    ("teacher_views", "teacher_cache_dir", ""),
-    ("objective", "model_name_or_path", "a model whose captions are worth comparing"),
-    ("load_best_model_at_end", "evaluation_steps", "validations to choose from"),
-    ("hub_model_id", "push_to_hub", ""),
-)
+# A condition that needs or contradicts another one, and why. A condition is the name of a flag, which then differs from
+# its default, or a name with a value.
+DATA_FLAGS = ("dataset_config_name", "train_split", "validation_split", "image_column", "caption_column", "streaming")
 IMAGE_TOWER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "attention_dropout")
 TEXT_TOWER = ("text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads", "tokenizer_name")
-EXCLUDES = (
-    ("config_name", "model_name_or_path", "which brings its own configuration"),
-    ("tokenizer_name", "model_name_or_path", "which brings its own tokenizer"),
-    *((name, "image_model_name_or_path", "which brings its own") for name in IMAGE_TOWER),
-    *((name, "text_model_name_or_path", "which brings its own") for name in TEXT_TOWER),
-    ("teacher_cache_dir", "streaming", "whose images are not stored"),
-    ("mixup", "streaming", "which has no other image to blend with"),
-    ("mixup", "objective scst", "whose reward needs the captions of every image"),
-    ("label_smoothing", "objective scst", "whose loss has no labels to smooth"),
-    ("streaming", "objective scst", "whose CIDEr counts the words of all captions"),
-    ("patch_dropout", "freeze_vision_model", "whose embeddings must be those of inference"),
-    ("length_penalty", "num_beams 1", "which has no captions to rank"),
-    ("overwrite_output_dir", "resume_from_checkpoint", ""),
+RULES = (
+    *((name, "needs", "dataset_name", "") for name in DATA_FLAGS),
+    ("streaming", "needs", "max_train_steps", "the end of the run"),
+    ("freeze_vision_model", "needs", "model_name_or_path", "a trained student"),
+    ("freeze_vision_model", "needs", "distill_weight 0", "since a frozen student can't be distilled"),
+    ("freeze_image_model", "needs", "image_model_name_or_path", ""),
+    ("image_model_name_or_path", "needs", "text_model_name_or_path", "a sentence encoder to learn against"),
+    ("teacher_views", "needs", "teacher_cache_dir", ""),
+    ("objective scst", "needs", "model_name_or_path", "a model whose captions are worth comparing"),
+    ("load_best_model_at_end", "needs", "evaluation_steps", "validations to choose from"),
+    ("hub_model_id", "needs", "push_to_hub", ""),
+    ("config_name", "contradicts", "model_name_or_path", "which brings its own configuration"),
+    ("tokenizer_name", "contradicts", "model_name_or_path", "which brings its own tokenizer"),
+    *((name, "contradicts", "image_model_name_or_path", "which brings its own") for name in IMAGE_TOWER),
+    *((name, "contradicts", "text_model_name_or_path", "which brings its own") for name in TEXT_TOWER),
+    ("teacher_cache_dir", "contradicts", "streaming", "whose images are not stored"),
+    ("mixup", "contradicts", "streaming", "which has no other image to blend with"),
+    ("mixup", "contradicts", "objective scst", "whose reward needs the captions of every image"),
+    ("label_smoothing", "contradicts", "objective scst", "whose loss has no labels to smooth"),
+    ("streaming", "contradicts", "objective scst", "whose CIDEr counts the words of all captions"),
+    ("patch_dropout", "contradicts", "freeze_vision_model", "whose embeddings must be those of inference"),
+    ("length_penalty", "contradicts", "num_beams 1", "which has no captions to rank"),
+    ("overwrite_output_dir", "contradicts", "resume_from_checkpoint", ""),
 )
 
 # Without --dataset_name: by script. For the student, ten minutes of two CPU cores.
-SCENE_DATA = {"max_train_samples": 12000, "max_eval_samples": 500, "vocab_size": 512, "max_caption_length": 40}
-SCENE_TRAINING = {"learning_rate": 1e-3, "patch_learning_rate_scale": 0.1}
-SCENE_AUGMENTATION = {"crop_scale": 1.0, "horizontal_flip": False, "color_jitter": 0.0}
+SCENES = {
+    **{"max_train_samples": 12000, "max_eval_samples": 500, "vocab_size": 512, "max_caption_length": 40},
+    **{"learning_rate": 1e-3, "patch_learning_rate_scale": 0.1},
+    **{"crop_scale": 1.0, "horizontal_flip": False, "color_jitter": 0.0},
+}
 SCENE_DEFAULTS = {
     "distill": {
-        **SCENE_DATA,
         **{"per_device_train_batch_size": 32, "captions_per_image": 1, "num_train_epochs": 10.0, "dropout": 0.0},
-        **{"num_warmup_steps": 100, **SCENE_TRAINING, **SCENE_AUGMENTATION},
+        **{"num_warmup_steps": 100, **SCENES},
     },
     "teacher": {
-        **SCENE_DATA,
         **{"image_size": 96, "patch_size": 32, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
         **{"text_hidden_size": 128, "text_num_hidden_layers": 2, "text_num_attention_heads": 4, "projection_dim": 256},
-        **{"per_device_train_batch_size": 128, "num_train_epochs": 4.0, "num_warmup_steps": 50},
-        **{**SCENE_TRAINING, **SCENE_AUGMENTATION},
+        **{"per_device_train_batch_size": 128, "num_train_epochs": 4.0, "num_warmup_steps": 50, **SCENES},
     },
 }

@@ -2,9 +2,7 @@
 
 import argparse
 from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import chain
 
 import datasets
@@ -13,6 +11,7 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
+from tinycap.training.captions import usable_captions
 from tinycap.training.data import Columns, content_fingerprint, decode_dataset, load_splits, resolve_columns
 from tinycap.training.loop import TrainBatches, ignore_interrupts
 from tinycap.training.scenes import scene_splits
@@ -22,14 +21,20 @@ from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 
 
+# Arguments of `load_splits`.
+SPLIT_FLAGS = {
+    *("dataset_name", "dataset_config_name", "train_split", "validation_split", "max_train_samples"),
+    *("max_eval_samples", "streaming", "seed", "image_column", "caption_column"),
+}
+
+
 @dataclass
 class Data:
     """Both splits.
 
     Args:
         columns: of images and captions.
-        train: decoded rows; `None` for a stream, which is decoded while training.
-        validation: decoded rows.
+        train, validation: decoded rows; `train` is `None` for a stream, which is decoded while training.
         stream: undecoded training rows with images and captions; `None` for a data set.
         scenes: the true scenes of the validation images (JSON), where the images are drawn.
     """
@@ -40,19 +45,17 @@ class Data:
     stream: datasets.IterableDataset | None = None
     scenes: list[str] | None = None
 
-    @cached_property
+    @property
     def fingerprint(self) -> str | None:
         """The `content_fingerprint` of `train`; `None` for a stream."""
         return None if self.train is None else content_fingerprint(self.train)
 
-    def captions(self, num_streamed: int = 100_000) -> Iterator[str]:
-        """The captions to train a tokenizer on: all of a data set, or those of the first rows of a stream."""
+    def captions(self) -> Iterator[str]:
+        """The captions to train a tokenizer on: all of a data set, or those of a stream's first 100,000 rows."""
         if self.train is not None:
-            yield from chain.from_iterable(self.train["captions"])
-            return
-        for row in self.stream.select_columns(self.columns.captions).take(num_streamed):
-            with suppress(ValueError):
-                yield from self.columns.captions_of(row)
+            return chain.from_iterable(self.train["captions"])
+        rows = self.stream.select_columns(self.columns.captions).take(100_000)
+        return (caption for row in rows for caption in usable_captions(row.values()))
 
 
 def load_data(
@@ -65,34 +68,23 @@ def load_data(
         stored_size: side of the largest crop that a model is given, pixels.
         skipped: counts the unusable rows.
     """
-    streaming, scenes, workers = getattr(args, "streaming", False), None, args.preprocessing_num_workers
+    workers, scenes = args.preprocessing_num_workers, None
     # One process decodes into the cache, the others read it.
     with accelerator.main_process_first():
         if args.dataset_name is None:
             drawn = scene_splits(args.max_train_samples, args.max_eval_samples, args.seed, image_size)
             train, validation, scenes = drawn["train"], drawn["validation"], drawn["validation"]["scene"]
+            columns = resolve_columns(train)
         else:
-            train, validation = load_splits(
-                args.dataset_name,
-                args.dataset_config_name,
-                args.train_split,
-                args.validation_split,
-                args.max_train_samples,
-                args.max_eval_samples,
-                streaming,
-                args.seed,
-                args.image_column,
-                args.caption_column,
-                workers,
-            )
-        columns = resolve_columns(train, args.image_column, args.caption_column)
-        if args.dataset_name is not None:
+            flags = {name: value for name, value in vars(args).items() if name in SPLIT_FLAGS}
+            train, validation = load_splits(**flags, num_proc=workers)
+            columns = resolve_columns(train, args.image_column, args.caption_column)
             # Recorded for an evaluation of the same rows.
             args.image_column, args.caption_column = columns.image, columns.caption
         split = args.validation_split or "validation"
         validation = decode_dataset(validation, columns, stored_size, skipped, split, workers)
-        if streaming:
-            return Data(columns, None, validation, train, scenes)
+        if isinstance(train, datasets.IterableDataset):
+            return Data(columns, None, validation, train)
         train = decode_dataset(train, columns, stored_size, skipped, args.train_split, workers)
         return Data(columns, train, validation, None, scenes)
 
@@ -113,33 +105,30 @@ def create_loaders(
             retrieval is measured with five captions an image, as is usual, or with as many as there are.
     """
     augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter, getattr(args, "mixup", 0.0))
+    variation = (image_size, augmentation, args.captions_per_image, args.seed)
     process = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    batch_size = args.per_device_train_batch_size
-    common = {
+    batch_size, captions_per_image = args.per_device_train_batch_size, args.captions_per_image
+    options = {
         "collate_fn": collator,
         "num_workers": args.dataloader_num_workers,
         "worker_init_fn": ignore_interrupts,
         "pin_memory": accelerator.device.type == "cuda",
     }
     persistent = {"persistent_workers": args.dataloader_num_workers > 0}
-    variation = (augmentation, args.captions_per_image, args.seed)
     if data.stream is not None:
-        stream = StreamingCaptionDataset(
-            data.stream, data.columns, image_size, skipped, args.train_split, *variation, **process
-        )
+        source = {"columns": data.columns, "skipped": skipped, "split": args.train_split}
+        stream = StreamingCaptionDataset(data.stream, *variation, **source, **process)
         # Workers are started anew each epoch, since they get the epoch when they start.
-        train_loader = StatefulDataLoader(stream, batch_size, **common)
+        train_loader = StatefulDataLoader(stream, batch_size, **options)
     else:
-        dataset = CaptionDataset(data.train, image_size, *variation)
+        dataset = CaptionDataset(data.train, *variation)
         if contrastive:
             batch_size = min(batch_size, len(dataset) // accelerator.num_processes)
+            captions_per_image = min(5, max(map(len, data.validation["captions"])))
         sampler = EpochBatchSampler(len(dataset), batch_size, args.seed, **process, equal=contrastive)
-        train_loader = DataLoader(dataset, batch_sampler=sampler, **common, **persistent)
-    captions_per_image = args.captions_per_image
-    if contrastive:
-        captions_per_image = min(5, max(map(len, data.validation["captions"])))
-    validation = CaptionDataset(data.validation, image_size, None, captions_per_image, args.seed)
-    validation_loader = DataLoader(validation, args.per_device_eval_batch_size, **common, **persistent)
+        train_loader = DataLoader(dataset, batch_sampler=sampler, **options, **persistent)
+    validation = CaptionDataset(data.validation, image_size, Augmentation(), captions_per_image, args.seed)
+    validation_loader = DataLoader(validation, args.per_device_eval_batch_size, **options, **persistent)
     return TrainBatches(train_loader, accelerator.device), accelerator.prepare(validation_loader)
 
 
@@ -156,21 +145,14 @@ def cache_teacher_embeddings(
     Args:
         teacher_crop_size: side of the crops that the teacher sees, pixels; it may be larger than the student's.
     """
-    batches, validation_loader = loaders
-    train, validation = batches.loader.dataset, validation_loader.dataset
+    collator = loaders[0].loader.collate_fn
+    options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
     # Validation images are always cropped alike: one view.
     for dataset, num_views, fingerprint in (
-        (train, args.teacher_views, data.fingerprint),
-        (validation, 1, content_fingerprint(data.validation)),
+        (loaders[0].loader.dataset, args.teacher_views, data.fingerprint),
+        (loaders[1].dataset, 1, content_fingerprint(data.validation)),
     ):
+        crops, options["dataset_fingerprint"] = dataset.in_size(teacher_crop_size), fingerprint
         dataset.teacher_cache = build_teacher_cache(
-            accelerator,
-            teacher,
-            dataset.in_size(teacher_crop_size),
-            batches.loader.collate_fn,
-            args.teacher_cache_dir,
-            num_views,
-            args.per_device_eval_batch_size,
-            fingerprint,
-            args.dataloader_num_workers,
+            accelerator, teacher, crops, collator, args.teacher_cache_dir, num_views, **options
         )

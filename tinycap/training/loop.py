@@ -1,4 +1,4 @@
-"""The training loop of both training scripts: batches, steps, stopping by signal, logging."""
+"""The training loop of both scripts: batches, optimizer steps, stopping by signal; and a script's set-up."""
 
 import argparse
 import logging
@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,7 +23,7 @@ from accelerate.utils import DistributedDataParallelKwargs, send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from tinycap.training.checkpoints import CheckpointWriteError
+from tinycap.training.checkpoints import CheckpointWriteError, seed_step
 from tinycap.training.run_folder import RunFolder
 from tinycap.training.streaming import StreamingCaptionDataset
 
@@ -31,37 +31,27 @@ from tinycap.training.streaming import StreamingCaptionDataset
 logger = get_logger(__name__)
 
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+# Warnings about what is intended, by logger: checkpoints hold tied weights once, a stream is resumed with an empty
+# shuffle buffer, and a tokenizer is read without its model's class.
+EXPECTED_WARNINGS = {
+    "accelerate.utils.other": "Removed shared tensor",
+    "datasets.iterable_dataset": "shuffle buffer",
+    "transformers.configuration_utils": "You are using a model of type",
+}
 
 
-class NonFiniteLossError(FloatingPointError):
-    """A loss is infinite or NaN; the run stops, its last checkpoint is intact."""
-
-
-def check_finite(losses: dict[str, torch.Tensor], step: int, image_ids: list[str]) -> None:
-    """Raises `NonFiniteLossError`, naming the step, the losses and the batch's images, unless all are finite."""
-    if all(torch.isfinite(loss) for loss in losses.values()):
-        return
-    raise NonFiniteLossError(
-        f"step {step}: expected finite losses, got { ({name: loss.item() for name, loss in losses.items()}) } on the "
-        f"images with the ids {', '.join(image_ids)}; the last checkpoint is intact; try a lower --learning_rate, and "
-        "look at these images"
-    )
+# --- batches and steps ------------------------------------------------------------------------------------------------
 
 
 class TrainBatches:
     """A process's training batches, epoch by epoch and from any position on.
 
-    Not prepared by accelerate, which repeats or drops images to give every process equally many batches. The sampler
-    or the stream selects this process's share.
-
-    Args:
-        loader: of a data set, with an `EpochBatchSampler`; or a `StatefulDataLoader` of a stream.
-        device: where the batches go.
+    Not prepared by accelerate, which repeats or drops images to give every process equally many batches: the loader's
+    `EpochBatchSampler`, or its stream, selects this process's share.
     """
 
     def __init__(self, loader: DataLoader, device: torch.device):
-        self.loader = loader
-        self.device = device
+        self.loader, self.device = loader, device
         self.is_stream = isinstance(loader.dataset, StreamingCaptionDataset)
         self.finished = False
 
@@ -74,12 +64,8 @@ class TrainBatches:
         if not self.finished:
             for batch in self.loader:
                 yield send_to_device(batch, self.device)
-        # Until all processes have finished: a checkpoint in between must not restart the epoch.
+        # Until all processes have finished, see `optimizer_steps`: a checkpoint in between must not restart the epoch.
         self.finished = self.is_stream
-
-    def begin_epoch(self) -> None:
-        """Called when all processes have finished the epoch before."""
-        self.finished = False
 
     def state_dict(self) -> dict | None:
         """The position in a stream, as JSON; `None` for a data set, whose epoch and batch suffice."""
@@ -88,33 +74,36 @@ class TrainBatches:
         return {"finished": self.finished, "loader": None if self.finished else self.loader.state_dict()}
 
     def load_state_dict(self, state: dict | None) -> None:
-        if state is None:
-            return
-        self.finished = state["finished"]
-        if not self.finished:
-            self.loader.load_state_dict(state["loader"])
+        if state is not None:
+            self.finished = state["finished"]
+            if not self.finished:
+                self.loader.load_state_dict(state["loader"])
 
 
 @dataclass
 class Step:
-    """One optimizer step's batches on this process, with each batch's share of the whole step.
+    """One optimizer step's batches on this process, as many as on every other.
 
     Args:
-        batches: as many as on every other process.
         image_shares, token_shares: for each batch, its images (its caption tokens) over the mean per process. With
-            them as weights, the mean of the processes' summed losses is the mean over all images (all tokens), however
-            unevenly they are distributed.
+            them as weights, the mean of the processes' summed losses is the mean over all images (all tokens).
         num_images: of all batches and processes.
-        waited: seconds that this process waited for its batches.
         stop: the signal that some process received, 0 if none; this is the last step then.
+        started, waited: when this process began to wait for its batches, and for how many seconds.
+        number, is_last, validates, saves: set by `optimizer_steps`; whether a validation and a checkpoint are due.
     """
 
     batches: list[dict]
     image_shares: list[float]
     token_shares: list[float]
     num_images: int
-    waited: float
     stop: int
+    started: float
+    waited: float
+    number: int = 1
+    is_last: bool = False
+    validates: bool = False
+    saves: bool = False
 
 
 def steps_of(
@@ -124,48 +113,127 @@ def steps_of(
     signals: "StopSignals",
     dummy_batch: Callable[[], dict] | None = None,
 ) -> Iterator[Step]:
-    """Groups an epoch's batches into optimizer steps that all processes take together, until none has a batch left.
+    """Groups an epoch's batches into steps of `accumulation`, taken by all processes until none has a batch left.
 
     Args:
-        batches: of this process.
-        accumulation: batches in a step.
         signals: polled once a step.
         dummy_batch: returns a batch of weight zero, for a process whose batches are used up before the others'.
     """
     batches = iter(batches)
     while True:
-        since = time.perf_counter()
+        started = time.perf_counter()
         window = list(islice(batches, accumulation))
-        waited = time.perf_counter() - since
+        waited = time.perf_counter() - started
         images = [len(batch["image_ids"]) for batch in window]
         tokens = [int((batch["labels"] != -100).sum()) for batch in window]
         mine = torch.tensor([[len(window), sum(images), sum(tokens), signals.received]])
         everyone = accelerator.gather(mine.to(accelerator.device)).cpu() if accelerator.num_processes > 1 else mine
-        length = int(everyone[:, 0].max())
+        length, stop = int(everyone[:, 0].max()), int(everyone[:, 3].max())
         if length == 0:
             return
-        if len(window) < length:
-            missing = length - len(window)
-            window += [send_to_device(dummy_batch(), accelerator.device)] * missing
-            images, tokens = images + [0] * missing, tokens + [0] * missing
+        while len(window) < length:
+            window.append(send_to_device(dummy_batch(), accelerator.device))
+            images.append(0)
+            tokens.append(0)
         # A step of mixed images only has no captions.
         num_images, num_tokens = int(everyone[:, 1].sum()), max(1, int(everyone[:, 2].sum()))
-        yield Step(
-            batches=window,
-            image_shares=[count * accelerator.num_processes / num_images for count in images],
-            token_shares=[count * accelerator.num_processes / num_tokens for count in tokens],
-            num_images=num_images,
-            waited=waited,
-            stop=int(everyone[:, 3].max()),
+        image_shares = [count * accelerator.num_processes / num_images for count in images]
+        token_shares = [count * accelerator.num_processes / num_tokens for count in tokens]
+        yield Step(window, image_shares, token_shares, num_images, stop, started, waited)
+
+
+def optimizer_steps(
+    run: RunFolder, batches: TrainBatches, signals: "StopSignals", dummy_batch: Callable[[], dict] | None = None
+) -> Iterator[Step]:
+    """The steps of a run, resumed or not, epoch by epoch; see `steps_of`. `run.state` is that after the step.
+
+    Raises:
+        StoppedBySignal: after a step whose `stop` is set, behind which the caller has saved a checkpoint.
+        ValueError: an epoch held no usable image.
+    """
+    args, state = run.args, run.state
+
+    def is_due(every: int | None) -> bool:
+        return bool(every) and state["step"] % every == 0
+
+    while state["step"] < args.max_train_steps:
+        epoch = batches.epoch(state["epoch"], state["batch"])
+        for step in steps_of(run.accelerator, epoch, args.gradient_accumulation_steps, signals, dummy_batch):
+            state.update(step=state["step"] + 1, batch=state["batch"] + len(step.batches))
+            step.number, step.is_last = state["step"], state["step"] >= args.max_train_steps
+            # The validation after the last step comes after its checkpoint.
+            step.validates = is_due(args.evaluation_steps) and not step.is_last and not step.stop
+            step.saves = is_due(run.checkpointing_steps) or step.is_last or step.stop > 0
+            yield step
+            if step.is_last:
+                return
+            if step.stop:
+                command = resume_command(run.accelerator.num_processes)
+                logger.warning("Saved a checkpoint and stopped at step %d. Resume:\n  %s", step.number, command)
+                raise StoppedBySignal(128 + step.stop)
+        if state["batch"] == 0:
+            raise ValueError(f"split {args.train_split}: expected at least one usable image, got none")
+        state.update(epoch=state["epoch"] + 1, batch=0)
+        batches.finished = False
+
+
+class NonFiniteLossError(FloatingPointError):
+    """A loss is infinite or NaN."""
+
+
+def check_finite(losses: dict[str, torch.Tensor], step: int, image_ids: list[str]) -> None:
+    if not all(torch.isfinite(loss) for loss in losses.values()):
+        values = {name: loss.item() for name, loss in losses.items()}
+        raise NonFiniteLossError(
+            f"step {step}: expected finite losses, got {values} on the images with the ids {', '.join(image_ids)}; the "
+            "last checkpoint is intact; try a lower --learning_rate, and look at these images"
         )
 
 
-@dataclass
-class Evaluation:
-    """The metrics of a validation, and a caption for each validation image, in order, where there are any."""
+def train_step(
+    args: argparse.Namespace,
+    accelerator: Accelerator,
+    model,
+    optimizer,
+    lr_scheduler,
+    compute_losses: Callable[[dict], dict[str, torch.Tensor]],
+    step: Step,
+) -> dict[str, torch.Tensor]:
+    """Takes one optimizer step.
 
-    metrics: dict[str, float]
-    captions: list[str] | None = None
+    Args:
+        compute_losses: the named losses of a batch, `loss` among them. A `caption_loss`, part of `loss` with weight 1,
+            is a mean over tokens, every other one over images. One that isn't finite leaves the weights unchanged.
+
+    Returns:
+        This process's part of each loss, whose mean over the processes is the step's; `grad_norm`, if it is limited.
+    """
+    named = {}
+    for index, batch in enumerate(step.batches):
+        # Dropout and patch dropout depend on the step only, so that a resumed run repeats them.
+        seed_step(args.seed, step.number * args.gradient_accumulation_steps + index, accelerator.process_index)
+        is_last = index == len(step.batches) - 1
+        with nullcontext() if is_last else accelerator.no_sync(model):
+            losses = compute_losses(batch)
+            check_finite(losses, step.number, batch["image_ids"])
+            images, tokens = step.image_shares[index], step.token_shares[index]
+            loss = images * losses["loss"]
+            if "caption_loss" in losses:
+                loss = loss + (tokens - images) * losses["caption_loss"]
+            accelerator.backward(loss)
+        losses["loss"] = loss
+        for name, value in losses.items():
+            share = {"loss": 1.0, "caption_loss": tokens}.get(name, images)
+            named[name] = named.get(name, 0.0) + share * value.detach()
+    if args.max_grad_norm > 0:
+        named["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    optimizer.step()
+    lr_scheduler.step()
+    optimizer.zero_grad()
+    return named
+
+
+# --- stopping ---------------------------------------------------------------------------------------------------------
 
 
 class StoppedBySignal(SystemExit):  # noqa: N818 - not an error
@@ -173,20 +241,18 @@ class StoppedBySignal(SystemExit):  # noqa: N818 - not an error
 
 
 class StopSignals:
-    """Records SIGTERM (sent before preemption) and SIGINT (Ctrl-C); a second SIGINT stops at once.
+    """Within its context, records SIGTERM (sent before preemption) and SIGINT (Ctrl-C); a second SIGINT stops at once.
 
-    The run ends after the next step, since all processes must agree before they take it. A context manager; without
-    effect outside the main thread, the only one in which Python handles signals.
+    The run ends after the next step, since all processes must agree before they take it. Without effect outside the
+    main thread, the only one in which Python handles signals.
     """
 
     def __init__(self):
-        self.received = 0
+        self.received, self.previous = 0, {}
 
     def __enter__(self) -> "StopSignals":
-        self.previous = {}
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
-                self.previous[number] = signal.signal(number, self._receive)
+            self.previous = {number: signal.signal(number, self._receive) for number in (signal.SIGTERM, signal.SIGINT)}
         return self
 
     def __exit__(self, *exception) -> None:
@@ -209,16 +275,11 @@ def ignore_interrupts(worker: int) -> None:
 
 def resume_command(num_processes: int = 1) -> str:
     """The command line of this process with `--resume_from_checkpoint latest`."""
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or num_processes > 1
-    launcher = ["accelerate", "launch"] if launched else ["python"]
-    if num_processes > 1:
-        launcher += ["--num_processes", str(num_processes)]
-    words, arguments = [sys.argv[0]], iter(sys.argv[1:])
-    for word in arguments:
-        if word == "--resume_from_checkpoint":
-            next(arguments, None)
-        elif word != "--overwrite_output_dir" and not word.startswith("--resume_from_checkpoint="):
-            words.append(word)
+    launcher = ["python"]
+    if "ACCELERATE_MIXED_PRECISION" in os.environ or num_processes > 1:
+        launcher = ["accelerate", "launch", "--num_processes", str(num_processes)]
+    # Of a flag that is given twice, the second counts.
+    words = [word for word in sys.argv if word != "--overwrite_output_dir"]
     return shlex.join([*launcher, *words, "--resume_from_checkpoint", "latest"])
 
 
@@ -233,110 +294,11 @@ def run_script(main: Callable[[], object]) -> None:
         sys.exit(128 + signal.SIGINT)
 
 
-class StepMeter:
-    """Accumulates the losses and times of the steps between two log rows."""
-
-    def __init__(self, accelerator: Accelerator):
-        self.accelerator = accelerator
-        self._reset()
-
-    def _reset(self) -> None:
-        self.sums, self.num_images, self.waited, self.since = {}, 0, 0.0, time.perf_counter()
-
-    def add(self, step: Step, losses: dict[str, torch.Tensor]) -> None:
-        for name, value in losses.items():
-            self.sums.setdefault(name, []).append(value)
-        self.num_images, self.waited = self.num_images + step.num_images, self.waited + step.waited
-
-    def row(self) -> dict[str, float]:
-        """Means over steps and processes, images per second and the share of the time spent waiting for batches."""
-        means = {
-            name: self.accelerator.reduce(torch.stack(values).mean(), "mean").item()
-            for name, values in self.sums.items()
-        }
-        seconds = time.perf_counter() - self.since
-        row = {**means, "images_per_second": self.num_images / seconds, "waiting_share": self.waited / seconds}
-        self._reset()
-        return row
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Leaves out the time of validations and checkpoints."""
-        since = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - since
-
-
-def run_steps(
-    args: argparse.Namespace,
-    accelerator: Accelerator,
-    batches: TrainBatches,
-    lr_scheduler,
-    run: RunFolder,
-    take_step: Callable[[Step, int], dict[str, torch.Tensor]],
-    validate: Callable[[], Evaluation],
-    dummy_batch: Callable[[], dict] | None = None,
-) -> Evaluation:
-    """The loop: optimizer steps until `args.max_train_steps`, with log rows, validations and checkpoints between them.
-
-    Args:
-        args: of either script.
-        batches: of this process.
-        lr_scheduler: for the learning rate that is logged.
-        run: resumed; its `state` and `log` follow the steps.
-        take_step: takes the optimizer step of this number; returns this process's named scalars, whose mean over
-            the processes is the step's.
-        validate: evaluates the model.
-        dummy_batch: see `steps_of`.
-
-    Returns:
-        The validation after the last step.
-
-    Raises:
-        StoppedBySignal: SIGTERM or SIGINT was received; a checkpoint of this step is saved.
-        ValueError: an epoch held no usable image.
-    """
-    state, meter = run.state, StepMeter(accelerator)
-    with StopSignals() as signals:
-        while state["step"] < args.max_train_steps:
-            epoch = batches.epoch(state["epoch"], state["batch"])
-            for step in steps_of(accelerator, epoch, args.gradient_accumulation_steps, signals, dummy_batch):
-                meter.add(step, take_step(step, state["step"] + 1))
-                state.update(step=state["step"] + 1, batch=state["batch"] + len(step.batches))
-                is_last = state["step"] >= args.max_train_steps
-                if state["step"] % args.logging_steps == 0 or is_last:
-                    row = {**meter.row(), "learning_rate": lr_scheduler.get_last_lr()[0]}
-                    run.log.train_row(state["step"], state["epoch"], row)
-                with meter.paused():
-                    is_due = args.evaluation_steps and state["step"] % args.evaluation_steps == 0
-                    if is_due and not (is_last or step.stop):
-                        run.log_validation(validate().metrics)
-                    if state["step"] % run.checkpointing_steps == 0 or is_last or step.stop:
-                        run.save_checkpoint(batches)
-                run.log.advance(state["step"])
-                if is_last:
-                    break
-                if step.stop:
-                    command = resume_command(accelerator.num_processes)
-                    logger.warning("Saved a checkpoint and stopped at step %d. Resume:\n  %s", state["step"], command)
-                    raise StoppedBySignal(128 + step.stop)
-            else:
-                if state["batch"] == 0:
-                    raise ValueError(f"split {args.train_split}: expected at least one usable image, got none")
-                state.update(epoch=state["epoch"] + 1, batch=0)
-                batches.begin_epoch()
-    evaluation = validate()
-    run.log_validation(evaluation.metrics)
-    run.log.close()
-    return evaluation
+# --- set-up -----------------------------------------------------------------------------------------------------------
 
 
 def create_accelerator(args: argparse.Namespace, **ddp_options) -> Accelerator:
-    """The accelerator of a training script, with logging and CPU threads set up.
-
-    Args:
-        ddp_options: of `DistributedDataParallelKwargs`.
-    """
+    """The accelerator of a training script, with `DistributedDataParallelKwargs`; sets up logging and CPU threads."""
     accelerator = Accelerator(
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -348,26 +310,18 @@ def create_accelerator(args: argparse.Namespace, **ddp_options) -> Accelerator:
     return accelerator
 
 
-def available_cores() -> int:
-    """CPU cores that this process may use: its affinity, within a container's quota."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    try:
-        quota, period = map(int, CGROUP_QUOTA.read_text().split())
-    except (OSError, ValueError):
-        # No cgroup v2, or a quota of "max".
-        return cores
-    return max(1, min(cores, quota // period))
-
-
 def set_cpu_threads(accelerator: Accelerator) -> None:
-    """Gives a single process on a CPU one thread for each core.
-
-    `accelerate launch` sets OMP_NUM_THREADS to 1 unless it was configured for a CPU, which doubles the training time
-    on two cores. Without a launcher, or with several processes, the environment decides.
-    """
+    """Gives a single process on a CPU one thread for each core that it may use, where `accelerate launch`, unless it
+    was configured for a CPU, has set OMP_NUM_THREADS to 1."""
     launched = "ACCELERATE_MIXED_PRECISION" in os.environ and os.environ.get("OMP_NUM_THREADS") == "1"
-    if accelerator.device.type == "cpu" and accelerator.num_processes == 1 and launched:
-        torch.set_num_threads(available_cores())
+    if accelerator.device.type != "cpu" or accelerator.num_processes > 1 or not launched:
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    # A container's quota; an error without cgroup v2, or for a quota of "max".
+    with suppress(OSError, ValueError):
+        quota, period = map(int, CGROUP_QUOTA.read_text().split())
+        cores = max(1, min(cores, quota // period))
+    torch.set_num_threads(cores)
 
 
 class ProgressBarHandler(logging.Handler):
@@ -377,25 +331,10 @@ class ProgressBarHandler(logging.Handler):
         tqdm.write(self.format(record), file=sys.stderr)
 
 
-def is_relevant(record: logging.LogRecord) -> bool:
-    """False for the libraries' warnings about intended behaviour.
-
-    Checkpoints hold tied weights once, and `load_checkpoint` ties them again. A resumed shuffle buffer is empty, as
-    that of a stream always is; see `StreamingCaptionDataset`. A tokenizer is read
-    without the class of its model.
-    """
-    expected = ("Removed shared tensor", "shuffle buffer", "You are using a model of type")
-    return not any(text in str(record.msg) for text in expected)
-
-
 def set_up_logging(accelerator: Accelerator) -> None:
     """One line a message; the libraries log on each machine's first process only."""
-    logging.basicConfig(
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-        datefmt="%H:%M:%S",
-        level=logging.INFO,
-        handlers=[ProgressBarHandler()],
-    )
+    line = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+    logging.basicConfig(format=line, datefmt="%H:%M:%S", level=logging.INFO, handlers=[ProgressBarHandler()])
     for library in (datasets.utils.logging, transformers.utils.logging):
         library.set_verbosity_warning() if accelerator.is_local_main_process else library.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -403,5 +342,5 @@ def set_up_logging(accelerator: Accelerator) -> None:
         datasets.disable_progress_bars()
     for verbose in ("httpx", "accelerate"):
         logging.getLogger(verbose).setLevel(logging.WARNING)
-    for name in ("accelerate.utils.other", "datasets.iterable_dataset", "transformers.configuration_utils"):
-        logging.getLogger(name).addFilter(is_relevant)
+    for name, text in EXPECTED_WARNINGS.items():
+        logging.getLogger(name).addFilter(lambda record, text=text: text not in str(record.msg))

@@ -29,40 +29,29 @@ RESULTS = {
 
 
 def read_stages(path: Path, variables: dict[str, str]) -> dict[str, dict[str, Any]]:
-    """The flags of each stage, by its name, in order; `run` and `from` among them.
-
-    Args:
-        path: the recipe.
-        variables: the values of `{name}` in it.
-
-    Raises:
-        ValueError: the file isn't a recipe, or a variable has no value; names the stage.
-    """
+    """The flags of each stage, by its name; `run` and `from` among them, and the `variables` in place of `{name}`."""
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8"))
         defaults, stages = recipe.get("defaults", {}), recipe["stages"]
     except (OSError, ValueError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path}: expected a recipe with `stages`: {error!r}") from error
 
-    def fill(name: str, value: Any) -> Any:
-        try:
-            return value.format(**variables) if isinstance(value, str) else value
-        except KeyError as missing:
-            raise ValueError(
-                f"{path}, stage {name}: no value for {missing}; give it as {missing.args[0]}=..."
-            ) from None
+    def fill(value: Any) -> Any:
+        if isinstance(value, list):
+            return [fill(item) for item in value]
+        return value.format(**variables) if isinstance(value, str) else value
 
     filled = {}
     for name, stage in stages.items():
+        where, flags = f"{path}, stage {name}", {**defaults.get(stage.get("run"), {}), **stage}
         if stage.get("run") not in RESULTS:
-            raise ValueError(f"{path}, stage {name}: run: expected one of {', '.join(RESULTS)}, got {stage.get('run')}")
-        flags = {**defaults.get(stage["run"], {}), **stage}
-        filled[name] = {
-            flag: [fill(name, item) for item in value] if isinstance(value, list) else fill(name, value)
-            for flag, value in flags.items()
-        }
-        if stage.get("from", name) not in filled:
-            raise ValueError(f"{path}, stage {name}: from: expected a stage before it, got {stage['from']}")
+            raise ValueError(f"{where}: run: expected one of {', '.join(RESULTS)}, got {stage.get('run')}")
+        if "from" in stage and stage["from"] not in filled:
+            raise ValueError(f"{where}: from: expected a stage before it, got {stage['from']}")
+        try:
+            filled[name] = {flag: fill(value) for flag, value in flags.items()}
+        except KeyError as missing:
+            raise ValueError(f"{where}: no value for {missing}; give it as {missing.args[0]}=...") from None
     return filled
 
 
@@ -87,12 +76,7 @@ def stage_command(stage: dict[str, Any], folder: Path) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs every stage that isn't finished.
-
-    Raises:
-        ValueError: the recipe can't be read; nothing has been run then.
-        subprocess.CalledProcessError: a stage failed.
-    """
+    """Runs every stage that isn't finished; a recipe that can't be read is an error before anything is run."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("recipe", type=Path, help="YAML file, such as configs/flickr8k.yaml")
     parser.add_argument("variables", nargs="*", metavar="NAME=VALUE", help="what {NAME} stands for in the recipe")

@@ -37,13 +37,9 @@ def create_image_processor(
 def create_generation_config(
     tokenizer: PreTrainedTokenizerFast, max_new_tokens: int, num_beams: int = 1, length_penalty: float = 1.0
 ) -> GenerationConfig:
-    """The saved model's default decoding: up to `max_new_tokens`, with `num_beams`, whose captions are ranked by
-    log-probability / length ** `length_penalty`.
-    """
+    """The saved model's default decoding; beams are ranked by log-probability / length ** `length_penalty`."""
     return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        **{name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")},
         decoder_start_token_id=tokenizer.bos_token_id,
         max_new_tokens=max_new_tokens,
         num_beams=num_beams,
@@ -64,9 +60,9 @@ def save_repository(
         ValueError: `output_dir` is the folder that the code itself was loaded from.
     """
     output_dir = Path(output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
     if output_dir.resolve() == REPOSITORY:
         raise ValueError(f"output_dir: expected a folder other than the code's own, got {output_dir}")
+    output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output_dir)
     save_processors(output_dir, tokenizer, image_processor, PROCESSOR_CLASS)
     # safetensors writes files that only their owner can read.
@@ -74,30 +70,17 @@ def save_repository(
 
 
 def save_processors(
-    output_dir: str | Path,
-    tokenizer: PreTrainedTokenizerFast,
-    image_processor: CLIPImageProcessor,
-    processor_class: str,
+    output_dir: Path, tokenizer: PreTrainedTokenizerFast, image_processor: CLIPImageProcessor, processor_class: str
 ) -> None:
     """Writes tokenizer and image processor so that `AutoProcessor` joins them as `processor_class`."""
-    output_dir = Path(output_dir)
     tokenizer.save_pretrained(output_dir)
-    # transformers 5 writes a class name that transformers 4 lacks; this one loads in both.
-    _update_json(
-        output_dir / "tokenizer_config.json",
-        tokenizer_class="PreTrainedTokenizerFast",
-        processor_class=processor_class,
-        padding_side="left",
-    )
     image_processor.save_pretrained(output_dir)
-    _update_json(
-        output_dir / "preprocessor_config.json",
-        image_processor_type="CLIPImageProcessor",
-        processor_class=processor_class,
-    )
-
-
-def _update_json(path: Path, **values) -> None:
-    content = json.loads(path.read_text(encoding="utf-8"))
-    content.update(values)
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")
+    changes = {
+        # transformers 5 writes a class name that transformers 4 lacks; this one loads in both.
+        "tokenizer_config.json": {"tokenizer_class": "PreTrainedTokenizerFast", "padding_side": "left"},
+        "preprocessor_config.json": {"image_processor_type": "CLIPImageProcessor"},
+    }
+    for name, values in changes.items():
+        path = output_dir / name
+        content = {**json.loads(path.read_text(encoding="utf-8")), **values, "processor_class": processor_class}
+        path.write_text(json.dumps(content, indent=2, ensure_ascii=False, sort_keys=True) + "\n", encoding="utf-8")

@@ -10,6 +10,7 @@ import json
 import math
 import random
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
@@ -17,8 +18,7 @@ import datasets
 from PIL import Image, ImageDraw
 
 
-PLURALS = {kind: f"{kind}{'es' if kind.endswith(('x', 's')) else 's'}" for kind in
-           ("ball", "box", "triangle", "star", "ring", "cross")}  # fmt: skip
+PLURALS = {kind: f"{kind}s" for kind in ("ball", "triangle", "star", "ring")} | {"box": "boxes", "cross": "crosses"}
 # Few colours and many kinds: if colour and count alone told a batch's scenes apart, a contrastive teacher would not
 # learn shapes.
 COLORS = {"red": (214, 40, 40), "blue": (40, 80, 220), "yellow": (250, 220, 30), "black": (20, 20, 20)}
@@ -43,32 +43,26 @@ PLACES = {
 }
 # The relation of the second group to the first, by that of the first to the second.
 INVERSES = {"to the left of": "to the right of", "to the right of": "to the left of"}
-# Captions name groups in reading order, which leaves one relation; with the groups' places. With vertical relations
-# too, a model doesn't learn within ten minutes along which axis the groups lie.
+# With the groups' places. Captions name groups in reading order, which leaves one relation; with vertical ones too, a
+# model doesn't learn within ten minutes along which axis the groups lie.
 RELATIONS = {"to the left of": ("left", "right")}
 
 
 @dataclass(frozen=True)
 class Group:
-    """`count` objects of one `kind`, `color` and `size`, at a `place` of the image (see `PLACES`)."""
+    """`count` like objects at a `place` of the image; `None` for what a caption doesn't state."""
 
     kind: str
-    color: str
-    size: str
-    count: int
-    place: str
+    color: str | None
+    size: str | None
+    count: int | None
+    place: str | None
 
 
 @dataclass(frozen=True)
 class Scene:
-    """The content of an image.
-
-    Args:
-        groups: one or two, of different kinds, from left to right.
-        relation: of the first group to the second (see `RELATIONS`); `None` with one group.
-        background: see `BACKGROUNDS`.
-        seed: fixes the exact positions.
-    """
+    """The content of an image: one or two groups of different kinds from left to right, the relation of the first to
+    the second (`None` with one group), and the background; `seed` fixes the exact positions."""
 
     groups: tuple[Group, ...]
     relation: str | None
@@ -95,11 +89,8 @@ def make_scene(seed: int) -> Scene:
     relation = rng.choice(sorted(RELATIONS)) if rng.random() < 0.6 else None
     places = RELATIONS[relation] if relation else (rng.choice(sorted(PLACES)),)
     kinds = rng.sample(sorted(PLURALS), len(places))
-    colors = [color for color in COLORS if color not in BACKGROUNDS[background][2]]
-    groups = tuple(
-        Group(kind, rng.choice(colors), rng.choice(sorted(SIZES)), rng.choice(sorted(COUNTS)), place)
-        for kind, place in zip(kinds, places)
-    )
+    choices = [color for color in COLORS if color not in BACKGROUNDS[background][2]], sorted(SIZES), sorted(COUNTS)
+    groups = tuple(Group(kind, *map(rng.choice, choices), place) for kind, place in zip(kinds, places))
     return Scene(groups, relation, background, seed)
 
 
@@ -155,61 +146,50 @@ def _draw_object(draw: ImageDraw.ImageDraw, kind: str, color: tuple, x: float, y
         draw.line([*corners, corners[0]], fill=outline, width=line, joint="curve")
 
 
-def _name(group: Group, with_size: bool = False) -> str:
-    kind = group.kind if group.count == 1 else PLURALS[group.kind]
-    return " ".join([COUNTS[group.count], *([group.size] if with_size else []), group.color, kind])
-
-
-def describe_scene(scene: Scene, seed: int = 0) -> list[str]:
-    """Five captions, differently worded; each is true and names every group's kind, colour and count."""
-    first = scene.groups[0]
-    where = BACKGROUNDS[scene.background][0]
-    verb = "is" if first.count == 1 else "are"
-    if scene.relation is None:
-        place = PLACES[first.place][0]
-        options = [
-            f"{_name(first)} {place}.",
-            f"{_name(first)} {where}.",
-            f"there {verb} {_name(first, True)} {place}.",
-            f"a picture of {_name(first, True)} {where}.",
-            f"{where} there {verb} {_name(first)}.",
-            f"{_name(first, True)} {place}, {where}.",
-            f"a picture of {_name(first)}.",
-        ]
-    else:
-        second, inverse = scene.groups[1], INVERSES[scene.relation].removesuffix(" of")
-        options = [
-            f"{_name(first)} {scene.relation} {_name(second)}.",
-            f"{_name(first)} with {_name(second)} {inverse}.",
-            f"{_name(first)} and {_name(second)} {where}.",
-            f"there {verb} {_name(first, True)} {scene.relation} {_name(second, True)}.",
-            f"a picture of {_name(first, True)} and {_name(second, True)}.",
-            f"{where}, {_name(first)} {scene.relation} {_name(second)}.",
-            f"{where} there {verb} {_name(first)} with {_name(second)} {inverse}.",
-        ]
-    chosen = random.Random(f"captions/{scene.seed}/{seed}").sample(options, 5)
-    return [caption[0].upper() + caption[1:] for caption in chosen]
-
-
-TEXT = datasets.Value("string")
-FEATURES = datasets.Features(
-    {"image": datasets.Image(), "captions": datasets.List(TEXT), "image_id": TEXT, "scene": TEXT}
+# Words in captions of one group, and of two; capitals stand for groups with their sizes.
+ONE_GROUP = (
+    *("{a} {place}.", "{a} {where}.", "there {verb} {A} {place}.", "a picture of {A} {where}."),
+    *("{where} there {verb} {a}.", "{A} {place}, {where}.", "a picture of {a}."),
+)
+TWO_GROUPS = (
+    *("{a} {relation} {b}.", "{a} with {b} {inverse}.", "{a} and {b} {where}.", "there {verb} {A} {relation} {B}."),
+    *("a picture of {A} and {B}.", "{where}, {a} {relation} {b}.", "{where} there {verb} {a} with {b} {inverse}."),
 )
 
 
-def scene_dataset(scenes: Sequence[Scene], image_size: int) -> datasets.Dataset:
-    """Draws scenes into a dataset of `image`, `captions` (five), `image_id` and `scene` (JSON)."""
+def describe_scene(scene: Scene) -> list[str]:
+    """Five captions, differently worded; each is true and names every group's kind, colour and count."""
+    first = scene.groups[0]
+    words = {"where": BACKGROUNDS[scene.background][0], "place": PLACES[first.place][0]}
+    words["verb"] = "is" if first.count == 1 else "are"
+    for letter, group in zip("ab", scene.groups):
+        count, kind = COUNTS[group.count], group.kind if group.count == 1 else PLURALS[group.kind]
+        words[letter] = f"{count} {group.color} {kind}"
+        words[letter.upper()] = f"{count} {group.size} {group.color} {kind}"
+    if scene.relation is not None:
+        words.update(relation=scene.relation, inverse=INVERSES[scene.relation].removesuffix(" of"))
+    options = [wording.format(**words) for wording in (TWO_GROUPS if scene.relation else ONE_GROUP)]
+    chosen = random.Random(f"captions/{scene.seed}/0").sample(options, 5)
+    return [caption[0].upper() + caption[1:] for caption in chosen]
+
+
+def _draw_rows(scenes: Sequence[Scene], image_size: int) -> datasets.Dataset:
     rows = []
     for scene in scenes:
         buffer = io.BytesIO()
         draw_scene(scene, image_size).save(buffer, "PNG", compress_level=1)
         row = {"image": {"bytes": buffer.getvalue(), "path": None}, "captions": describe_scene(scene)}
         rows.append({**row, "image_id": f"scene-{scene.seed}", "scene": scene.to_json()})
-    return datasets.Dataset.from_list(rows, features=FEATURES)
+    text = datasets.Value("string")
+    features = {"image": datasets.Image(), "captions": datasets.List(text), "image_id": text, "scene": text}
+    return datasets.Dataset.from_list(rows, features=datasets.Features(features))
 
 
 def scene_splits(num_train: int, num_validation: int, seed: int, image_size: int) -> datasets.DatasetDict:
-    """Training and validation scenes; no two validation scenes, nor one of each, have the same content."""
+    """Draws rows of `image`, `captions` (five), `image_id` and `scene` (JSON) for training and validation.
+
+    A validation scene has the content of no other scene.
+    """
     seeds = random.Random(f"splits/{seed}")
     train = [make_scene(seeds.getrandbits(48)) for _ in range(num_train)]
     seen = {scene.truth() for scene in train}
@@ -220,10 +200,8 @@ def scene_splits(num_train: int, num_validation: int, seed: int, image_size: int
             seen.add(scene.truth())
             validation.append(scene)
     splits = {"train": train, "validation": validation}
-    return datasets.DatasetDict({name: scene_dataset(scenes, image_size) for name, scenes in splits.items()})
+    return datasets.DatasetDict({name: _draw_rows(scenes, image_size) for name, scenes in splits.items()})
 
-
-# --- scoring ----------------------------------------------------------------------------------------------------------
 
 SINGULARS = {word: kind for kind, plural in PLURALS.items() for word in (kind, plural)}
 MENTION = re.compile(
@@ -233,18 +211,7 @@ MENTION = re.compile(
 NUMBERS = {word: count for count, word in COUNTS.items()}
 
 
-@dataclass(frozen=True)
-class Mention:
-    """What a caption states about one group; `None` for nothing."""
-
-    kind: str
-    color: str | None
-    size: str | None
-    count: int | None
-    place: str | None
-
-
-def read_caption(caption: str) -> tuple[list[Mention], str | None, str | None]:
+def read_caption(caption: str) -> tuple[list[Group], str | None, str | None]:
     """What a caption states: the groups it mentions, the relation between the first two, the background."""
     text = caption.lower()
     found = list(MENTION.finditer(text))
@@ -252,8 +219,8 @@ def read_caption(caption: str) -> tuple[list[Mention], str | None, str | None]:
     place = next((name for name, (words, _) in PLACES.items() if re.search(rf"\b{words}\b(?! of)", text)), None)
     if len(found) != 1:
         place = None
-    mentions = [
-        Mention(SINGULARS[match["kind"]], match["color"], match["size"], NUMBERS.get(match["count"]), place)
+    groups = [
+        Group(SINGULARS[match["kind"]], match["color"], match["size"], NUMBERS.get(match["count"]), place)
         for match in found
     ]
     relation = None
@@ -262,14 +229,38 @@ def read_caption(caption: str) -> tuple[list[Mention], str | None, str | None]:
         relation = next((name for name in INVERSES if re.search(rf"\b{name}\b", between)), None)
         if relation is None and "with" in between.split():
             # "A with B to the right": the inverse relation.
-            told = next((n for n in INVERSES if re.match(rf"\W*{n.removesuffix(' of')}\b(?! of)", behind)), None)
-            relation = None if told is None else INVERSES[told]
+            told = (name for name in INVERSES if re.match(rf"\W*{name.removesuffix(' of')}\b(?! of)", behind))
+            relation = INVERSES.get(next(told, None))
     background = next((name for name, (words, *_) in BACKGROUNDS.items() if re.search(rf"\b{words}\b", text)), None)
-    return mentions, relation, background
+    return groups, relation, background
+
+
+def _judge(caption: str, scene: Scene) -> dict[str, list[bool]]:
+    """What a caption states about its scene, by subject: whether each statement is true."""
+    mentions, relation, background = read_caption(caption)
+    truth = {group.kind: group for group in scene.groups}
+    num_objects = max(len(truth), len(mentions))
+    judged = {name: [] for name in ("object", "color", "count", "relation", "size", "place", "background")}
+    for mention in mentions:
+        # Once for each kind: a second mention of it is wrong.
+        if (group := truth.pop(mention.kind, None)) is not None:
+            judged["object"].append(True)
+            for name in ("color", "count", "size", "place"):
+                if (stated := getattr(mention, name)) is not None:
+                    judged[name].append(stated == getattr(group, name))
+    for name in ("object", "color", "count"):
+        judged[name] += [False] * (num_objects - len(judged[name]))
+    if relation is not None:
+        kinds = tuple(mention.kind for mention in mentions[:2])
+        stated = ((kinds, relation), (kinds[::-1], INVERSES[relation]))
+        judged["relation"] = [(tuple(group.kind for group in scene.groups), scene.relation) in stated]
+    if background is not None:
+        judged["background"] = [background == scene.background]
+    return {**judged, "exact": [all(map(all, judged.values()))]}
 
 
 def score_scene_captions(captions: Sequence[str], scenes: Sequence[str | Scene]) -> dict[str, float]:
-    """Compares captions with the content of their scenes; shares from 0 to 1.
+    """Compares captions with the content of their scenes (or its JSON); shares from 0 to 1.
 
     An object is a group of a scene; `num_objects` counts for each caption those it should name or those it names,
     whichever is more, so that naming everything doesn't pay. Of these, `object_accuracy` have the right kind,
@@ -278,49 +269,17 @@ def score_scene_captions(captions: Sequence[str], scenes: Sequence[str | Scene])
     `relation_accuracy`, `size_accuracy`, `place_accuracy` and `background_accuracy` are shares of the captions that
     state it (absent when none does); `relation_share` of the scenes with two groups have their relation stated.
     `exact_accuracy` is the share of captions that name every object with colour and count and state nothing wrong.
-
-    Raises:
-        ValueError: there are more or fewer captions than scenes.
     """
     if len(captions) != len(scenes):
         raise ValueError(f"expected one caption for each of {len(scenes)} scenes, got {len(captions)}")
-    right = {name: [] for name in ("relation", "size", "place", "background", "exact")}
-    objects = kinds = colors = counts = pairs = 0
+    scenes = [Scene.from_json(scene) if isinstance(scene, str) else scene for scene in scenes]
+    judged = defaultdict(list)
     for caption, scene in zip(captions, scenes):
-        scene = Scene.from_json(scene) if isinstance(scene, str) else scene
-        mentions, relation, background = read_caption(caption)
-        truth = {group.kind: group for group in scene.groups}
-        wrong, named = 0, set()
-        for mention in mentions:
-            group = truth.get(mention.kind)
-            if group is None or mention.kind in named:
-                wrong += 1
-                continue
-            named.add(mention.kind)
-            colors += mention.color == group.color
-            counts += mention.count == group.count
-            wrong += (mention.color != group.color) + (mention.count != group.count)
-            for name in ("size", "place"):
-                if getattr(mention, name) is not None:
-                    right[name].append(getattr(mention, name) == getattr(group, name))
-                    wrong += not right[name][-1]
-        kinds += len(named)
-        objects += max(len(truth), len(mentions))
-        wrong += len(truth) - len(named)
-        pairs += scene.relation is not None
-        if relation is not None:
-            ends = tuple(mention.kind for mention in mentions[:2])
-            told = {(ends, relation), (ends[::-1], INVERSES[relation])}
-            right["relation"].append((tuple(group.kind for group in scene.groups), scene.relation) in told)
-            wrong += not right["relation"][-1]
-        if background is not None:
-            right["background"].append(background == scene.background)
-            wrong += not right["background"][-1]
-        right["exact"].append(wrong == 0)
-    scores = {"object_accuracy": kinds, "color_accuracy": colors, "count_accuracy": counts}
+        for name, values in _judge(caption, scene).items():
+            judged[name] += values
+    pairs = sum(scene.relation is not None for scene in scenes)
     return {
-        **{name: number / objects if objects else 0.0 for name, number in scores.items()},
-        "relation_share": len(right["relation"]) / pairs if pairs else 0.0,
-        "num_objects": objects,
-        **{f"{name}_accuracy": sum(values) / len(values) for name, values in right.items() if values},
+        **{f"{name}_accuracy": sum(values) / len(values) for name, values in judged.items() if values},
+        "relation_share": len(judged["relation"]) / pairs if pairs else 0.0,
+        "num_objects": len(judged["object"]),
     }

@@ -1,16 +1,9 @@
 """The rows that can't be used: counted, listed in a file, and an error if they are too many."""
 
 import json
+from collections import defaultdict
 from dataclasses import dataclass, field
 from pathlib import Path
-
-
-class TooManyBadRowsError(ValueError):
-    """The share of unusable rows is above the tolerated one."""
-
-
-class BadRowError(ValueError):
-    """A row is unusable, and the run stops at the first such row."""
 
 
 @dataclass
@@ -26,28 +19,25 @@ class SkippedRows:
     path: Path | None = None
     on_bad_row: str = "skip"
     max_share: float = 0.10
-    count: int = 0
-    by_split: dict[str, int] = field(default_factory=dict)
+    reasons: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     written: set[str] | None = None
-    first_reasons: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def count(self) -> int:
+        return sum(map(len, self.reasons.values()))
 
     def add(self, split: str, row: int | None, image_id: str, reason: str) -> None:
         """Counts one row; `row` is its number in the table it was read from, `None` in a stream.
 
         A line that the file holds already, from an earlier epoch or the resumed run, is not written again.
-
-        Raises:
-            BadRowError: the run stops at the first bad row.
         """
         if self.on_bad_row == "error":
-            raise BadRowError(f"split {split}, row {row}, id {image_id}: {reason}")
-        self.count += 1
-        self.by_split[split] = self.by_split.get(split, 0) + 1
-        self.first_reasons.setdefault(split, reason)
+            raise ValueError(f"split {split}, row {row}, id {image_id}: {reason}")
+        self.reasons[split].append(reason)
         if self.path is None:
             return
         if self.written is None:
-            self.written = set(self.path.read_text("utf-8").splitlines()) if self.path.exists() else set()
+            self.written = set(self.path.read_text("utf-8").split("\n")) if self.path.exists() else set()
         line = {"split": split, "row": row, "image_id": image_id, "reason": reason}
         line = json.dumps(line, ensure_ascii=False)
         if line not in self.written:
@@ -56,10 +46,10 @@ class SkippedRows:
                 file.write(line + "\n")
 
     def check(self, split: str, total: int) -> None:
-        """Raises `TooManyBadRowsError` if more than `max_share` of the split's `total` rows so far were bad."""
-        bad = self.by_split.get(split, 0)
-        if bad > self.max_share * total:
-            raise TooManyBadRowsError(
-                f"split {split}: expected at most {self.max_share:.0%} bad rows, got {bad} of {total}, first: "
-                f"{self.first_reasons[split]}" + (f"; they are listed in {self.path}" if self.path else "")
+        """Raises `ValueError` if more than `max_share` of the split's `total` rows so far were bad."""
+        bad = self.reasons[split]
+        if len(bad) > self.max_share * total:
+            raise ValueError(
+                f"split {split}: expected at most {self.max_share:.0%} bad rows, got {len(bad)} of {total}, first: "
+                f"{bad[0]}" + (f"; they are listed in {self.path}" if self.path else "")
             )
