@@ -434,9 +434,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
             # The backward pass runs every layer again and would write its keys a second time.
             tokens = 0 if cache is None else int(cache.get_seq_length())
             if tokens > 0:
-                raise ValueError(
-                    f"cache: expected none or an empty one with gradient checkpointing, got {tokens} tokens"
-                )
+                raise ValueError(f"cache: expected an empty one with gradient checkpointing, got {tokens} tokens")
             return None, False
         return EncoderDecoderCache(DynamicCache(), DynamicCache()) if use_cache and cache is None else cache, use_cache
 
@@ -530,9 +528,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
     # --- generation: GenerationMixin's; these adapt prompts, steps and lengths to the decoder ---
 
     @torch.no_grad()
-    def generate(
-        self, inputs: torch.Tensor | None = None, generation_config: GenerationConfig | None = None, *args, **kwargs
-    ):
+    def generate(self, inputs: torch.Tensor | None = None, generation_config=None, *args, **kwargs):
         """`GenerationMixin.generate`, with the prompt as a processor gives it.
 
         Args:
