@@ -276,7 +276,7 @@ def _decode(image: "Image.Image", may_draft: bool) -> None:
             image.draft(None, (width // shrinking, height // shrinking))
             # Several scans are kept at full size until the last is read.
             decoded = image.width * image.height if scans == 1 else decoded
-    _check_pixels(decoded, limit, image.size, kind)
+    _check_pixels(decoded, limit, (width, height), kind)
     if isinstance(getattr(image, "fp", None), _BoundedFile):
         image.fp.reads_left = 4 * MAX_READS
     image.load()
