@@ -51,7 +51,7 @@ def check(session: nox.Session, transformers: str, torch: str, torchvision: bool
         session.install("--no-deps", f"torchvision=={TORCHVISION[torch]}")
         import_torchvision(session)
     report = RESULTS / f"{transformers} {torch} {TORCHVISION[torch] if torchvision else 'none'}.xml"
-    env = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": session.create_tmp(), "OMP_NUM_THREADS": "1"}
+    env = {"HF_HUB_OFFLINE": "1", "HF_MODULES_CACHE": str(Path(session.create_tmp()).resolve()), "OMP_NUM_THREADS": "1"}
     session.run(
         *("python", "-m", "pytest", "--noconftest", "-q", "-p", "no:cacheprovider", "-o", "junit_family=xunit1"),
         *(f"--junitxml={report.resolve()}", *TESTS),

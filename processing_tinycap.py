@@ -34,8 +34,17 @@ MAX_JPEG_PIXELS = 2**28
 # 810 MB). An animated PNG (APNG) is composed frame upon frame.
 MAX_SLOW_IMAGE_PIXELS = {
     **dict.fromkeys(("AVIF", "HEIF", "WEBP"), 8192 * 6144),
-    **dict.fromkeys(("JPEG2000", "APNG"), 2**25),
+    **{"JPEG2000": 2**24, "APNG": 2**25},
 }
+# By decoders written in Python: RLE BMP and QOI take a microsecond a pixel, PPM one for each of its values.
+MAX_PYTHON_PIXELS = 2**22
+# Reads of a file while its header is read, and four times as many while it is decoded: Pillow reads some headers, and
+# those formats, byte by byte, in 1 to 2.5 microseconds each.
+MAX_READS = 2**20
+# Strips or tiles of a TIFF, 11 microseconds each, and Exif segments of a JPEG, which Pillow joins one by one.
+MAX_TILES, MAX_EXIF_SEGMENTS = 2**16, 2**8
+# Bytes of a file at most: it is read into memory, since decoding a mapped file that shrinks kills the process.
+MAX_FILE_SIZE = 2**29
 # A progressive JPEG is decoded once a scan; it usually has ten, but a small file may hold thousands.
 MAX_SCANNED_PIXELS = 2**30
 # The middle of a longer image is kept: the image processor, which resizes the shorter side, would take gigabytes.
@@ -173,9 +182,11 @@ def _open(image: Any, timeout: float | None) -> "Image.Image":
         if not os.path.isfile(image):
             raise ValueError("expected a file")
         with open(image, "rb") as file:
-            head = file.read(64)
-    else:
-        head, image = bytes(image[:64]), io.BytesIO(image)
+            image = file.read(MAX_FILE_SIZE + 1)
+    data = bytes(image)
+    if len(data) > MAX_FILE_SIZE:
+        raise ValueError(f"expected a file of at most {MAX_FILE_SIZE:,} bytes")
+    head = data[:64]
     # Registers Pillow's plugins.
     Image.init()
     is_heif = head[4:8] == b"ftyp" and head[8:12] in HEIF_BRANDS and b"avif" not in head
@@ -186,10 +197,32 @@ def _open(image: Any, timeout: float | None) -> "Image.Image":
         except ImportError:
             raise ValueError("HEIC: install pillow-heif (pip install pillow-heif)") from None
         register_heif_opener()
+    if head[:2] in (b"P1", b"P2", b"P3"):
+        # Pillow removes comments one by one, each time copying what is left.
+        data = re.sub(rb"#[^\r\n]*", b"", data)
     if head.startswith(b"\xff\xd8\xff"):
+        if data.count(b"Exif\0\0") > MAX_EXIF_SEGMENTS:
+            raise ValueError(f"expected at most {MAX_EXIF_SEGMENTS} Exif segments in a JPEG")
         # `Image.open` would refuse 179 million pixels, although a JPEG needn't be decoded in full.
-        return Image.OPEN["JPEG"][0](image)
-    return Image.open(image, formats=[name for name in FORMATS if name in Image.OPEN])
+        return Image.OPEN["JPEG"][0](_BoundedFile(data))
+    if head.startswith(b"\0\0\1\0"):
+        # An icon's directory doesn't tell the size of the PNG files in it.
+        for size in re.findall(rb"\x89PNG\r\n\x1a\n.{8}(.{4})(.{4})", data, re.DOTALL):
+            width, height = (int.from_bytes(side, "big") for side in size)
+            _check_pixels(width * height, MAX_PYTHON_PIXELS, (width, height), "ICO")
+    return Image.open(_BoundedFile(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+class _BoundedFile(io.BytesIO):
+    """An image file in memory that may be read `MAX_READS` times."""
+
+    reads_left = MAX_READS
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self.reads_left -= 1
+        if self.reads_left < 0:
+            raise ValueError("its header or pixels are in too many pieces")
+        return super().read(size)
 
 
 def _download(url: str, timeout: float) -> bytes:
@@ -227,6 +260,11 @@ def _decode(image: "Image.Image", may_draft: bool) -> None:
     width, height = image.size
     kind = "APNG" if image.format == "PNG" and getattr(image, "is_animated", False) else image.format
     limit = MAX_SLOW_IMAGE_PIXELS.get(kind, MAX_IMAGE_PIXELS)
+    tiles = getattr(image, "tile", None) or []
+    if tiles and tiles[0][0] in Image.DECODERS:
+        limit = MAX_PYTHON_PIXELS // (3 if kind == "PPM" else 1)
+    if len(tiles) > MAX_TILES:
+        raise ValueError(f"expected at most {MAX_TILES:,} strips or tiles, got {len(tiles):,}")
     decoded = width * height
     if kind in ("JPEG", "MPO"):
         scans, shrinking = _count_scans(image), min(image.size) // LARGE_SIDE
@@ -238,10 +276,16 @@ def _decode(image: "Image.Image", may_draft: bool) -> None:
             image.draft(None, (width // shrinking, height // shrinking))
             # Several scans are kept at full size until the last is read.
             decoded = image.width * image.height if scans == 1 else decoded
+    _check_pixels(decoded, limit, (width, height), kind)
+    if isinstance(getattr(image, "fp", None), _BoundedFile):
+        image.fp.reads_left = 4 * MAX_READS
+    image.load()
+
+
+def _check_pixels(decoded: int, limit: int, size: tuple[int, int], kind: str | None) -> None:
     if not 0 < decoded <= limit:
         of_kind = f" of this kind ({kind})" if kind else ""
-        raise ValueError(f"expected 1 to {limit:,} pixels in an image{of_kind}, got {width} x {height}")
-    image.load()
+        raise ValueError(f"expected 1 to {limit:,} pixels in an image{of_kind}, got {size[0]} x {size[1]}")
 
 
 def _count_scans(image: "Image.Image") -> int:

@@ -1,0 +1,128 @@
+"""Files of kilobytes that would take Pillow minutes or gigabytes: an error before they do."""
+
+import io
+import os
+import re
+import struct
+import zlib
+
+import pytest
+from fuzz.hostile_images import encoded, png_of
+from PIL import Image
+from tiny import draw_picture
+
+from tinycap import processing_tinycap
+from tinycap.processing_tinycap import MAX_READS, MAX_TILES, load_image
+
+
+TOO_MANY_PIECES = "in too many pieces"
+
+
+def bmp_of_runs(width: int, height: int, runs: bytes, bits: int) -> bytes:
+    """Run-length encoded; Pillow fills the rest of a row pixel by pixel."""
+    palette = bytes(4 << bits)
+    header = struct.pack("<IHHI", 54 + len(palette) + len(runs), 0, 0, 54 + len(palette))
+    info = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, {8: 1, 4: 2}[bits], len(runs), 0, 0, 0, 0)
+    return b"BM" + header + info + palette + runs
+
+
+def jpeg_with(head: bytes) -> bytes:
+    data = encoded(draw_picture(0), "JPEG")
+    return data[:2] + head + data[2:]
+
+
+def segment(marker: int, body: bytes) -> bytes:
+    return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
+
+
+def png_with(chunks: list[tuple[bytes, bytes]], side: int = 8) -> bytes:
+    header = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    pixels = zlib.compress(bytes((side + 1) * side))
+    return png_of([(b"IHDR", header), *chunks, (b"IDAT", pixels), (b"IEND", b"")])
+
+
+def icon_of(png: bytes) -> bytes:
+    return struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(png), 22) + png
+
+
+def tiff_of_strips(number: int) -> bytes:
+    """One pixel row a strip, all of the same eight bytes."""
+    after = 8 + 2 + 9 * 12 + 4
+    tags = [(256, 8), (257, number), (258, 8), (259, 1), (262, 1), (273, after), (277, 1), (278, 1), (279, 0)]
+    entries = b"".join(
+        struct.pack("<HHII", tag, 4, number, after + (4 * number if tag == 279 else 0))
+        if tag in (273, 279)
+        else struct.pack("<HHII", tag, 4, 1, value)
+        for tag, value in tags
+    )
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<I", 8) * (2 * number)
+
+
+BOMBS = {
+    "bmp-end-of-line": (lambda: bmp_of_runs(2**27, 1, b"\x01\x05\x00\x00\x00\x01", 8), "4,194,304 pixels"),
+    "bmp-4-bits": (lambda: bmp_of_runs(2**14, 2**13, b"\xff\x12\x00\x00" * 2**13, 4), "4,194,304 pixels"),
+    "qoi-runs": (lambda: b"qoif" + struct.pack(">IIBB", 9999, 9999, 4, 0) + b"\xfd" * 2**20, "4,194,304 pixels"),
+    "pgm-of-another-maximum": (lambda: b"P5 3200 3200 254\n" + bytes(3200**2), "1,398,101 pixels"),
+    "ppm-of-digits": (lambda: b"P3 2000 800 255\n" + b"1 " * 4_800_000, "1,398,101 pixels"),
+    "pgm-header-of-spaces": (lambda: b"P5" + b" " * (MAX_READS + 1) + b"1 1 255\n0", TOO_MANY_PIECES),
+    "jpeg-fill-bytes": (lambda: jpeg_with(b"\xff" * (MAX_READS + 1)), TOO_MANY_PIECES),
+    "jpeg-comments": (lambda: jpeg_with(segment(0xFE, b"a") * 600_000), TOO_MANY_PIECES),
+    "jpeg-exif-segments": (lambda: jpeg_with(segment(0xE1, b"Exif\0\0" + bytes(40)) * 257), "256 Exif segments"),
+    "png-chunks": (lambda: png_with([(b"teSt", b"")] * 550_000), TOO_MANY_PIECES),
+    "icon-of-a-large-png": (lambda: icon_of(png_with([], side=2**13)), "4,194,304 pixels"),
+    "tiff-strips": (lambda: tiff_of_strips(MAX_TILES + 1), "65,536 strips or tiles"),
+    "jpeg-2000": (lambda: encoded(Image.new("L", (4097, 4097)), "JPEG2000"), "16,777,216 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_files_that_take_many_seconds_or_gigabytes_are_refused(name):
+    make, reason = BOMBS[name]
+    with pytest.raises(ValueError, match=f"cannot read image {name}: .*{re.escape(reason)}"):
+        load_image(make(), name=name)
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        bmp_of_runs(64, 2, b"\x40\x05\x00\x00\x40\x05\x00\x01", 8),
+        b"P3 # a comment\n2 1 # another\n255\n1 2 3 # and one\n4 5 6\n",
+        b"P5 2 1 254\n\x01\x02",
+        encoded(draw_picture(0), "ICO"),
+        jpeg_with(segment(0xFE, b"a comment") * 100 + b"\xff" * 100),
+        tiff_of_strips(8),
+    ],
+    ids=["bmp", "ppm-with-comments", "pgm-of-another-maximum", "icon", "jpeg", "tiff"],
+)
+def test_small_files_of_the_same_kinds_are_read(data):
+    assert load_image(data).mode == "RGB"
+
+
+def test_comments_of_a_plain_ppm_are_skipped_in_one_pass():
+    """A million of them: Pillow would copy what is left a million times."""
+    assert load_image(b"P1 2 2\n" + b"#\n" * 2**20 + b"1 0 0 1\n").getpixel((1, 0)) == (255, 255, 255)
+
+
+def test_a_full_hd_image_of_a_slow_format_is_read():
+    """QOI with two reads a pixel, each pixel unlike the one before."""
+    pixels = b"".join(b"\xfe" + bytes(rgb) for rgb in ((0, 0, 0), (255, 9, 99)))
+    data = b"qoif" + struct.pack(">IIBB", 1920, 1080, 3, 0) + pixels * (1920 * 1080 // 2) + b"\0" * 7 + b"\1"
+    assert load_image(data).getpixel((1, 0)) == (255, 9, 99)
+
+
+def test_a_file_that_shrinks_while_it_is_decoded_is_no_crash(tmp_path):
+    """Pillow maps raw files into memory, which ends the process by SIGBUS when they shrink."""
+    path = tmp_path / "raw.tif"
+    Image.new("RGB", (500, 400), "red").save(path)
+    with processing_tinycap._open(str(path), None) as image:
+        os.truncate(path, 0)
+        assert processing_tinycap.to_rgb(image).getpixel((9, 9)) == (255, 0, 0)
+
+
+def test_a_file_beyond_the_memory_for_it_is_refused(monkeypatch):
+    monkeypatch.setattr(processing_tinycap, "MAX_FILE_SIZE", 1000)
+    buffer = io.BytesIO()
+    Image.effect_noise((50, 50), 90).save(buffer, "PNG")
+    with pytest.raises(ValueError, match="a file of at most 1,000 bytes"):
+        load_image(buffer.getvalue())
