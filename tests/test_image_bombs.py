@@ -45,6 +45,12 @@ def icon_of(png: bytes) -> bytes:
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(png), 22) + png
 
 
+def late_header(png: bytes) -> bytes:
+    """With a chunk before the header."""
+    chunk = b"teSta"
+    return png[:8] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[8:]
+
+
 def tiff_of_strips(number: int) -> bytes:
     """One pixel row a strip, all of the same eight bytes."""
     after = 8 + 2 + 9 * 12 + 4
@@ -71,6 +77,8 @@ BOMBS = {
     "jpeg-exif-segments": (lambda: jpeg_with(segment(0xE1, b"Exif\0\0" + bytes(40)) * 257), "256 Exif segments"),
     "png-chunks": (lambda: png_with([(b"teSt", b"")] * 550_000), TOO_MANY_PIECES),
     "icon-of-a-large-png": (lambda: icon_of(png_with([], side=2**13)), "4,194,304 pixels"),
+    "icon-of-a-late-header": (lambda: icon_of(late_header(png_with([], side=2**13))), "4,194,304 pixels"),
+    "icon-of-a-bmp": (lambda: icon_of(bmp_of_runs(2**13, 2**13, b"\1\5" + bytes(2**21), 8)[14:]), "4,194,304 pixels"),
     "tiff-strips": (lambda: tiff_of_strips(MAX_TILES + 1), "65,536 strips or tiles"),
     "jpeg-2000": (lambda: encoded(Image.new("L", (4097, 4097)), "JPEG2000"), "16,777,216 pixels"),
 }
