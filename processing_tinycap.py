@@ -46,10 +46,14 @@ MAX_PYTHON_PIXELS = 2**22
 MAX_READS = 2**20
 # Strips or tiles of a TIFF, 11 microseconds each, and Exif segments of a JPEG, which Pillow joins one by one.
 MAX_TILES, MAX_EXIF_SEGMENTS = 2**16, 2**8
+# Bytes of a compressed TIFF's pixels with its largest strip or tile, which libtiff decodes as a whole.
+MAX_TIFF_BYTES = 2**29 + 2**26
 # Bytes of a file at most: it is read into memory, since decoding a mapped file that shrinks kills the process.
 MAX_FILE_SIZE = 2**29
 # A progressive JPEG is decoded once a scan; it usually has ten, but a small file may hold thousands.
 MAX_SCANNED_PIXELS = 2**30
+# Coefficients of 2 bytes in a JPEG of several scans, which are all kept until the last scan is read.
+MAX_COEFFICIENTS = 2**28
 # The middle of a longer image is kept: the image processor, which resizes the shorter side, would take gigabytes.
 MAX_ASPECT_RATIO = 4
 # Before its colours are converted, an image is reduced by a whole factor; its shorter side stays at least this long.
@@ -309,11 +313,21 @@ def _decode(image: "Image.Image", may_draft: bool) -> None:
     if len(tiles) > MAX_TILES:
         raise ValueError(f"expected at most {MAX_TILES:,} strips or tiles, got {len(tiles):,}")
     decoded = width * height
+    if tiles and tiles[0][0] == "libtiff":
+        strip = image.tag_v2.get(322, width) * min(height, image.tag_v2.get(323, image.tag_v2.get(278, height)))
+        needed = decoded * (1 if image.mode in ("1", "L", "P") else 4) + strip * sum(image.tag_v2.get(258, (1,))) // 8
+        if needed > MAX_TIFF_BYTES:
+            expected = f"a TIFF of at most {MAX_TIFF_BYTES:,} bytes with its largest strip or tile"
+            raise ValueError(f"expected {expected}, got {needed:,} ({width} x {height} pixels)")
     if kind in ("JPEG", "MPO"):
         scans, shrinking = _count_scans(image), min(image.size) // LARGE_SIDE
         if scans > 16 and scans * decoded > MAX_SCANNED_PIXELS:
             most = max(16, MAX_SCANNED_PIXELS // decoded)
             raise ValueError(f"expected at most {most} scans in a JPEG of {decoded:,} pixels, got {scans}")
+        sampling = [across * down for _, across, down, _ in getattr(image, "layer", ())] or [1]
+        if scans > 1 and decoded * sum(sampling) > MAX_COEFFICIENTS * max(sampling):
+            most = MAX_COEFFICIENTS * max(sampling) // sum(sampling)
+            raise ValueError(f"expected at most {most:,} pixels in a JPEG of {scans} scans, got {decoded:,}")
         if may_draft and shrinking > 1 and decoded <= MAX_JPEG_PIXELS:
             # Decodes every second, fourth or eighth pixel.
             image.draft(None, (width // shrinking, height // shrinking))

@@ -253,3 +253,13 @@ def test_a_file_name_that_is_not_utf8_is_a_skipped_row(tmp_path):
     skipped = SkippedRows()
     assert len(decode_dataset(rows, columns, 24, skipped, "train")) == 10
     assert skipped.count == 1 and r"caf\udce9.png" in skipped.reasons["train"][0]
+
+
+@pytest.mark.parametrize("kind", ["url", "absolute", "parent", "chain"])
+def test_a_card_that_names_data_files_elsewhere_is_an_error(kind, elsewhere, server, tmp_path):
+    card = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": elsewhere[kind]}]}]}
+    (tmp_path / "photos" / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+    for streaming in (False, True):
+        with pytest.raises(ValueError, match="README.md: expected data files below this folder"):
+            load_split(str(tmp_path / "photos"), "train", streaming=streaming)
+    assert not server.asked

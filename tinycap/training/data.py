@@ -119,7 +119,7 @@ def load_split(
     is_folder = os.path.isdir(dataset_name)
     if not is_folder and (os.path.isabs(dataset_name) or dataset_name.startswith(".")):
         raise ValueError(f"dataset_name: no such folder: {dataset_name}")
-    if is_folder and dataset_config_name is None and (rows := read_folder(dataset_name, split)) is not None:
+    if is_folder and (rows := read_folder(dataset_name, split, dataset_config_name)) is not None:
         rows = undecoded(rows)
         return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
     try:

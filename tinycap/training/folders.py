@@ -25,6 +25,8 @@ from typing import Any
 
 import datasets
 import pyarrow
+import yaml
+from huggingface_hub import DatasetCard
 
 from tinycap.processing_tinycap import IMAGE_ENDINGS
 
@@ -63,16 +65,21 @@ def split_of(path: str) -> str | None:
     return next((match.lastgroup for match in matches if match), None)
 
 
-def read_folder(folder: str, split: str) -> datasets.Dataset | None:
-    """One split (slices included) of a plain folder of captioned images; `None` where it holds shards or no images.
+def read_folder(folder: str, split: str, config: str | None = None) -> datasets.Dataset | None:
+    """One split (slices included) of a plain folder of captioned images; `None` where it holds shards or no images, or
+    for a configuration.
 
     Returns:
         Rows of `image` (paths), `file_name` (relative to the folder) and the table's other columns, or `captions`; one
         row for each row of the table.
 
     Raises:
-        ValueError: a file can't be read, there are images and no captions, or there is no such split; names it.
+        ValueError: a file can't be read or is elsewhere, there are images and no captions, or no such split; names it.
     """
+    for card in ("README.md", ".huggingface.yaml"):
+        _check_data_files(folder, card)
+    if config is not None:
+        return None
     files = list(_walk(folder))
     images = _Files([name for name in files if name.lower().endswith(IMAGE_ENDINGS)], folder)
     if not images.names or any(name.lower().endswith(SHARD_ENDINGS) for name in files):
@@ -104,6 +111,29 @@ def read_folder(folder: str, split: str) -> datasets.Dataset | None:
     for where, row in rows:
         splits[row.pop("split", None) or images.split_of(row["image"]) or "train"].append((where, row))
     return _to_dataset(folder, splits, split)
+
+
+def _check_data_files(folder: str, card: str) -> None:
+    """Refuses a folder whose card lets `datasets` read URLs or files outside the folder."""
+    if not os.path.isfile(path := os.path.join(folder, card)):
+        return
+    text = _read_text(folder, card)
+    try:
+        # As `datasets` reads them.
+        content = DatasetCard(text).data.to_dict() if card == "README.md" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    waiting, seen = [content.get("configs")] if isinstance(content, dict) else [], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (dict, list)) and id(value) not in seen:
+            # Aliases may repeat the same part without end.
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and (
+            os.path.isabs(value) or "://" in value or "::" in value or ".." in re.split(r"[/\\]", value)
+        ):
+            raise ValueError(f"{path}: expected data files below this folder, got {value[:300]}")
 
 
 def find_broken_shard(folder: str) -> str | None:
