@@ -118,11 +118,13 @@ def _check_data_files(folder: str, card: str) -> None:
     if not os.path.isfile(path := os.path.join(folder, card)):
         return
     text = _read_text(folder, card)
+    if card == "README.md" and not text.lstrip().startswith("---"):
+        return
     try:
         # As `datasets` reads them.
         content = DatasetCard(text).data.to_dict() if card == "README.md" else yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not YAML: {error}") from None
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{path}: not a card: {error}") from None
     waiting, seen = [content.get("configs")] if isinstance(content, dict) else [], set()
     while waiting:
         value = waiting.pop()
