@@ -8,6 +8,7 @@ from contextlib import suppress
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from tinycap.checks_tinycap import check_generation
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_image_processor
@@ -96,6 +97,7 @@ def resolve_lengths(args: argparse.Namespace, config: TinyCapConfig) -> None:
     for flag, value in inherited.items():
         if value is not None and flag not in args.given:
             setattr(args, flag, value)
+    check_generation({"num_beams": args.num_beams, "length_penalty": args.length_penalty}, "flags or checkpoint")
     if args.num_beams == 1 and "length_penalty" not in args.given:
         args.length_penalty = 1.0
     positions = config.text_config.max_position_embeddings
@@ -151,7 +153,10 @@ def load_processors(args: argparse.Namespace, image_size: int):
     statistics = pixel_statistics(args.model_name_or_path) if args.model_name_or_path else ()
     if statistics is None:
         raise ValueError(f"--model_name_or_path {name}: expected a preprocessor_config.json that can be read, got none")
-    return tokenizer, create_image_processor(image_size, *statistics)
+    try:
+        return tokenizer, create_image_processor(image_size, *statistics)
+    except ValueError as error:
+        raise ValueError(f"{name}: preprocessor_config.json: {error}") from error
 
 
 def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForConditionalGeneration:
