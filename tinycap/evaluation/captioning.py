@@ -19,11 +19,10 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import GitProcessor
+from transformers import GitProcessor, PreTrainedTokenizerFast
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
-from tinycap.deploy.captioners import load_tokenizer
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.pipeline_tinycap import caption_log_probs, check_image_processor
 from tinycap.processing_tinycap import load_image, preprocess_images
@@ -95,9 +94,9 @@ def load_captioner(name_or_path: str) -> tuple[TinyCapForConditionalGeneration, 
         model = TinyCapForConditionalGeneration.from_pretrained(name_or_path)
         image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
         check_image_processor(model, image_processor)
-        return model, GitProcessor(image_processor, load_tokenizer(name_or_path))
+        return model, GitProcessor(image_processor, PreTrainedTokenizerFast.from_pretrained(name_or_path))
     except Exception as error:
-        # transformers raises errors of many types on malformed files.
+        # transformers and `tokenizers` raise errors of many types on malformed files.
         raise ValueError(f"model {name_or_path}: {error}") from error
 
 

@@ -3,7 +3,6 @@
 import argparse
 import copy
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
@@ -90,10 +89,17 @@ def resolve_lengths(args: argparse.Namespace, config: TinyCapConfig) -> None:
     """Sets the flags of vocabulary, beam search and caption length that were not given to the checkpoint's values."""
     inherited = {"vocab_size": args.configured["vocab_size"]}
     if args.model_name_or_path is not None:
-        with suppress(OSError):
+        try:
             saved = GenerationConfig.from_pretrained(args.model_name_or_path)
+            check_generation(vars(saved), "generation_config.json")
             inherited |= {"num_beams": saved.num_beams or 1, "length_penalty": saved.length_penalty or 1.0}
             inherited |= {"max_caption_length": saved.max_new_tokens}
+        except OSError:
+            # There is none, or it isn't JSON, which loading the model reports.
+            pass
+        except Exception as error:
+            # transformers compares settings of any type.
+            raise ValueError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
     for flag, value in inherited.items():
         if value is not None and flag not in args.given:
             setattr(args, flag, value)
