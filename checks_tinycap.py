@@ -32,7 +32,7 @@ TOKEN_IDS = (
     *("begin_suppress_tokens", "forced_bos_token_id", "forced_eos_token_id"),
 )
 # Shards lie beside their index.
-SHARD = re.compile(r"[\w.-]+\.safetensors")
+SHARD = r"[\w.-]+\.safetensors"
 # Of image processors.
 PIXEL_SETTINGS = (
     *("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize", "size", "crop_size", "pad_size"),
@@ -95,7 +95,7 @@ def weight_files(source: str, folder: str, find: Callable, variant: str | None) 
     if not all(isinstance(content.get(name), dict) for name in ("metadata", "weight_map")):
         raise ValueError(f"{index}: expected metadata and weight_map, both objects, got {reprlib.repr(content)}")
     for shard in sorted({str(shard) for shard in content["weight_map"].values()}):
-        path = find(shard) if SHARD.fullmatch(shard) else None
+        path = find(shard) if re.fullmatch(SHARD, shard) else None
         if path is None:
             raise ValueError(f"{index}: weight_map: expected names of safetensors files beside it, got {shard[:99]!r}")
         paths.append(path)

@@ -285,10 +285,10 @@ class TinyCapPreTrainedModel(PreTrainedModel):
                 f"{source}: config.json: quantization_config: expected a known method, got {quantization!r}"
             )
         for name in ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
-            path = find(name) if cls.can_generate() else None
+            path = find(name) if hasattr(config, "text_config") else None
             # transformers replaces the first by defaults if it isn't JSON; its errors don't name the others.
             content = {} if path is None else read_json(path)
-            if name == "generation_config.json":
+            if path is not None and name == "generation_config.json":
                 check_generation(content, path, config.text_config.vocab_size)
 
     @torch.no_grad()
