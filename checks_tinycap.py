@@ -76,7 +76,8 @@ def weight_files(source: str, folder: str, find: Callable, variant: str | None) 
         raise ValueError(f"{source}: expected a folder or a name on the Hub, got a file")
     files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
     end = f".{variant}" if variant else ""
-    single, index = find(f"model{end}.safetensors"), find(f"model.safetensors.index{end}.json")
+    single = find(f"model{end}.safetensors")
+    index = None if single else find(f"model.safetensors.index{end}.json")
     # transformers adds the first to the model, if peft is installed, and prefers the others to the model.
     foreign = [path for path in [find("adapter_config.json")] if path] + [f for f in files if f.startswith("shard-")]
     if foreign:
@@ -89,7 +90,7 @@ def weight_files(source: str, folder: str, find: Callable, variant: str | None) 
             "weights = torch.load('pytorch_model.bin', weights_only=True); safetensors.torch.save_file("
             "{name: value.clone() for name, value in weights.items()}, 'model.safetensors', metadata={'format': 'pt'})"
         )
-    if single or not index:
+    if index is None:
         return [single] if single else []
     content, paths = read_json(index), []
     if not all(isinstance(content.get(name), dict) for name in ("metadata", "weight_map")):
