@@ -4,10 +4,11 @@
 captioned images, and defines "right". Standard library only: the ONNX captioner runs without PyTorch.
 """
 
-import json
 import math
 import os
 import reprlib
+
+from .checks_tinycap import read_json
 
 
 CONFIDENCE_NAME = "confidence.json"
@@ -58,14 +59,9 @@ class ConfidenceCalibration:
     def from_file(cls, path: str | os.PathLike) -> "ConfidenceCalibration":
         """Reads `confidence.json`, given itself or its folder; `ValueError` names one that is missing or malformed."""
         path = os.path.join(path, CONFIDENCE_NAME) if os.path.isdir(path) else os.fspath(path)
-        try:
-            with open(path, encoding="utf-8") as file:
-                content = json.load(file)
-        except FileNotFoundError:
-            raise ValueError(f"{path}: no such file; {HOW_TO_CALIBRATE}") from None
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: expected a JSON file, got {error}") from error
-        return cls(content, path)
+        if not os.path.lexists(path):
+            raise ValueError(f"{path}: no such file; {HOW_TO_CALIBRATE}")
+        return cls(read_json(path), path)
 
     def __call__(self, log_prob: float, num_tokens: int, num_beams: int = 1) -> float:
         """See `caption_features`; the calibration for the nearest number of beams is used."""

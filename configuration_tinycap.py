@@ -40,13 +40,21 @@ RULES = {
     **dict.fromkeys(SIZES, ("a positive integer", lambda value: isinstance(value, int) and value >= 1)),
     **dict.fromkeys(SHARES, ("a number in [0, 1)", lambda value: 0 <= value < 1)),
     **dict.fromkeys(NOT_NEGATIVE, ("a number of at least 0", lambda value: 0 <= value < math.inf)),
-    **dict.fromkeys(("layer_norm_eps", "memory_scale"), ("a positive number", lambda value: 0 < value < math.inf)),
+    "layer_norm_eps": ("a positive number up to 1", lambda value: 0 < value <= 1),
+    "memory_scale": ("a positive number up to 10,000", lambda value: 0 < value <= 1e4),
 }
+# Weights of other types make no captions; quantised ones are stored beside such a type.
+DTYPES = ("float16", "bfloat16", "float32", "float64", "auto", "None")
 DIVISORS = {"hidden_size": "num_attention_heads", "image_size": "patch_size"}
 
 
-def check_fields(config: PretrainedConfig) -> None:
+def check_fields(config: PretrainedConfig, base_fields: dict) -> None:
     """Raises `ValueError` for the first field that breaks its rule; names it, what was expected and what came."""
+    for name in ("dtype", "torch_dtype"):
+        if str(base_fields.get(name)).removeprefix("torch.") not in DTYPES:
+            raise ValueError(
+                f"{type(config).__name__}.{name}: expected one of {', '.join(DTYPES[:4])}, got {base_fields[name]!r}"
+            )
     fields, place = vars(config), type(config).__name__
     for name, value in fields.items():
         if name not in RULES or (name == "memory_scale" and value is None):
@@ -89,7 +97,7 @@ class TinyCapVisionConfig(PretrainedConfig):
     def __init__(self, **kwargs):
         for name, default in self.DEFAULTS.items():
             setattr(self, name, kwargs.pop(name, default))
-        check_fields(self)
+        check_fields(self, kwargs)
         super().__init__(**kwargs)
 
 
@@ -120,7 +128,7 @@ class TinyCapTextConfig(PretrainedConfig):
     def __init__(self, **kwargs):
         for name, default in self.DEFAULTS.items():
             setattr(self, name, kwargs.pop(name, default))
-        check_fields(self)
+        check_fields(self, kwargs)
         # transformers 5 has no such fields in its base class, transformers 4 reads them from the keywords.
         for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if kwargs.get(name) is None:
@@ -174,7 +182,7 @@ class TinyCapConfig(PretrainedConfig):
         self.memory, self.memory_scale, self.memory_noise = memory, memory_scale, memory_noise
         self.distill_weight, self.label_smoothing = distill_weight, label_smoothing
         self.initializer_range = initializer_range
-        check_fields(self)
+        check_fields(self, kwargs)
         if memory not in MEMORIES:
             raise ValueError(f"TinyCapConfig.memory: expected one of {', '.join(MEMORIES)}, got {memory!r}")
         if memory == "patches" and memory_noise > 0:

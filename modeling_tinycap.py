@@ -28,6 +28,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import Seq2SeqLMOutput
 from transformers.utils import ModelOutput
 
+from .checks_tinycap import check_generation
 from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig
 from .vision_tinycap import (
     TinyCapAttention,
@@ -585,6 +586,8 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         table = self.config.text_config.max_position_embeddings
         if length >= table:
             raise ValueError(f"prompt: expected fewer than {table} tokens, got {length}")
+        for settings in (kwargs, *configs):
+            check_generation(settings, "generate")
         # As GenerationMixin, 20 new tokens unless anything is set; the first that sets a length counts.
         limit = length + 20
         for settings in (kwargs, *configs):
@@ -596,10 +599,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
                 limit = total
                 break
         if limit <= length:
-            raise ValueError(
-                f"max_length: expected more than {length} (start token and prompt), got {limit}; "
-                "max_new_tokens: expected at least 1"
-            )
+            raise ValueError(f"max_length: expected more than {length} (start token and prompt), got {limit}")
         return min(limit, table)
 
     def prepare_inputs_for_generation(self, input_ids: torch.LongTensor, **kwargs) -> dict:

@@ -11,6 +11,7 @@ import torch
 from transformers.pipelines.base import Pipeline
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 
+from .checks_tinycap import PIXEL_SETTINGS, check_pixels
 from .confidence_tinycap import CONFIDENCE_NAME, HOW_TO_CALIBRATE, ConfidenceCalibration
 from .processing_tinycap import load_image, preprocess_images
 
@@ -37,6 +38,14 @@ def caption_log_probs(model, generated) -> tuple[torch.Tensor, torch.Tensor]:
     return tokens_log_probs.masked_fill(~counted, 0.0).sum(dim=1), counted.sum(dim=1)
 
 
+def check_image_processor(model, image_processor) -> None:
+    """Raises `ValueError` unless any of transformers' image processors makes finite pixels of the model's size."""
+    vision = getattr(model.config, "vision_config", model.config)
+    place = f"{model.config._name_or_path}: preprocessor_config.json"
+    settings = {name: getattr(image_processor, name, None) for name in PIXEL_SETTINGS}
+    check_pixels(settings, vision.image_size, vision.num_channels, place)
+
+
 class ImageToTextPipeline(Pipeline):
     """Captions images; see `__call__`.
 
@@ -54,20 +63,14 @@ class ImageToTextPipeline(Pipeline):
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         config, tokenizer = self.model.config, self.tokenizer
-        vocab_size, image_size = config.text_config.vocab_size, config.vision_config.image_size
+        vocab_size = config.text_config.vocab_size
         if len(tokenizer) > vocab_size:
             raise ValueError(f"tokenizer: expected at most vocab_size {vocab_size} tokens, got {len(tokenizer)}")
         for name in ("bos_token_id", "eos_token_id"):
             expected, got = getattr(config, name), getattr(tokenizer, name)
             if isinstance(expected, int) and got is not None and got != expected:
                 raise ValueError(f"tokenizer: expected {name} {expected}, as the model was trained, got {got}")
-        for name in ("crop_size", "size"):
-            sides = [side for side in dict(getattr(self.image_processor, name, None) or {}).values() if side]
-            # Resizing before the crop must not take gigabytes.
-            if max(sides, default=0) > 8 * image_size:
-                raise ValueError(
-                    f"image_processor.{name}: expected pixels for an image_size of {image_size}, got {sides}"
-                )
+        check_image_processor(self.model, self.image_processor)
 
     def __call__(self, images: Any = None, **kwargs) -> list:
         """Captions one image or many.
@@ -209,6 +212,10 @@ class ImageToTextPipeline(Pipeline):
 
 class ImageEmbeddingPipeline(ImageFeatureExtractionPipeline):
     """`pipeline("image-feature-extraction")`: the student's tokens, or with `pool=True` the image embedding."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        check_image_processor(self.model, self.image_processor)
 
     def _forward(self, model_inputs):
         # The whole model's first output would be the decoder's logits.

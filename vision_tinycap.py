@@ -7,6 +7,8 @@ allocated, and after.
 import copy
 import math
 import os
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -16,12 +18,19 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
+from .checks_tinycap import check_generation, read_json, weight_files
 from .confidence_tinycap import CONFIDENCE_NAME
 from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisionConfig
 
 
+# safetensors' names of weights that aren't quantised.
+FLOATS = ("F64", "F32", "F16", "BF16")
+# Far above any trained weight; far larger ones overflow in the layers.
+MAX_WEIGHT = 1e6
+QUIET = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
 HUB_ARGUMENTS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 
@@ -118,42 +127,30 @@ class TinyCapMLP(nn.Module):
 # --- loading, saving, initial weights -------------------------------------------------------------------------------
 
 
-def stored_shapes(source: str, hub_kwargs: dict) -> dict[str, list[int]]:
-    """Shapes by name from the header of `model.safetensors`, which is downloaded; empty with several weight files.
-
-    Raises:
-        ValueError: a folder holds a pickle instead, or the header doesn't describe the file; names it.
-    """
-    folder = os.path.join(source, hub_kwargs.get("subfolder") or "")
-    files = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    pickles = [file for file in files if file.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
-    if pickles and not any(file.endswith((".safetensors", ".safetensors.index.json")) for file in files):
-        raise ValueError(
-            f"{source}: expected model.safetensors, got {pickles[0]}, a pickle, which may run code when it is loaded; "
-            "convert it once, where you trust it: "
-            "weights = torch.load('pytorch_model.bin', weights_only=True); safetensors.torch.save_file("
-            "{name: value.clone() for name, value in weights.items()}, 'model.safetensors', metadata={'format': 'pt'})"
-        )
-    try:
-        path = cached_file(source, "model.safetensors", **hub_kwargs)
-    except OSError:
-        # Several files with an index, or none at all: `PreTrainedModel.from_pretrained` says which.
-        return {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            return {name: file.get_slice(name).get_shape() for name in file.keys()}
-    except SafetensorError as error:
-        raise ValueError(f"{path}: expected safetensors, got something else: {error}") from error
+def stored_tensors(paths: list[str]) -> dict[str, tuple]:
+    """(path, shape, dtype) of each tensor, by the headers of safetensors files; `ValueError` names a broken one."""
+    stored = {}
+    for path in paths:
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    if name in stored:
+                        raise ValueError(f"{path}: {name}: expected it once, got it in {stored[name][0]} too")
+                    part = file.get_slice(name)
+                    stored[name] = path, part.get_shape(), part.get_dtype()
+        except SafetensorError as error:
+            raise ValueError(f"{path}: expected safetensors, got something else: {error}") from error
+    return stored
 
 
-def check_shapes(source: str, shapes: dict[str, list[int]], model_class: type, config) -> None:
+def check_shapes(source: str, stored: dict[str, tuple], model_class: type, config) -> None:
     """Raises `ValueError` where the stored shapes contradict the config; names the tensors."""
     # A student is stored alone or as part of a captioner, and loads from either into either.
-    stored = {name.removeprefix("vision_model."): shape for name, shape in shapes.items()}
+    shapes = {name.removeprefix("vision_model."): shape for name, (_, shape, _) in stored.items()}
     # First the depths, since a model of many layers takes long to build.
     parts = {"layers": getattr(config, "vision_config", config), "decoder.layers": getattr(config, "text_config", None)}
     for stack, part in parts.items():
-        depth = len({name.removeprefix(f"{stack}.").split(".")[0] for name in stored if name.startswith(f"{stack}.")})
+        depth = len({name.removeprefix(f"{stack}.").split(".")[0] for name in shapes if name.startswith(f"{stack}.")})
         if depth and part is not None and depth != part.num_hidden_layers:
             raise ValueError(f"{source}: {stack}.*: the config expects {part.num_hidden_layers} layers, got {depth}")
     try:
@@ -164,23 +161,28 @@ def check_shapes(source: str, shapes: dict[str, list[int]], model_class: type, c
         raise ValueError(f"{source}: expected a config of possible sizes: {error}") from error
     wrong = []
     for name, value in expected.items():
-        got, shape = stored.get(name.removeprefix("vision_model.")), list(value.shape)
+        got, shape = shapes.get(name.removeprefix("vision_model.")), list(value.shape)
         if got is not None and got != shape:
             wrong.append(f"{name}: the config expects the shape {shape}, got {got}")
     if wrong:
         raise ValueError(f"{source}: {len(wrong)} tensors contradict the config: {'; '.join(wrong[:3])}")
 
 
-def check_finite_weights(source: str, model: nn.Module) -> None:
-    """Raises `ValueError`, naming the first such tensor, where a weight is infinite or NaN."""
+def check_weights(source: str, stored: dict[str, tuple], model: nn.Module) -> None:
+    """Raises `ValueError`, naming the first such tensor, where weights are no floats, huge, infinite or NaN."""
+    places = {name.removeprefix("vision_model."): (path, dtype) for name, (path, _, dtype) in stored.items()}
     for name, value in model.named_parameters():
+        path, dtype = places.get(name.removeprefix("vision_model."), (source, "F32"))
         # Only the library of a tensor subclass (quantised, distributed) can read its values.
-        readable = type(value) is nn.Parameter and not value.is_meta and value.numel() > 0
-        if readable and value.is_floating_point() and value.element_size() > 1:
+        if type(value) is not nn.Parameter or not value.is_floating_point() or value.element_size() == 1:
+            continue
+        if dtype not in FLOATS:
+            raise ValueError(f"{path}: {name}: expected weights of type {', '.join(FLOATS)}, got {dtype}")
+        if not value.is_meta and value.numel() > 0:
             # Both extremes in one pass, without a copy; a NaN makes both NaN.
             low, high = torch.aminmax(value.detach())
-            if not (math.isfinite(low) and math.isfinite(high)):
-                raise ValueError(f"{source}: {name}: expected finite weights, got values from {low} to {high}")
+            if not (-MAX_WEIGHT < low and high < MAX_WEIGHT):
+                raise ValueError(f"{path}: {name}: expected finite weights, got values from {low} to {high}")
 
 
 def position_table(side: int, width: int) -> torch.Tensor:
@@ -225,39 +227,69 @@ class TinyCapPreTrainedModel(PreTrainedModel):
                 found before memory is allocated; weights are infinite or NaN; some are missing, unless
                 `output_loading_info=True` or `ignore_mismatched_sizes=True`.
         """
-        source, shapes = pretrained_model_name_or_path, {}
+        source, stored = pretrained_model_name_or_path, {}
         if kwargs.get("use_safetensors") is False:
             raise ValueError("use_safetensors: expected True or None, since nothing else is read, got False")
+        for name in ("gguf_file", "from_tf", "from_flax", "transformers_weights"):
+            if kwargs.get(name):
+                raise ValueError(f"{name}: expected none, since only model.safetensors is read, got {kwargs[name]!r}")
         kwargs["use_safetensors"] = True
         wants_report, tolerant = kwargs.pop("output_loading_info", False), kwargs.get("ignore_mismatched_sizes", False)
         hub_kwargs = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
         if source is not None and kwargs.get("state_dict") is None:
-            shapes, config = stored_shapes(os.fspath(source), hub_kwargs), kwargs.get("config")
-            if shapes and not hasattr(config, "to_dict"):
+            source = os.fspath(source)
+            find = partial(cached_file, source, **hub_kwargs, **QUIET)
+            folder = os.path.join(source, hub_kwargs.get("subfolder") or "")
+            stored = stored_tensors(weight_files(source, folder, find, kwargs.get("variant")))
+            config = kwargs.get("config")
+            if not hasattr(config, "to_dict"):
                 config = cls.config_class.from_pretrained(source if config is None else config, **hub_kwargs)
-            # A quantised checkpoint stores packed tensors of other shapes.
-            if shapes and not tolerant and getattr(config, "quantization_config", None) is None:
-                check_shapes(source, shapes, cls, config)
+            cls.check_before_loading(source, stored, config, tolerant, find)
         model, report = super().from_pretrained(source, *model_args, output_loading_info=True, **kwargs)
-        check_finite_weights(source, model)
+        check_weights(source, stored, model)
         head, table = model.get_output_embeddings(), model.get_input_embeddings()
-        if head is not None and model.config.tie_word_embeddings and "lm_head.weight" not in shapes:
+        if head is not None and model.config.tie_word_embeddings and "lm_head.weight" not in stored:
             # transformers 5.3 leaves the head of remote code untied. Quantised and offloaded weights are left alone.
             if type(head.weight) is nn.Parameter and not table.weight.is_meta and not hasattr(head, "_hf_hook"):
                 head.weight = table.weight
         if source is not None:
             # Looked up here, because only this call knows the model's revision, token and cache.
-            quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
-            model.confidence_path = cached_file(source, CONFIDENCE_NAME, **hub_kwargs, **quiet)
+            model.confidence_path = cached_file(source, CONFIDENCE_NAME, **hub_kwargs, **QUIET)
         missing = sorted(report["missing_keys"])
         # A student alone initialises a captioner, whose decoder is new.
-        is_student = bool(shapes) and not any(name.startswith(("decoder.", "vision_model.")) for name in shapes)
+        is_student = bool(stored) and not any(name.startswith(("decoder.", "vision_model.")) for name in stored)
         if missing and source is not None and not (wants_report or tolerant or is_student):
             raise ValueError(
                 f"{source}: expected all weights, {len(missing)} are missing: {', '.join(missing[:5])}; "
                 "output_loading_info=True loads the others all the same"
             )
         return (model, report) if wants_report else model
+
+    @classmethod
+    def check_before_loading(
+        cls, source: str, stored: dict[str, tuple], config, tolerant: bool, find: Callable
+    ) -> None:
+        """Raises `ValueError` where the weights' headers, the config and `generation_config.json` aren't valid."""
+        quantization, named = (
+            getattr(config, "quantization_config", None),
+            getattr(config, "transformers_weights", None),
+        )
+        if named is not None:
+            raise ValueError(f"{source}: config.json: transformers_weights: expected none, got {named!r}")
+        # A quantised checkpoint stores packed tensors of other shapes; transformers ignores methods it doesn't know.
+        if quantization is None:
+            if stored and not tolerant:
+                check_shapes(source, stored, cls, config)
+        elif not AutoHfQuantizer.supports_quant_method(getattr(quantization, "to_dict", lambda: quantization)()):
+            raise ValueError(
+                f"{source}: config.json: quantization_config: expected a known method, got {quantization!r}"
+            )
+        for name in ("generation_config.json", "preprocessor_config.json", "tokenizer_config.json"):
+            path = find(name) if hasattr(config, "text_config") else None
+            # transformers replaces the first by defaults if it isn't JSON; its errors don't name the others.
+            content = {} if path is None else read_json(path)
+            if path is not None and name == "generation_config.json":
+                check_generation(content, path, config.text_config.vocab_size)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module):

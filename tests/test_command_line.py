@@ -772,7 +772,7 @@ def test_help_and_the_list_of_images_need_no_torch():
 def test_options_reach_generate():
     options = CaptionOptions("model", num_beams=4, num_captions=2, max_new_tokens=7)
     assert options.generation() == {"num_beams": 4, "num_return_sequences": 2, "max_new_tokens": 7}
-    assert CaptionOptions("model").generation() == {}
+    assert CaptionOptions("model").generation() == {"num_return_sequences": 1}
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import shutil
 
 import numpy as np
@@ -149,7 +150,8 @@ def test_a_model_that_was_trained_on_takes_no_old_calibration_along(calibrated_r
         ("{", "expected a JSON file"),
         ("[" * 100_000, "expected a JSON file"),
         ("\udcff", "expected a JSON file"),
-        ("[1, 2]", r"list of calibrations, got \[1, 2\]"),
+        ("[" + "1, " * 6_000_000 + "1]", "got more than 16,777,216 characters"),
+        ("[1, 2]", r"expected a JSON object, got \[1, 2\]"),
         ('{"calibrations": []}', "list of calibrations"),
         ('{"calibrations": {"num_beams": 1}}', "list of calibrations"),
         ('{"calibrations": [3]}', r"calibrations\[0\]: expected an object with coefficients, got 3"),
@@ -185,6 +187,16 @@ def test_a_log_probability_that_is_nan_gives_no_confidence():
         ConfidenceCalibration(CALIBRATION)(float("nan"), 3)
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_or_an_endless_file_in_its_place_is_an_error(tmp_path):
+    path = tmp_path / "confidence.json"
+    for create in (os.mkfifo, lambda path: path.symlink_to("/dev/zero")):
+        create(path)
+        with pytest.raises(ValueError, match="confidence.json: expected a JSON file, got no regular file"):
+            ConfidenceCalibration.from_file(tmp_path)
+        path.unlink()
+
+
 @pytest.fixture
 def hub_cache(repository, tmp_path):
     """A Hub cache with two revisions of a model, "main" without and "v2" with a calibration."""
@@ -217,11 +229,13 @@ def test_the_calibration_is_asked_for_with_the_models_token(repository, monkeypa
 
     def cached_file(name, filename, **options):
         asked.append((str(name), filename, options["token"], options["revision"]))
-        return str(repository / filename)
+        return str(repository / filename) if (repository / filename).exists() else None
 
     monkeypatch.setattr("tinycap.vision_tinycap.cached_file", cached_file)
     model = TinyCapForConditionalGeneration.from_pretrained(repository, token="hf_secret", revision="v2")
-    assert asked == [(str(repository), name, "hf_secret", "v2") for name in ("model.safetensors", "confidence.json")]
+    names = [name for _, name, _, _ in asked]
+    assert names[0] == "model.safetensors" and names[-1] == "confidence.json"
+    assert asked == [(str(repository), name, "hf_secret", "v2") for name in names]
     assert "hf_secret" not in repr(model.__dict__) + repr(model.config.to_dict()), "saved with the model"
 
 

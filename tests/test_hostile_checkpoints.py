@@ -1,12 +1,14 @@
 """Untrusted checkpoints: an error that names the file, before memory is allocated, and no pickle is loaded."""
 
 import json
+import math
 import pickle
 import re
 import shutil
 import struct
 from pathlib import Path
 
+import onnx
 import pytest
 import safetensors.torch
 import torch
@@ -15,7 +17,12 @@ from tiny import tiny_config
 from transformers import AutoModel, AutoModelForImageTextToText, pipeline
 
 from tinycap import train_distill
+from tinycap.checks_tinycap import PIXEL_SETTINGS, check_pixels
 from tinycap.configuration_tinycap import TinyCapConfig, TinyCapVisionConfig
+from tinycap.deploy.captioners import CaptionOptions, load_model
+from tinycap.deploy.export import export_onnx
+from tinycap.deploy.onnx_captioner import OnnxCaptioner
+from tinycap.evaluation.captioning import load_captioner
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionModel
 from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
 
@@ -110,6 +117,78 @@ def test_a_pickle_beside_the_weights_is_left_alone(copy, pixel_values):
     assert torch.equal(from_auto_class(copy)(pixel_values).logits, expected)
 
 
+def write_index(folder, shard, weights=None, **content):
+    """Replaces the weights by an index, and by that one file of them where `weights` writes it."""
+    tensors = load_file(folder / WEIGHTS)
+    (folder / WEIGHTS).unlink()
+    if weights is not None:
+        weights(tensors, folder / shard)
+    content = {"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(tensors, shard), **content}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(content))
+
+
+def save_shard(tensors, path):
+    save_file(tensors, path, metadata={"format": "pt"})
+
+
+def save_integers(tensors, path):
+    save_shard({name: value.to(torch.int8) for name, value in tensors.items()}, path)
+
+
+@DOORS
+@pytest.mark.parametrize(
+    "shard, weights, named",
+    [
+        ("w.bin", torch.save, "w.bin"),
+        ("../outside.safetensors", save_shard, "outside.safetensors"),
+        ("missing.safetensors", None, "missing.safetensors"),
+        ("a.safetensors", torch.save, "a.safetensors: expected safetensors"),
+        ("a.safetensors", save_integers, "a.safetensors: .*F64, F32, F16, BF16, got I8"),
+    ],
+)
+def test_an_index_names_safetensors_beside_it_and_nothing_else(copy, door, shard, weights, named, monkeypatch):
+    write_index(copy, shard, weights)
+    for module in (pickle, torch):
+        monkeypatch.setattr(module, "load", lambda *args, **kwargs: pytest.fail("a pickle was opened"))
+    with pytest.raises(ValueError, match=named):
+        door(copy)
+
+
+@pytest.mark.parametrize("content", [{"weight_map": [1]}, {"metadata": 3}, {"weight_map": {"a": 5}}])
+def test_an_index_of_another_kind_is_an_error_that_names_it(copy, content):
+    write_index(copy, "a.safetensors", save_shard, **content)
+    with pytest.raises(ValueError, match=f"{WEIGHTS}.index.json"):
+        from_auto_class(copy)
+
+
+def test_shards_load_like_one_file_and_hold_each_tensor_once(copy, pixel_values):
+    expected = from_auto_class(copy)(pixel_values).logits
+    tensors = load_file(copy / WEIGHTS)
+    write_index(copy, "a.safetensors", save_shard)
+    assert torch.equal(from_auto_class(copy)(pixel_values).logits, expected)
+    save_shard(dict(list(tensors.items())[:1]), copy / "b.safetensors")
+    index = json.loads((copy / f"{WEIGHTS}.index.json").read_text())
+    index["weight_map"]["again"] = "b.safetensors"
+    (copy / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="b.safetensors: .*expected it once"):
+        from_auto_class(copy)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "shard-00000-model-00001-of-00001.safetensors"])
+def test_other_weights_beside_the_models_are_refused(copy, name):
+    (copy / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"no other weights, got .*{name}"):
+        from_auto_class(copy)
+
+
+def test_weights_that_the_config_or_a_path_names_are_refused(copy):
+    with pytest.raises(ValueError, match="expected a folder or a name on the Hub, got a file"):
+        TinyCapForConditionalGeneration.from_pretrained(copy / WEIGHTS, config=tiny_config())
+    change_config(copy, transformers_weights="other.safetensors")
+    with pytest.raises(ValueError, match="config.json: transformers_weights"):
+        from_auto_class(copy)
+
+
 # --- weights ----------------------------------------------------------------------------------------------------------
 
 
@@ -159,6 +238,24 @@ def test_weights_that_are_no_numbers_are_an_error_that_names_the_tensor(copy, do
     change_weights(copy, decoder__memory_projection__weight=spoilt)
     with pytest.raises(ValueError, match="decoder.memory_projection.weight.*finite"):
         door(copy)
+
+
+@DOORS
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64, torch.float8_e4m3fn])
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_are_no_floats_are_an_error_that_names_the_tensor(copy, door, dtype):
+    weight = load_file(copy / WEIGHTS)["decoder.memory_projection.weight"]
+    change_weights(copy, decoder__memory_projection__weight=weight.to(dtype))
+    with pytest.raises(ValueError, match=f"{WEIGHTS}: decoder.memory_projection.weight: expected weights of type"):
+        door(copy)
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "none"}, {}])
+def test_an_unknown_quantisation_excuses_nothing(copy, method):
+    save_integers(load_file(copy / WEIGHTS), copy / WEIGHTS)
+    change_config(copy, quantization_config=method)
+    with pytest.raises(ValueError, match="quant"):
+        from_auto_class(copy)
 
 
 @DOORS
@@ -232,6 +329,10 @@ def test_a_config_that_contradicts_its_weights_allocates_no_memory(copy, door, p
         ("text_config", {"initializer_range": float("nan")}, "initializer_range"),
         (None, {"memory_scale": float("inf")}, "memory_scale"),
         (None, {"memory_scale": "5"}, "memory_scale"),
+        (None, {"memory_scale": 1e30}, "memory_scale"),
+        ("text_config", {"layer_norm_eps": 1e30}, "layer_norm_eps"),
+        (None, {"dtype": "int8"}, "TinyCapConfig.dtype.*got 'int8'"),
+        ("text_config", {"dtype": "float8_e4m3fn"}, "TinyCapTextConfig.dtype"),
         (None, {"distill_weight": -1.0}, "distill_weight"),
         (None, {"eos_token_id": 10**6}, "eos_token_id"),
         (None, {"eos_token_id": [1, -3]}, "eos_token_id"),
@@ -302,7 +403,7 @@ def test_an_image_processor_that_would_ask_for_gigabytes_is_an_error(copy):
     config = json.loads((copy / "preprocessor_config.json").read_text())
     config["size"] = {"shortest_edge": 100_000}
     (copy / "preprocessor_config.json").write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="image_processor.size.*100000"):
+    with pytest.raises(ValueError, match="preprocessor_config.json: size.*100000"):
         from_pipeline(copy)
 
 
@@ -311,3 +412,149 @@ def test_a_cut_json_file_ends_training_with_an_error_that_names_it(copy, name):
     (copy / name).write_text((copy / name).read_text()[:40])
     with pytest.raises(ValueError, match="--model_name_or_path"):
         from_trainer(copy)
+
+
+def change_json(folder, name, **values):
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps({**content, **values}))
+
+
+PIXELS = [
+    *({"image_std": [0, 1, 1]}, {"image_std": [math.nan] * 3}, {"image_std": [-0.2] * 3}, {"image_std": 1e-30}),
+    *({"image_mean": [math.inf] * 3}, {"image_mean": [0.5, 0.5]}, {"image_mean": None}, {"image_mean": "abc"}),
+    *({"rescale_factor": 0}, {"rescale_factor": math.inf}, {"rescale_factor": "1"}, {"resample": 99}),
+    *({"crop_size": {"height": 12, "width": 12}}, {"size": {"shortest_edge": 3}}, {"size": {"shortest_edge": 10**6}}),
+]
+
+
+def name_of(values):
+    return f"{values}"[1:40] if isinstance(values, dict) else None
+
+
+@pytest.mark.parametrize("values", PIXELS, ids=name_of)
+def test_an_image_processor_of_nonsense_is_an_error_that_names_the_field(copy, values):
+    change_json(copy, "preprocessor_config.json", **values)
+    for door in (from_pipeline, lambda folder: load_model(str(folder)), lambda folder: load_captioner(str(folder))):
+        with pytest.raises(ValueError, match=f"preprocessor_config.json: {next(iter(values))}"):
+            door(copy)
+
+
+@pytest.mark.parametrize("values", [{"num_beams": "3"}, {"max_new_tokens": [9]}, {"num_beams": 10**6}], ids=name_of)
+def test_generation_settings_of_nonsense_end_training_before_it_begins(copy, values):
+    change_json(copy, "generation_config.json", **values)
+    with pytest.raises(ValueError, match="--model_name_or_path"):
+        from_trainer(copy)
+
+
+def test_statistics_of_nonsense_end_training_before_it_begins(copy):
+    change_json(copy, "preprocessor_config.json", image_std=[0, 1, 1])
+    with pytest.raises(ValueError, match="preprocessor_config.json: image processor: image_std"):
+        from_trainer(copy)
+
+
+def test_padding_to_a_million_pixels_is_an_error():
+    settings = {name: None for name in PIXEL_SETTINGS} | {"do_pad": True, "pad_size": {"height": 10**6, "width": 24}}
+    with pytest.raises(ValueError, match="here: pad_size: expected an integer from 24 to 192, got 1000000"):
+        check_pixels(settings, 24, 3, "here")
+
+
+# --- generation settings ----------------------------------------------------------------------------------------------
+
+SETTINGS = [
+    *({"num_beams": 10**6}, {"num_beams": "3"}, {"num_beams": 0}, {"num_return_sequences": 10**6, "do_sample": True}),
+    *({"max_new_tokens": "9"}, {"max_new_tokens": [9]}, {"max_new_tokens": math.nan}, {"length_penalty": math.nan}),
+    *({"length_penalty": 1e6}, {"eos_token_id": 10**6}, {"eos_token_id": "x"}, {"decoder_start_token_id": -1}),
+    *({"suppress_tokens": [10**6]}, {"do_sample": "yes"}, {"early_stopping": 5}, {"num_beam_groups": 10**6}),
+]
+
+
+@pytest.mark.parametrize("values", SETTINGS, ids=name_of)
+def test_a_generation_config_of_nonsense_is_an_error_that_names_the_field(copy, values):
+    change_json(copy, "generation_config.json", **values)
+    with pytest.raises(ValueError, match=f"generation_config.json: {next(iter(values))}: expected"):
+        from_auto_class(copy)
+
+
+@pytest.mark.parametrize("name", ["generation_config.json", "preprocessor_config.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("content", ["[]", '{"a', "5"])
+def test_a_small_file_that_is_no_json_object_is_an_error_that_names_it(copy, name, content):
+    (copy / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name}: expected a JSON"):
+        from_auto_class(copy)
+
+
+def test_a_million_beams_are_refused_where_they_are_asked_for(copy, pixel_values):
+    with pytest.raises(ValueError, match="num_beams: expected an integer from 1 to 128, got 1000000"):
+        from_auto_class(copy).generate(pixel_values, num_beams=10**6, max_new_tokens=2)
+    for options in ({"num_beams": 10**6}, {"num_captions": 10**6}):
+        with pytest.raises(ValueError, match="expected an integer from 1 to 128, got 1000000"):
+            CaptionOptions(str(copy), **options).resolve_num_beams(1)
+
+
+def test_a_models_own_number_of_captions_is_not_the_command_lines(copy):
+    change_json(copy, "generation_config.json", num_beams=3, num_return_sequences=3)
+    assert CaptionOptions(str(copy)).generation() == {"num_return_sequences": 1}
+
+
+@pytest.mark.parametrize("content", ["[]", "", '{"version": "1.0"}'])
+def test_a_tokenizer_of_nonsense_is_one_error_everywhere(copy, content):
+    (copy / "tokenizer.json").write_text(content)
+    for door in (load_model, load_captioner):
+        with pytest.raises(ValueError, match=f"model {re.escape(str(copy))}: "):
+            door(str(copy))
+
+
+# --- ONNX folders -----------------------------------------------------------------------------------------------------
+
+
+def change_graph(path, change):
+    graph = onnx.load(path)
+    change(graph.graph, max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data)))
+    path.write_bytes(graph.SerializeToString())
+
+
+def point_outside(graph, tensor):
+    onnx.external_data_helper.set_external_data(tensor, "../../secret.dat", offset=0, length=len(tensor.raw_data))
+    tensor.ClearField("raw_data")
+
+
+def fill_with_nan(graph, tensor):
+    values = onnx.numpy_helper.to_array(tensor).copy()
+    values[...] = math.nan
+    tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
+
+
+@pytest.fixture(scope="module")
+def exported(repository, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("exported")
+    export_onnx(repository, folder, quantize=False)
+    return folder
+
+
+ENCODER, DECODER = "onnx/encoder_model.onnx", "onnx/decoder_model_merged.onnx"
+ONNX_FAULTS = [
+    (lambda folder: change_json(folder, "preprocessor_config.json", image_std=[0, 1, 1]), "image_std"),
+    (lambda folder: change_json(folder, "preprocessor_config.json", size={"shortest_edge": 10**6}), "size"),
+    (lambda folder: change_json(folder, "generation_config.json", num_beams=10**6), "num_beams"),
+    (lambda folder: change_json(folder, "generation_config.json", suppress_tokens=[10**6]), "suppress_tokens"),
+    (lambda folder: change_config(folder, "text_config", vocab_size=5000), "logits"),
+    (lambda folder: change_config(folder, "text_config", num_attention_heads=1), "3 layers and 1 heads"),
+    (lambda folder: change_config(folder, "text_config", max_position_embeddings="x"), "max_position_embeddings"),
+    (lambda folder: change_config(folder, text_config=5), "config.json: text_config"),
+    (lambda folder: (folder / "config.json").write_text("[]"), "config.json: expected a JSON object"),
+    (lambda folder: (folder / "tokenizer.json").write_text("[]"), "tokenizer.json: expected a tokenizer"),
+    (lambda folder: (folder / DECODER).write_text("hello"), "decoder_model_merged.onnx: expected an ONNX graph"),
+    (lambda folder: shutil.copy(folder / ENCODER, folder / DECODER), "decoder_model_merged.onnx: expected input_ids"),
+    (lambda folder: change_graph(folder / DECODER, point_outside), "external data"),
+    (lambda folder: change_graph(folder / DECODER, fill_with_nan), "expected finite outputs"),
+    (lambda folder: change_graph(folder / ENCODER, fill_with_nan), "expected finite outputs"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("spoil, named", ONNX_FAULTS, ids=[named for _, named in ONNX_FAULTS])
+def test_an_onnx_folder_of_nonsense_is_an_error_that_names_the_file(exported, tmp_path, pictures, spoil, named):
+    folder = Path(shutil.copytree(exported, tmp_path / "copy"))
+    spoil(folder)
+    with pytest.raises(ValueError, match=named):
+        OnnxCaptioner.from_pretrained(folder)(pictures[:2])

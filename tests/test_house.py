@@ -18,7 +18,7 @@ from tinycap import train_distill
 ROOT = tinycap.REPOSITORY
 MODEL_FILES = (
     *("configuration_tinycap.py", "modeling_tinycap.py", "processing_tinycap.py", "pipeline_tinycap.py"),
-    *("confidence_tinycap.py", "vision_tinycap.py"),
+    *("checks_tinycap.py", "confidence_tinycap.py", "vision_tinycap.py"),
 )
 
 

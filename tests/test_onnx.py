@@ -292,8 +292,8 @@ def test_among_several_images_a_bad_one_leaves_the_others_their_captions(caption
 @pytest.mark.parametrize(
     "options, words",
     [
-        ({"num_beams": 0}, "num_beams: expected at least 1, got 0"),
-        ({"max_new_tokens": 0}, "max_new_tokens: expected at least 1, got 0"),
+        ({"num_beams": 0}, "num_beams: expected an integer from 1 to 128, got 0"),
+        ({"max_new_tokens": 0}, "max_new_tokens: expected an integer of at least 1, got 0"),
         ({"num_return_sequences": 2}, r"at most 1 \(num_beams\), got 2"),
         ({"prompt": "dog " * 30}, "expected fewer than 19 tokens"),
     ],

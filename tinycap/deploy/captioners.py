@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tinycap import REPOSITORY
+from tinycap.checks_tinycap import check_generation
 from tinycap.confidence_tinycap import ConfidenceCalibration
 from tinycap.deploy.inputs import run_batches
 
@@ -63,12 +64,13 @@ class CaptionOptions:
     def generation(self) -> dict[str, int]:
         """The given arguments of `generate()`."""
         given = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
-        if self.num_captions > 1:
-            given["num_return_sequences"] = self.num_captions
+        # Given even if it is 1: a model's own default would be other rows than asked for.
+        given["num_return_sequences"] = self.num_captions
         return {name: value for name, value in given.items() if value is not None}
 
     def resolve_num_beams(self, models_num_beams: int | None) -> int:
-        """The number of beams; `ValueError` if more captions than beams are requested."""
+        """The number of beams; `ValueError` if more captions than beams are requested, or more than memory holds."""
+        check_generation(self.generation(), "arguments")
         num_beams = self.num_beams or models_num_beams or 1
         if self.num_captions > num_beams:
             raise ValueError(
@@ -82,17 +84,29 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
+def load_tokenizer(name: str) -> Any:
+    """The tokenizer of a repository; `ValueError` where there is none that can be read."""
+    from transformers import PreTrainedTokenizerFast
+
+    try:
+        return PreTrainedTokenizerFast.from_pretrained(name)
+    except Exception as error:
+        # `tokenizers` raises plain `Exception`, and transformers various errors on a damaged file.
+        raise ValueError(f"{name}: expected a tokenizer.json and tokenizer_config.json, got {error!r}") from error
+
+
 def load_model(name: str) -> tuple:
     """A TinyCap, its tokenizer and its image processor, by this package's own classes: runs no remote code.
 
     Raises:
         ValueError: it doesn't exist, isn't a TinyCap or can't be read; names it.
     """
-    from transformers import PreTrainedTokenizerFast, logging
+    from transformers import logging
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     from tinycap.configuration_tinycap import TinyCapConfig
     from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+    from tinycap.pipeline_tinycap import check_image_processor
 
     # The command line has a progress bar of its own.
     logging.disable_progress_bar()
@@ -100,12 +114,13 @@ def load_model(name: str) -> tuple:
         model_type = TinyCapConfig.get_config_dict(name)[0].get("model_type")
         if model_type != TinyCapConfig.model_type:
             raise ValueError(f"expected model_type {TinyCapConfig.model_type}, got {model_type}")
-        return (
-            TinyCapForConditionalGeneration.from_pretrained(name),
-            PreTrainedTokenizerFast.from_pretrained(name),
-            AutoImageProcessor.from_pretrained(name, trust_remote_code=False),
-        )
-    except (OSError, ValueError) as error:
+        model = TinyCapForConditionalGeneration.from_pretrained(name)
+        tokenizer = load_tokenizer(name)
+        image_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
+        check_image_processor(model, image_processor)
+        return model, tokenizer, image_processor
+    except Exception as error:
+        # transformers raises errors of many types on malformed files.
         where = "" if os.path.isdir(name) else "no such folder, and from the Hub: "
         raise ValueError(f"--model {name}: {where}{first_line(error)}") from error
 

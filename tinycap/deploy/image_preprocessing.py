@@ -31,7 +31,10 @@ class ImagePreprocessor:
         ValueError: a setting isn't supported; names it.
     """
 
+    DEFAULTS = {"size": {"shortest_edge": 224}, "crop_size": 224, "rescale_factor": 1 / 255}
+
     def __init__(self, config: dict):
+        config = {**self.DEFAULTS, **config}
         kind = config.get("image_processor_type", "CLIPImageProcessor")
         if kind.removesuffix("Fast").removesuffix("Pil") != "CLIPImageProcessor":
             raise ValueError(f"image_processor_type: expected CLIPImageProcessor, got {kind}")
@@ -40,7 +43,7 @@ class ImagePreprocessor:
                 raise ValueError(f"preprocessor config: expected {name} {NEUTRAL[name][0]}, got {value}")
             if name not in ANY_VALUE and name not in NEUTRAL and value is not None:
                 raise ValueError(f"preprocessor config: {name}={value} isn't supported without transformers")
-        size, crop = config.get("size", {"shortest_edge": 224}), config.get("crop_size", 224)
+        size, crop = config["size"], config["crop_size"]
         self.shortest_edge = size.get("shortest_edge") if isinstance(size, dict) else size
         crop = crop if isinstance(crop, dict) else {"height": crop, "width": crop}
         self.crop_height, self.crop_width = crop["height"], crop["width"]
@@ -49,10 +52,11 @@ class ImagePreprocessor:
                 "preprocessor config: expected a shortest_edge that is no shorter than the crop "
                 f"{self.crop_height}x{self.crop_width}, got size {size}"
             )
-        self.resample = Image.Resampling(config.get("resample", Image.Resampling.BICUBIC))
+        resample = config.get("resample")
+        self.resample = Image.Resampling.BICUBIC if resample is None else Image.Resampling(resample)
         # A lookup table of the 256 values of each channel, computed in the processor's types.
-        scaled = (np.arange(256, dtype=np.float64) * config.get("rescale_factor", 1 / 255)).astype(np.float32)
-        means, stds = (np.array(config[name], dtype=np.float32) for name in ("image_mean", "image_std"))
+        scaled = (np.arange(256, dtype=np.float64) * config["rescale_factor"]).astype(np.float32)
+        means, stds = (np.broadcast_to(np.float32(config[name]), 3) for name in ("image_mean", "image_std"))
         self.values = [(scaled - mean) / std for mean, std in zip(means, stds)]
 
     @classmethod

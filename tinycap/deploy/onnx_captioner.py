@@ -6,10 +6,10 @@
 The folder is written by `tinycap.deploy.export`. Captions equal those of `generate()` on the same checkpoint.
 """
 
-import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 import onnxruntime
 from tokenizers import Tokenizer
 
+from tinycap.checks_tinycap import MAX_INTEGER, check_generation, check_number, check_pixels, read_json
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.inputs import run_batches
 from tinycap.deploy.token_search import beam_search, greedy_search
@@ -25,6 +26,11 @@ from tinycap.processing_tinycap import load_image
 
 # Optimum's and transformers.js's names, in their folder `onnx`.
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"
+# Fields of `config.json` that are read, by part.
+SIZES = {
+    "vision_config": ("image_size", "num_channels"),
+    "text_config": ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size"),
+}
 
 # Supported settings of a generation config, and those that affect neither greedy nor beam search.
 ANY_VALUE = {
@@ -59,6 +65,46 @@ class Caption:
     error: str | None = None
 
 
+def load_graph(path: Path, options: onnxruntime.SessionOptions, shapes: dict[str, tuple]):
+    """A session of a graph whose inputs and outputs have these shapes, the batch's axis and trailing sides left out.
+
+    Raises:
+        ValueError: the file isn't such a graph, or refers to other files; names it.
+    """
+    # The key of a tensor's external data; `tinycap export` writes none.
+    if b"location" in path.read_bytes():
+        raise ValueError(f"{path}: expected a graph with its weights, got one with external data")
+    try:
+        session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
+    except Exception as error:
+        # onnxruntime's errors share no base class of their own.
+        raise ValueError(f"{path}: expected an ONNX graph: {str(error).partition(chr(10))[0]}") from error
+    found = {item.name: tuple(item.shape[1:]) for item in (*session.get_inputs(), *session.get_outputs())}
+    for name, shape in shapes.items():
+        if name not in found or found[name][len(found[name]) - len(shape) :] != shape:
+            raise ValueError(f"{path}: expected {name} with a shape that ends in {shape}, got {found.get(name)}")
+    return session
+
+
+def run_graph(session: onnxruntime.InferenceSession, outputs: list[str] | None, inputs: dict) -> list[np.ndarray]:
+    """The outputs; `ValueError` where the graph fails, or the first of them isn't finite."""
+    try:
+        found = session.run(outputs, inputs)
+    except Exception as error:
+        raise ValueError(f"the graph of {next(iter(inputs))} fails: {str(error).partition(chr(10))[0]}") from error
+    if not np.isfinite(found[0]).all():
+        raise ValueError(f"the graph of {next(iter(inputs))}: expected finite outputs, got NaN or infinite ones")
+    return found
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(os.fspath(path))
+    except Exception as error:
+        # `tokenizers` raises plain `Exception`.
+        raise ValueError(f"{path}: expected a tokenizer, got {error}") from error
+
+
 class OnnxCaptioner:
     """A TinyCap as two ONNX graphs, written by `export_onnx`.
 
@@ -77,33 +123,49 @@ class OnnxCaptioner:
         for path in (*paths, folder / "tokenizer.json", folder / "preprocessor_config.json"):
             if not path.is_file():
                 raise ValueError(f"expected a folder that `tinycap export` wrote, got {folder} without {path.name}")
-        config, tokenizer_config, generation_config = (
-            json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-            for path in (folder / f"{name}.json" for name in ("config", "tokenizer_config", "generation_config"))
+        places = {name: folder / f"{name}.json" for name in ("tokenizer_config", "generation_config")}
+        tokenizer_config, generation_config = (
+            read_json(path) if os.path.lexists(path) else {} for path in places.values()
         )
         if tokenizer_config.get("clean_up_tokenization_spaces"):
             raise ValueError("tokenizer config: clean_up_tokenization_spaces isn't supported without transformers")
         for name, value in generation_config.items():
             if name not in ANY_VALUE and value is not None and (name not in NEUTRAL or value != NEUTRAL[name]):
                 raise ValueError(f"generation config: {name}={value!r} isn't supported without transformers")
+        config, sizes = read_json(folder / "config.json"), {}
+        for part, names in SIZES.items():
+            section = config[part] if isinstance(config.get(part), dict) else {}
+            for name in names:
+                check_number(f"{folder / 'config.json'}: {part}.{name}", section.get(name), Integral, 1, MAX_INTEGER)
+                sizes[name] = section[name]
+        # Number of the decoder's positions.
+        self.max_positions = sizes["max_position_embeddings"]
         ids = {name: config.get(name) for name in ("decoder_start_token_id", "eos_token_id")}
         self.generation_config = {**ids, **generation_config}
+        check_generation(self.generation_config, os.fspath(places["generation_config"]), sizes["vocab_size"])
         self.start_token_id, eos = (self.generation_config[name] for name in ids)
         self.eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        # Number of the decoder's positions.
-        self.max_positions = config["text_config"]["max_position_embeddings"]
-        self.tokenizer = Tokenizer.from_file(os.fspath(folder / "tokenizer.json"))
-        self.preprocessor = ImagePreprocessor.from_pretrained(folder)
+        self.tokenizer = load_tokenizer(folder / "tokenizer.json")
+        path = folder / "preprocessor_config.json"
+        pixels = {**ImagePreprocessor.DEFAULTS, **read_json(path)}
+        check_pixels(pixels, sizes["image_size"], sizes["num_channels"], os.fspath(path))
+        self.preprocessor = ImagePreprocessor(pixels)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads or 0
         # Spinning threads would take CPU time from the caller.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.encoder, self.decoder = (
-            onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"]) for path in paths
+        image = (sizes["num_channels"], sizes["image_size"], sizes["image_size"])
+        self.encoder = load_graph(
+            paths[0], options, {"pixel_values": image, "last_hidden_state": (), "image_embeds": ()}
         )
+        self.decoder = load_graph(paths[1], options, {"input_ids": (), "logits": (sizes["vocab_size"],)})
         inputs = self.decoder.get_inputs()
         # (batch, heads, tokens so far, head_dim) of every layer's keys and values.
         self.cache_shapes = {item.name: item.shape for item in inputs if item.name.startswith("past_key_values")}
+        heads, layers = sizes["num_attention_heads"], sizes["num_hidden_layers"]
+        expected = [(heads, sizes["hidden_size"] // heads)] * min(2 * layers, len(inputs))
+        if [tuple(shape[1::2]) for shape in self.cache_shapes.values()] != expected:
+            raise ValueError(f"{paths[1]}: config.json expects a cache of {layers} layers and {heads} heads")
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, quantized: bool = False, num_threads: int | None = None):
@@ -144,9 +206,7 @@ class OnnxCaptioner:
         settings["num_return_sequences"] = num_return_sequences
         if settings["num_beams"] is None:
             settings["num_beams"] = 1
-        for name in ("num_beams", "max_new_tokens", "num_return_sequences"):
-            if settings[name] is not None and settings[name] < 1:
-                raise ValueError(f"{name}: expected at least 1, got {settings[name]}")
+        check_generation(settings, "arguments")
         if num_return_sequences > settings["num_beams"]:
             at_most = f"{settings['num_beams']} (num_beams)"
             raise ValueError(f"num_return_sequences: expected at most {at_most}, got {num_return_sequences}")
@@ -173,7 +233,8 @@ class OnnxCaptioner:
 
     def encode(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, 3, H, W) -> the decoder's input (B, M, width) and the image embeddings (B, projection_dim)."""
-        return tuple(self.encoder.run(["last_hidden_state", "image_embeds"], {"pixel_values": pixel_values}))
+        outputs = ["last_hidden_state", "image_embeds"]
+        return tuple(run_graph(self.encoder, outputs, {"pixel_values": pixel_values}))
 
     def decoding_step(self, encoder_hidden_states: np.ndarray) -> Callable:
         """A `Step` of the searches for encoded images (B, M, width), with their cache."""
@@ -188,7 +249,8 @@ class OnnxCaptioner:
                     cache[name] = np.zeros((len(tokens), heads, 0, head_dim), np.float32)
             elif rows is not None:
                 cache.update({name: value[rows] for name, value in cache.items()})
-            logits, *present = self.decoder.run(None, {"input_ids": tokens, "encoder_hidden_states": states, **cache})
+            inputs = {"input_ids": tokens, "encoder_hidden_states": states, **cache}
+            logits, *present = run_graph(self.decoder, None, inputs)
             cache.update(zip(self.cache_shapes, present))
             return logits[:, -1]
 

@@ -24,7 +24,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.pipeline_tinycap import caption_log_probs
+from tinycap.pipeline_tinycap import caption_log_probs, check_image_processor
 from tinycap.processing_tinycap import load_image, preprocess_images
 from tinycap.training.arguments import ArgumentParser, check_sources
 from tinycap.training.data import Columns, load_images, path_of, undecoded
@@ -96,8 +96,10 @@ def load_captioner(name_or_path: str) -> tuple[TinyCapForConditionalGeneration, 
             raise ValueError(f"expected model_type {TinyCapConfig.model_type!r}, got {content.get('model_type')!r}")
         model = TinyCapForConditionalGeneration.from_pretrained(name_or_path)
         image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+        check_image_processor(model, image_processor)
         return model, GitProcessor(image_processor, PreTrainedTokenizerFast.from_pretrained(name_or_path))
-    except (OSError, ValueError) as error:
+    except Exception as error:
+        # transformers and `tokenizers` raise errors of many types on malformed files.
         raise ValueError(f"model {name_or_path}: {error}") from error
 
 

@@ -8,6 +8,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from tinycap import REPOSITORY
+from tinycap.checks_tinycap import check_pixels
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
 
@@ -26,12 +27,12 @@ def create_image_processor(
     image_size: int, image_mean: Sequence[float] = OPENAI_CLIP_MEAN, image_std: Sequence[float] = OPENAI_CLIP_STD
 ) -> CLIPImageProcessor:
     """CLIP's preprocessing at `image_size`: shorter side resized, middle square kept, pixels normalised by channel."""
-    return CLIPImageProcessor(
-        size={"shortest_edge": image_size},
-        crop_size={"height": image_size, "width": image_size},
-        image_mean=list(image_mean),
-        image_std=list(image_std),
-    )
+    settings = {
+        **{"size": {"shortest_edge": image_size}, "crop_size": {"height": image_size, "width": image_size}},
+        **{"image_mean": list(image_mean), "image_std": list(image_std), "rescale_factor": 1 / 255},
+    }
+    check_pixels(settings, image_size, len(OPENAI_CLIP_MEAN), "image processor")
+    return CLIPImageProcessor(**settings)
 
 
 def create_generation_config(

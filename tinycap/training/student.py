@@ -3,11 +3,11 @@
 import argparse
 import copy
 from collections.abc import Iterator
-from contextlib import suppress
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig
 
+from tinycap.checks_tinycap import check_generation
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_image_processor
@@ -89,13 +89,21 @@ def resolve_lengths(args: argparse.Namespace, config: TinyCapConfig) -> None:
     """Sets the flags of vocabulary, beam search and caption length that were not given to the checkpoint's values."""
     inherited = {"vocab_size": args.configured["vocab_size"]}
     if args.model_name_or_path is not None:
-        with suppress(OSError):
+        try:
             saved = GenerationConfig.from_pretrained(args.model_name_or_path)
+            check_generation(vars(saved), "generation_config.json")
             inherited |= {"num_beams": saved.num_beams or 1, "length_penalty": saved.length_penalty or 1.0}
             inherited |= {"max_caption_length": saved.max_new_tokens}
+        except OSError:
+            # There is none, or it isn't JSON, which loading the model reports.
+            pass
+        except Exception as error:
+            # transformers compares settings of any type.
+            raise ValueError(f"--model_name_or_path {args.model_name_or_path}: {error}") from error
     for flag, value in inherited.items():
         if value is not None and flag not in args.given:
             setattr(args, flag, value)
+    check_generation({"num_beams": args.num_beams, "length_penalty": args.length_penalty}, "flags or checkpoint")
     if args.num_beams == 1 and "length_penalty" not in args.given:
         args.length_penalty = 1.0
     positions = config.text_config.max_position_embeddings
@@ -151,7 +159,10 @@ def load_processors(args: argparse.Namespace, image_size: int):
     statistics = pixel_statistics(args.model_name_or_path) if args.model_name_or_path else ()
     if statistics is None:
         raise ValueError(f"--model_name_or_path {name}: expected a preprocessor_config.json that can be read, got none")
-    return tokenizer, create_image_processor(image_size, *statistics)
+    try:
+        return tokenizer, create_image_processor(image_size, *statistics)
+    except ValueError as error:
+        raise ValueError(f"{name}: preprocessor_config.json: {error}") from error
 
 
 def build_model(args: argparse.Namespace, config: TinyCapConfig) -> TinyCapForConditionalGeneration:

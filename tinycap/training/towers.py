@@ -53,9 +53,10 @@ def pixel_statistics(name_or_path: str) -> tuple[list[float], list[float]] | Non
     """Mean and deviation per channel that an image model's pixels are normalised by; `None` without a processor."""
     try:
         processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError):
+        return list(processor.image_mean), list(processor.image_std)
+    except Exception:
+        # transformers raises errors of many types on malformed files.
         return None
-    return list(processor.image_mean), list(processor.image_std)
 
 
 class PretrainedImageTower(nn.Module):
