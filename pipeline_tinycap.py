@@ -12,7 +12,11 @@ from transformers.pipelines.base import Pipeline
 from transformers.pipelines.image_feature_extraction import ImageFeatureExtractionPipeline
 
 from .confidence_tinycap import CONFIDENCE_NAME, HOW_TO_CALIBRATE, ConfidenceCalibration
-from .processing_tinycap import load_image, preprocess_images
+from .processing_tinycap import load_image, preprocess_images, usable_workers
+
+
+# Seconds for a batch in the workers of a data loader: URLs may be slow.
+WORKER_TIMEOUT = 3600
 
 
 def caption_log_probs(model, generated) -> tuple[torch.Tensor, torch.Tensor]:
@@ -50,6 +54,7 @@ class ImageToTextPipeline(Pipeline):
     _load_tokenizer = True
     # Read by `save_pretrained` of transformers 5.0 to 5.3, which never sets it.
     modelcard = None
+    worker_init_fn = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -153,7 +158,14 @@ class ImageToTextPipeline(Pipeline):
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         params = ({**preprocess_params, "keep_going": True}, forward_params, postprocess_params)
-        return super().get_iterator(inputs, num_workers, batch_size, *params)
+        batch_bytes = 4 * 3 * batch_size * self.model.config.vision_config.image_size**2
+        num_workers = usable_workers(num_workers, batch_bytes)
+        iterator = super().get_iterator(inputs, num_workers, batch_size, *params)
+        loader = iterator.loader.loader
+        loader.worker_init_fn = self.worker_init_fn
+        # Not for ever, if a worker stops working without ending.
+        loader.timeout = WORKER_TIMEOUT if num_workers else 0
+        return iterator
 
     def preprocess(
         self, image: Any, prompt: str | None = None, timeout: float | None = None, keep_going: bool = False

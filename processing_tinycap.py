@@ -9,6 +9,8 @@ import io
 import math
 import os
 import re
+import sys
+import warnings
 from collections.abc import Sequence
 from itertools import product
 from typing import Any
@@ -53,6 +55,8 @@ MAX_ASPECT_RATIO = 4
 LARGE_SIDE = 2048
 # Seconds to wait for a URL, and bytes of a response at most; transformers limits neither.
 URL_TIMEOUT, MAX_DOWNLOAD = 10.0, 2**28
+# Where Linux keeps what processes share; containers have 64 MB of it unless told otherwise.
+SHARED_MEMORY = "/dev/shm"
 
 # Brands behind `ftyp` at the head of a HEIC or HEIF file.
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
@@ -385,3 +389,33 @@ def _scale_to_8_bits(image: "Image.Image") -> "Image.Image":
     if isinstance(image.info.get("transparency"), int):
         scaled.info["transparency"] = round((image.info["transparency"] - low) * scale)
     return scaled
+
+
+def usable_workers(num_workers: int, batch_bytes: int, in_use: int = 1) -> int:
+    """As many of a data loader's workers as shared memory has room for; warns if these are fewer.
+
+    A loader whose memory is full would wait for its workers for ever. Other loaders get the other half of what is free.
+
+    Args:
+        batch_bytes: size of a batch. A worker prepares two in advance, and the loader's user holds `in_use` of them.
+    """
+    if sys.platform != "linux" or num_workers == 0:
+        return num_workers
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+        total, free = (status.f_frsize * blocks for blocks in (status.f_blocks, status.f_bavail))
+    except OSError:
+        total = free = 0
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        free = 0
+    free //= 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    usable = max(0, min(num_workers, (free // batch_bytes - in_use) // 2))
+    if usable < num_workers:
+        # The same text at each call, so that it is shown once.
+        warnings.warn(
+            f"{SHARED_MEMORY}: expected room for the batches of {num_workers} data loader workers, got "
+            f"{total / 2**20:,.0f} MB in all, or too little of it free; fewer or no workers are started. "
+            "In Docker, --shm-size 2g makes room.",
+            stacklevel=1,
+        )
+    return usable
