@@ -109,7 +109,7 @@ def test_a_process_that_never_comes_is_an_error(rank, free_port):
 
 @pytest.mark.slow
 def test_decoding_may_take_longer_than_other_work(free_port):
-    ranks = [start_rank(rank, free_port, 6, 12) for rank in range(2)]
+    ranks = [start_rank(rank, free_port, 6, 9) for rank in range(2)]
     for rank in ranks:
         output, _ = rank.communicate(timeout=100)
         assert rank.returncode == 0 and "all here" in output, output
