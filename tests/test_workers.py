@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from tinycap import processing_tinycap
-from tinycap.processing_tinycap import usable_workers
+from tinycap import pipeline_tinycap
+from tinycap.pipeline_tinycap import usable_workers
 from tinycap.workers import start_worker
 
 
@@ -37,7 +37,7 @@ def test_there_are_as_many_workers_as_shared_memory_has_room_for(monkeypatch, fr
 
 @linux
 def test_without_shared_memory_there_are_no_workers(monkeypatch):
-    monkeypatch.setattr(processing_tinycap, "SHARED_MEMORY", "/dev/missing")
+    monkeypatch.setattr(pipeline_tinycap, "SHARED_MEMORY", "/dev/missing")
     with pytest.warns(UserWarning, match="/dev/missing"):
         assert usable_workers(2, 1) == 0
     monkeypatch.setattr(sys, "platform", "darwin")

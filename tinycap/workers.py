@@ -5,7 +5,7 @@ import os
 import sys
 from typing import Any
 
-from tinycap.processing_tinycap import SHARED_MEMORY
+from tinycap.pipeline_tinycap import SHARED_MEMORY
 
 
 def start_worker(worker: int = 0) -> None:

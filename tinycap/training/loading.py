@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
-from tinycap.processing_tinycap import usable_workers
+from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.captions import usable_captions
 from tinycap.training.data import Columns, content_fingerprint, decode_dataset, load_splits, resolve_columns
@@ -25,7 +25,7 @@ from tinycap.training.teacher_cache import build_teacher_cache
 # Arguments of `load_splits`.
 SPLIT_FLAGS = {
     *("dataset_name", "dataset_config_name", "train_split", "validation_split", "max_train_samples"),
-    *("max_eval_samples", "streaming", "seed", "image_column", "caption_column"),
+    *("max_eval_samples", "streaming", "seed", "image_column", "caption_column", "allow_remote_images"),
 }
 
 
@@ -79,7 +79,8 @@ def load_data(
         else:
             flags = {name: value for name, value in vars(args).items() if name in SPLIT_FLAGS}
             train, validation = load_splits(**flags, num_proc=workers)
-            columns = resolve_columns(train, args.image_column, args.caption_column)
+            source = (args.dataset_name, args.allow_remote_images)
+            columns = resolve_columns(train, args.image_column, args.caption_column, *source)
             # Recorded for an evaluation of the same rows.
             args.image_column, args.caption_column = columns.image, columns.caption
         split = args.validation_split or "validation"

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from tinycap.processing_tinycap import usable_workers
+from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.batches import CaptionCollator, CaptionDataset
 from tinycap.training.loop import init_worker, wait_for_slow_process
 from tinycap.training.teacher import Teacher
