@@ -3,6 +3,9 @@
 transformers 5 removed this task; `custom_pipelines` in the config provides it, with the interface of transformers 4.
 """
 
+import os
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -14,6 +17,42 @@ from transformers.pipelines.image_feature_extraction import ImageFeatureExtracti
 from .checks_tinycap import PIXEL_SETTINGS, check_pixels
 from .confidence_tinycap import CONFIDENCE_NAME, HOW_TO_CALIBRATE, ConfidenceCalibration
 from .processing_tinycap import load_image, preprocess_images
+
+
+# Seconds for a batch in the workers of a data loader: URLs may be slow.
+WORKER_TIMEOUT = 3600
+# Where Linux keeps what processes share; containers have 64 MB of it unless told otherwise.
+SHARED_MEMORY = "/dev/shm"
+
+
+def usable_workers(num_workers: int, batch_bytes: int, in_use: int = 1) -> int:
+    """As many of a data loader's workers as shared memory has room for; warns if these are fewer.
+
+    A loader whose memory is full would wait for its workers for ever. Other loaders get the other half of what is free.
+
+    Args:
+        batch_bytes: size of a batch. A worker prepares two in advance, and the loader's user holds `in_use` of them.
+    """
+    if sys.platform != "linux" or num_workers == 0:
+        return num_workers
+    try:
+        status = os.statvfs(SHARED_MEMORY)
+        total, free = (status.f_frsize * blocks for blocks in (status.f_blocks, status.f_bavail))
+    except OSError:
+        total = free = 0
+    if not os.access(SHARED_MEMORY, os.W_OK):
+        free = 0
+    free //= 2 * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    usable = max(0, min(num_workers, (free // batch_bytes - in_use) // 2))
+    if usable < num_workers:
+        # The same text at each call, so that it is shown once.
+        warnings.warn(
+            f"{SHARED_MEMORY}: expected room for the batches of {num_workers} data loader workers, got "
+            f"{total / 2**20:,.0f} MB in all, or too little of it free; fewer or no workers are started. "
+            "In Docker, --shm-size 2g makes room.",
+            stacklevel=1,
+        )
+    return usable
 
 
 def caption_log_probs(model, generated) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,6 +98,7 @@ class ImageToTextPipeline(Pipeline):
     _load_tokenizer = True
     # Read by `save_pretrained` of transformers 5.0 to 5.3, which never sets it.
     modelcard = None
+    worker_init_fn = None
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
@@ -156,7 +196,14 @@ class ImageToTextPipeline(Pipeline):
 
     def get_iterator(self, inputs, num_workers, batch_size, preprocess_params, forward_params, postprocess_params):
         params = ({**preprocess_params, "keep_going": True}, forward_params, postprocess_params)
-        return super().get_iterator(inputs, num_workers, batch_size, *params)
+        batch_bytes = 4 * 3 * batch_size * self.model.config.vision_config.image_size**2
+        num_workers = usable_workers(num_workers, batch_bytes)
+        iterator = super().get_iterator(inputs, num_workers, batch_size, *params)
+        loader = iterator.loader.loader
+        loader.worker_init_fn = self.worker_init_fn
+        # Not for ever, if a worker stops working without ending.
+        loader.timeout = WORKER_TIMEOUT if num_workers else 0
+        return iterator
 
     def preprocess(
         self, image: Any, prompt: str | None = None, timeout: float | None = None, keep_going: bool = False

@@ -44,7 +44,7 @@ from tinycap.training.scenes import score_scene_captions
 from tinycap.training.scst import CiderReward, SelfCriticalObjective
 from tinycap.training.student import build_config, build_model, distillation_problems, fit_config, load_processors
 from tinycap.training.teacher import Teacher
-from tinycap.training.tokenizer import train_tokenizer
+from tinycap.training.tokenizer import count_truncated, train_tokenizer
 
 
 logger = get_logger(__name__)
@@ -190,8 +190,8 @@ def evaluate(
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def describe_run(args, accelerator: Accelerator, data: Data, model, teacher: Teacher | None) -> dict[str, str]:
-    """Facts for the model card, see its template; logs the main ones."""
+def describe_run(args, accelerator: Accelerator, data: Data, tokenizer, model, teacher: Teacher | None) -> dict:
+    """Facts for the model card, see its template, and counts of captions; logs the main ones."""
     batch_size = args.per_device_train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     precision = accelerator.mixed_precision.replace("no", "float32")
     facts = {
@@ -205,6 +205,8 @@ def describe_run(args, accelerator: Accelerator, data: Data, model, teacher: Tea
         name = args.teacher_name_or_path or "trained in the same run"
         facts["teacher"] = f"{name}, {args.teacher_feature} feature of width {teacher.embed_dim}"
     logger.info("Training %(num_parameters)s parameters on %(num_train_images)s, steps: %(steps)s; %(device)s.", facts)
+    limit = args.max_caption_length
+    facts["counts"] = count_truncated(tokenizer, data.captions(1000), limit) if accelerator.is_main_process else {}
     return facts
 
 
@@ -212,6 +214,7 @@ def save_results(args, model, tokenizer, image_processor, data: Data, metrics, c
     """Writes the model repository, its reports and its card to `args.output_dir`, and uploads them if asked for."""
     output_dir = Path(args.output_dir)
     save_repository(output_dir, model, tokenizer, image_processor)
+    metrics.update(run_info["counts"])
     write_json(output_dir / "eval_results.json", metrics)
     plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
     shown = [data.validation[row] for row in range(min(16, len(captions)))]
@@ -258,13 +261,13 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     model.generation_config = create_generation_config(tokenizer, *decoding)
 
     statistics = (image_processor.image_mean, image_processor.image_std)
-    collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics)
+    collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics, end_truncated=False)
     batches, validation_loader = create_loaders(args, accelerator, data, collator, image_size, run.skipped)
     if args.teacher_cache_dir is not None:
         cache_teacher_embeddings(args, accelerator, teacher, data, (batches, validation_loader), teacher_crop_size)
     run.start(batches, data.fingerprint)
     warn_of_few_steps(args)
-    run_info = describe_run(args, accelerator, data, model, teacher)
+    run_info = describe_run(args, accelerator, data, tokenizer, model, teacher)
     if args.teacher_cache_dir is not None:
         # Frees it (350 MB for ViT-B/32): all its embeddings are cached.
         teacher = None

@@ -38,7 +38,7 @@ from tinycap.training.loop import StopSignals, create_accelerator, optimizer_ste
 from tinycap.training.optimization import create_training
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.run_folder import RunFolder
-from tinycap.training.tokenizer import encode_captions, load_tokenizer, train_tokenizer
+from tinycap.training.tokenizer import count_truncated, encode_captions, load_tokenizer, train_tokenizer
 from tinycap.training.towers import LockedTextModel, PretrainedImageTower, pixel_statistics
 
 
@@ -228,6 +228,8 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
     run.start(batches)
     sizes = (model.num_parameters(), len(data.train), args.max_train_steps)
     logger.info("Training a teacher of {:,} parameters on {:,} images, {:,} steps.".format(*sizes))
+    limit = args.max_caption_length
+    counts = count_truncated(tokenizer, data.captions(), limit) if accelerator.is_main_process else {}
     optimizer, lr_scheduler = create_training(model, args, accelerator.num_processes)
     wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     run.resume(batches)
@@ -248,6 +250,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
                 run.save_checkpoint(batches)
     metrics = evaluate(accelerator, model, validation_loader, tokenizer)
     run.log_validation(metrics, model)
+    metrics.update(counts)
     save_results(accelerator, model, tokenizer, image_processor, run, metrics)
     if not is_part:
         accelerator.end_training()

@@ -1,4 +1,5 @@
 import json
+import os
 from argparse import Namespace
 from types import SimpleNamespace
 
@@ -18,7 +19,7 @@ from tinycap.training.checkpoints import (
 )
 from tinycap.training.logs import RunLog, write_json
 from tinycap.training.optimization import create_optimizer, parameter_groups
-from tinycap.training.run_folder import RunFolder
+from tinycap.training.run_folder import RunFolder, check_best
 
 
 @pytest.fixture
@@ -71,6 +72,53 @@ def test_a_checkpoint_that_was_never_finished_is_neither_taken_nor_kept(prepared
     assert resolve_resume(tmp_path, "latest").name == "checkpoint-1"
     save_checkpoint(accelerator, tmp_path, {"step": 4})
     assert not (tmp_path / ".checkpoint-2").exists()
+
+
+FILES = ["model.safetensors", "optimizer.bin", "random_states_0.pkl", "trainer_state.json", "process_state_0.json"]
+DAMAGE = {
+    "truncated": lambda path: path.write_bytes(path.read_bytes()[:-7]),
+    "empty": lambda path: path.write_bytes(b""),
+    "zeros": lambda path: path.write_bytes(bytes(path.stat().st_size)),
+    "missing": lambda path: path.unlink(),
+    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
+    "endless": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("how", DAMAGE)
+def test_latest_is_the_newest_checkpoint_without_damage(prepared, tmp_path, caplog, name, how):
+    for step in (1, 2):
+        path = save_checkpoint(prepared[0], tmp_path, {"step": step}, rank_state={"finished": True})
+    DAMAGE[how](path / name)
+    assert resolve_resume(tmp_path, "latest").name == "checkpoint-1"
+    hidden = how in ("missing", "a pipe", "endless") and name == "trainer_state.json"
+    assert hidden or ("checkpoint-2 is left out" in caplog.text and (name in caplog.text))
+    with pytest.raises(ValueError, match="expected a complete checkpoint in .*checkpoint-2, got"):
+        resolve_resume(tmp_path, str(path))
+    DAMAGE[how](tmp_path / "checkpoint-1" / name)
+    with pytest.raises(ValueError, match="--resume_from_checkpoint: expected a complete checkpoint"):
+        resolve_resume(tmp_path, "latest")
+
+
+def test_a_damaged_later_checkpoint_displaces_no_good_one(prepared, tmp_path):
+    for step in (4, 8):
+        path = save_checkpoint(prepared[0], tmp_path, {"step": step})
+    (path / "model.safetensors").write_bytes(b"")
+    load_checkpoint(prepared[0], resolve_resume(tmp_path, "latest"))
+    save_checkpoint(prepared[0], tmp_path, {"step": 6}, keep=1)
+    assert resolve_resume(tmp_path, "latest").name == "checkpoint-6"
+
+
+@pytest.mark.parametrize("how", DAMAGE)
+def test_the_best_weights_are_checked_when_a_run_is_resumed(prepared, tmp_path, how):
+    like = save_checkpoint(prepared[0], tmp_path, {"step": 1}) / "model.safetensors"
+    best = tmp_path / "best_model.safetensors"
+    best.write_bytes(like.read_bytes())
+    check_best(best, like)
+    DAMAGE[how](best)
+    with pytest.raises(ValueError, match="best_model.safetensors: expected the best weights so far"):
+        check_best(best, like)
 
 
 def test_a_failure_while_saving_leaves_the_newest_checkpoint_intact(prepared, tmp_path, monkeypatch):

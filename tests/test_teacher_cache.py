@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from datasets import Dataset
+from safetensors.torch import load_file, save_file
 from tiny import CAPTIONS, draw_picture
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -39,6 +40,8 @@ def collator(tokenizer) -> CaptionCollator:
 def build(collator, tmp_path, monkeypatch):
     """Builds the cache in small files and counts the images that the teacher embeds."""
     monkeypatch.setattr(teacher_cache, "SHARD_SIZE", 4)
+    # Found files aren't compared with the teacher, whose images are counted.
+    monkeypatch.setattr(teacher_cache, "CHECKED_ROWS", 0)
     seen = []
 
     def run(teacher=None, dataset=None, num_views=3):
@@ -159,4 +162,28 @@ def test_a_damaged_file_is_an_error_that_names_it(build, tmp_path):
     path = sorted((tmp_path / "cache").glob("*/view-002-*"))[0]
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(ValueError, match="view-002-000000"):
+        build()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda embeds: embeds * 0, "norm 1, got 0 in row 0 and 4 such"),
+        (lambda embeds: embeds * 1.5, "norm 1, got 1.5"),
+        (lambda embeds: embeds / 0, "norm 1"),
+        (lambda embeds: embeds.index_fill(0, torch.tensor([2]), float("nan")), "norm 1, got nan in row 2 and 1 such"),
+        (lambda embeds: (embeds * 127).to(torch.int8), "torch.float32, got .* of torch.int8"),
+        (lambda embeds: embeds.half(), "torch.float32, got .* of torch.float16"),
+        (lambda embeds: embeds[:, :-1], "expected embeddings"),
+        (lambda embeds: embeds.roll(1, 1), "row ., got another"),
+        (lambda embeds: torch.nn.functional.normalize(torch.ones_like(embeds)), "row ., got another"),
+    ],
+)
+def test_embeddings_of_something_else_are_an_error(build, tmp_path, monkeypatch, change, message):
+    monkeypatch.setattr(teacher_cache, "CHECKED_ROWS", 32)
+    build()
+    build()
+    path = sorted((tmp_path / "cache").glob("*/view-001-*"))[0]
+    save_file({"image_embeds": change(load_file(path)["image_embeds"]).contiguous()}, path)
+    with pytest.raises(ValueError, match=f"view-001-000000.*{message}"):
         build()

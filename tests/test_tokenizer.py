@@ -3,7 +3,7 @@ from tiny import CAPTIONS
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from tinycap.training.tokenizer import encode_captions, load_tokenizer, train_tokenizer
+from tinycap.training.tokenizer import count_truncated, encode_captions, load_tokenizer, train_tokenizer
 
 
 @pytest.mark.parametrize("text", [*CAPTIONS, "Ünïcode 日本語 🙂 and\ttabs", "<s> is text, </s> too"])
@@ -22,6 +22,17 @@ def test_truncation_keeps_the_end_tokens_place(tokenizer):
     whole = encode_captions(tokenizer, [CAPTIONS[0]], max_length=100)[0]
     cut = encode_captions(tokenizer, [CAPTIONS[0]], max_length=5)[0]
     assert cut == whole[:4] + [tokenizer.eos_token_id]
+
+
+def test_truncated_captions_are_counted_and_needn_t_be_taught_to_end(tokenizer, caplog):
+    whole = encode_captions(tokenizer, [CAPTIONS[0]], 100)[0]
+    for length in (len(whole) - 1, len(whole), len(whole) + 1):
+        fits = length >= len(whole)
+        found = encode_captions(tokenizer, [CAPTIONS[0]], length, end_truncated=False)[0]
+        assert found == (whole if fits else whole[:length])
+        counts = count_truncated(tokenizer, [CAPTIONS[0], "a"], length)
+        assert counts == {"train_captions": 2, "truncated_train_captions": 0 if fits else 1}
+    assert caplog.text.count("1 of 2 training captions (50.0 %) have more than --max_caption_length") == 1
 
 
 def test_an_empty_prompt_is_the_start_token(tokenizer):

@@ -149,6 +149,7 @@ class TorchCaptioner(Captioner):
         import torch
 
         from tinycap.pipeline_tinycap import ImageToTextPipeline
+        from tinycap.workers import start_worker
 
         self.options = options
         if options.num_threads is not None:
@@ -164,6 +165,7 @@ class TorchCaptioner(Captioner):
         self.pipeline = ImageToTextPipeline(
             model=model, tokenizer=tokenizer, image_processor=processor, device=torch.device(device)
         )
+        self.pipeline.worker_init_fn = start_worker
         self.arguments = {"batch_size": options.batch_size, "num_workers": options.num_workers, **options.generation()}
         if options.confidence:
             self.arguments["return_confidence"] = True
@@ -174,9 +176,14 @@ class TorchCaptioner(Captioner):
 
         # The pipeline streams a data set; a list is captioned completely before it returns.
         rows = KeyDataset([{"image": image} for image in images], "image")
-        for image, entries in zip(images, self.pipeline(rows, **self.arguments) if images else ()):
-            captions = [entry["generated_text"] for entry in entries if "error" not in entry]
-            yield ImageResult(image, captions, entries[0].get("confidence"), entries[0].get("error"))
+        try:
+            for image, entries in zip(images, self.pipeline(rows, **self.arguments) if images else ()):
+                captions = [entry["generated_text"] for entry in entries if "error" not in entry]
+                yield ImageResult(image, captions, entries[0].get("confidence"), entries[0].get("error"))
+        except RuntimeError as error:
+            if "DataLoader worker" not in str(error):
+                raise
+            raise OSError(f"--num-workers: expected processes that work to the end: {first_line(error)}") from error
 
     def embed_batch(self, images: list) -> Any:
         import torch

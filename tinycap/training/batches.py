@@ -192,6 +192,7 @@ class CaptionCollator:
 
     Args:
         max_caption_length: ids a caption may have, the end token included.
+        end_truncated: whether truncated captions have an end token, see `encode_captions`.
         image_mean, image_std: per channel, of pixels from 0 to 1.
 
     Returns (from a call):
@@ -204,6 +205,7 @@ class CaptionCollator:
     max_caption_length: int
     image_mean: list[float]
     image_std: list[float]
+    end_truncated: bool = True
 
     def __post_init__(self):
         self.image_mean, self.image_std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
@@ -214,7 +216,7 @@ class CaptionCollator:
         gain = torch.tensor([sample["gain"] for sample in samples]) / (255 * self.image_std)
         shift = (torch.tensor([sample["shift"] for sample in samples]) - self.image_mean) / self.image_std
         captions = [caption for sample in samples for caption in sample["captions"]]
-        encoded = encode_captions(self.tokenizer, captions, self.max_caption_length)
+        encoded = encode_captions(self.tokenizer, captions, self.max_caption_length, self.end_truncated)
         labels = pad_sequence([torch.tensor(ids) for ids in encoded], batch_first=True, padding_value=-100)
         labels[torch.tensor([sample.get("mixed", False) for sample in samples for _ in sample["captions"]])] = -100
         batch = {

@@ -1,9 +1,11 @@
-"""Checkpoints: written aside and renamed, so that the newest one is always complete."""
+"""Checkpoints: written aside and renamed, so that the newest one is always complete; damage is found by checksums."""
 
 import json
+import logging
 import os
 import random
 import shutil
+import zlib
 from pathlib import Path
 
 import numpy
@@ -11,6 +13,8 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 RANK_STATE_FILE = "process_state_{}.json"
@@ -47,14 +51,18 @@ def save_checkpoint(
         (aside / RANK_STATE_FILE.format(accelerator.process_index)).write_text(json.dumps(rank_state))
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        (aside / STATE_FILE).write_text(json.dumps({**state, "num_processes": accelerator.num_processes}, indent=2))
+        files = {path.name: checksum(path) for path in sorted(aside.iterdir())}
+        facts = {**state, "num_processes": accelerator.num_processes, "files": files}
+        (aside / STATE_FILE).write_text(json.dumps(facts, indent=2))
         for path in [*aside.iterdir(), aside]:
             _flush(path)
         if final.exists():
             shutil.rmtree(final)
         os.replace(aside, final)
         _flush(output_dir)
-        for old in complete_checkpoints(output_dir)[: -keep if keep else 0]:
+        # Those of later steps are of the run that this one went back from.
+        found = sorted(complete_checkpoints(output_dir), key=lambda path: step_of(path) <= state["step"])
+        for old in found[: -keep if keep else 0]:
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
@@ -68,28 +76,64 @@ def _flush(path: Path) -> None:
         os.close(descriptor)
 
 
+def checksum(path: Path) -> int:
+    value = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(2**20):
+            value = zlib.crc32(chunk, value)
+    return value
+
+
+def step_of(checkpoint: Path) -> int:
+    return int(checkpoint.name.split("-", 1)[1])
+
+
 def complete_checkpoints(output_dir: Path) -> list[Path]:
     """The complete checkpoints in a folder, oldest first."""
-    found = {path.parent.name.split("-", 1)[1]: path.parent for path in output_dir.glob(f"checkpoint-*/{STATE_FILE}")}
-    return [found[step] for step in sorted(filter(str.isdecimal, found), key=int)]
+    found = [path.parent for path in output_dir.glob(f"checkpoint-*/{STATE_FILE}")]
+    return sorted((path for path in found if path.name.split("-", 1)[1].isdecimal()), key=step_of)
+
+
+def find_damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, by their checksums; `None` for an intact one."""
+    state_file = checkpoint / STATE_FILE
+    if not state_file.is_file():
+        return f"no {STATE_FILE}"
+    try:
+        files = json.loads(state_file.read_text(encoding="utf-8"))["files"]
+        for name, value in files.items():
+            path = checkpoint / Path(name).name
+            # No pipe or device, which would be read for ever.
+            if not path.is_file() or checksum(path) != value:
+                return f"{name}, which {'is not as it was written' if path.exists() else 'is missing'}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE_FILE} or files that can't be read ({type(error).__name__}: {error})"
+    return None
 
 
 def resolve_resume(output_dir: Path, resume_from_checkpoint: str | None) -> Path | None:
-    """The checkpoint to resume from, or `None`: a folder, or for "latest" the newest complete one."""
+    """The checkpoint to resume from, or `None`: a folder, or for "latest" the newest one that is complete and intact;
+    a warning names the others."""
     if resume_from_checkpoint is None:
         return None
     latest = resume_from_checkpoint == "latest"
     found = complete_checkpoints(output_dir) if latest else [Path(resume_from_checkpoint)]
-    if not found or not (found[-1] / STATE_FILE).is_file():
-        folder = output_dir if latest else found[-1]
-        raise ValueError(f"--resume_from_checkpoint: expected a complete checkpoint in {folder}, got no {STATE_FILE}")
-    return found[-1]
+    damage = f"no {STATE_FILE}"
+    for checkpoint in reversed(found):
+        damage = find_damage(checkpoint)
+        if damage is None:
+            return checkpoint
+        if latest:
+            logger.warning("%s is left out: expected a complete checkpoint, got %s", checkpoint, damage)
+    folder = output_dir if latest else found[-1]
+    raise ValueError(f"--resume_from_checkpoint: expected a complete checkpoint in {folder}, got {damage}")
 
 
 def load_checkpoint(accelerator: Accelerator, path: Path) -> tuple[dict, dict | None]:
     """Restores everything that was prepared; returns the saved `state` and this process's `rank_state`."""
     state = json.loads((path / STATE_FILE).read_text())
     saved = state.pop("num_processes")
+    state.pop("files")
     if saved != accelerator.num_processes:
         # Another number of processes would share the rest of the epoch otherwise.
         raise ValueError(

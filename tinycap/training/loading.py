@@ -10,10 +10,11 @@ from accelerate import Accelerator
 from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
+from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.captions import usable_captions
 from tinycap.training.data import Columns, content_fingerprint, decode_dataset, load_splits, resolve_columns
-from tinycap.training.loop import TrainBatches, ignore_interrupts
+from tinycap.training.loop import TrainBatches, init_worker, main_process_first
 from tinycap.training.scenes import scene_splits
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.streaming import StreamingCaptionDataset
@@ -50,11 +51,11 @@ class Data:
         """The `content_fingerprint` of `train`; `None` for a stream."""
         return None if self.train is None else content_fingerprint(self.train)
 
-    def captions(self) -> Iterator[str]:
-        """The captions to train a tokenizer on: all of a data set, or those of a stream's first 100,000 rows."""
+    def captions(self, num_rows: int = 100_000) -> Iterator[str]:
+        """The captions to train a tokenizer on: all of a data set, or those of a stream's first `num_rows`."""
         if self.train is not None:
             return chain.from_iterable(self.train["captions"])
-        rows = self.stream.select_columns(self.columns.captions).take(100_000)
+        rows = self.stream.select_columns(self.columns.captions).take(num_rows)
         return (caption for row in rows for caption in usable_captions(row.values()))
 
 
@@ -70,7 +71,7 @@ def load_data(
     """
     workers, scenes = args.preprocessing_num_workers, None
     # One process decodes into the cache, the others read it.
-    with accelerator.main_process_first():
+    with main_process_first(accelerator):
         if args.dataset_name is None:
             drawn = scene_splits(args.max_train_samples, args.max_eval_samples, args.seed, image_size)
             train, validation, scenes = drawn["train"], drawn["validation"], drawn["validation"]["scene"]
@@ -111,25 +112,30 @@ def create_loaders(
     batch_size, captions_per_image = args.per_device_train_batch_size, args.captions_per_image
     options = {
         "collate_fn": collator,
-        "num_workers": args.dataloader_num_workers,
-        "worker_init_fn": ignore_interrupts,
+        "worker_init_fn": init_worker,
         "pin_memory": accelerator.device.type == "cuda",
     }
-    persistent = {"persistent_workers": args.dataloader_num_workers > 0}
+    image_bytes, eval_batch_size = 4 * 3 * image_size**2, args.per_device_eval_batch_size
+    workers, eval_workers = (
+        usable_workers(args.dataloader_num_workers, size * image_bytes, in_use)
+        for size, in_use in ((batch_size, args.gradient_accumulation_steps), (eval_batch_size, 1))
+    )
     if data.stream is not None:
         source = {"columns": data.columns, "skipped": skipped, "split": args.train_split}
         stream = StreamingCaptionDataset(data.stream, *variation, **source, **process)
         # Workers are started anew each epoch, since they get the epoch when they start.
-        train_loader = StatefulDataLoader(stream, batch_size, **options)
+        train_loader = StatefulDataLoader(stream, batch_size, num_workers=workers, **options)
     else:
         dataset = CaptionDataset(data.train, *variation)
         if contrastive:
             batch_size = min(batch_size, len(dataset) // accelerator.num_processes)
             captions_per_image = min(5, max(map(len, data.validation["captions"])))
         sampler = EpochBatchSampler(len(dataset), batch_size, args.seed, **process, equal=contrastive)
+        persistent = {"num_workers": workers, "persistent_workers": workers > 0}
         train_loader = DataLoader(dataset, batch_sampler=sampler, **options, **persistent)
     validation = CaptionDataset(data.validation, image_size, Augmentation(), captions_per_image, args.seed)
-    validation_loader = DataLoader(validation, args.per_device_eval_batch_size, **options, **persistent)
+    persistent = {"num_workers": eval_workers, "persistent_workers": eval_workers > 0}
+    validation_loader = DataLoader(validation, eval_batch_size, **options, **persistent)
     return TrainBatches(train_loader, accelerator.device), accelerator.prepare(validation_loader)
 
 

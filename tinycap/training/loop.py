@@ -9,8 +9,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import cache
 from itertools import islice
 from pathlib import Path
 
@@ -19,17 +21,24 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tinycap.training.checkpoints import CheckpointWriteError, seed_step
 from tinycap.training.run_folder import RunFolder
 from tinycap.training.streaming import StreamingCaptionDataset
+from tinycap.workers import start_worker
 
 
 logger = get_logger(__name__)
 
+# For processes to find one another, and to come to the same step.
+PROCESS_TIMEOUT = timedelta(minutes=10)
+# For one process to decode a dataset or to compute a teacher's embeddings.
+SLOW_TIMEOUT = timedelta(days=2)
+# Seconds for the last step and its checkpoint, once the launcher has ended.
+STOP_TIMEOUT = 20.0
 CGROUP_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 # Warnings about what is intended, by logger: checkpoints hold tied weights once, a stream is resumed with an empty
 # shuffle buffer, and a tokenizer is read without its model's class.
@@ -268,9 +277,29 @@ class StopSignals:
             os.write(2, b"\nStopping after the next step; Ctrl-C again stops at once, without a checkpoint.\n")
 
 
-def ignore_interrupts(worker: int) -> None:
+def init_worker(worker: int) -> None:
     """A data loader's `worker_init_fn`: Ctrl-C reaches the workers too, which the last step still needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    start_worker(worker)
+
+
+def stop_with_launcher() -> None:
+    """Stops this process, with a checkpoint if it can, when its launcher has ended without it, as by kill -9.
+
+    Without a launcher it goes on: the shell that starts a run in the background may end.
+    """
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os.kill(os.getpid(), signal.SIGTERM)
+        # A step that waits for another process doesn't end.
+        time.sleep(STOP_TIMEOUT)
+        os._exit(128 + signal.SIGTERM)
+
+    if {"ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID"} & os.environ.keys():
+        threading.Thread(target=watch, daemon=True).start()
 
 
 def resume_command(num_processes: int = 1) -> str:
@@ -299,15 +328,50 @@ def run_script(main: Callable[[], object]) -> None:
 
 def create_accelerator(args: argparse.Namespace, **ddp_options) -> Accelerator:
     """The accelerator of a training script, with `DistributedDataParallelKwargs`; sets up logging and CPU threads."""
-    accelerator = Accelerator(
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_dir=args.output_dir,
-        kwargs_handlers=[DistributedDataParallelKwargs(**ddp_options)],
-    )
+    stop_with_launcher()
+    handlers = [DistributedDataParallelKwargs(**ddp_options), InitProcessGroupKwargs(timeout=PROCESS_TIMEOUT)]
+    try:
+        accelerator = Accelerator(
+            mixed_precision=args.mixed_precision,
+            log_with=None if args.report_to == "none" else args.report_to,
+            project_dir=args.output_dir,
+            kwargs_handlers=handlers,
+        )
+        if accelerator.num_processes > 1:
+            slow_group()
+    except RuntimeError as error:
+        rank, number = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+        if number == "1":
+            raise
+        address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise ValueError(
+            f"process {rank} of {number}: expected all of them at {address} within {PROCESS_TIMEOUT}, got: {error}"
+        ) from error
     set_up_logging(accelerator)
     set_cpu_threads(accelerator)
     return accelerator
+
+
+@cache
+def slow_group():
+    return torch.distributed.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+
+
+def wait_for_slow_process(accelerator: Accelerator) -> None:
+    """A barrier after work that may take one process hours, where every other collective is bounded by minutes."""
+    if accelerator.num_processes > 1:
+        torch.distributed.barrier(slow_group())
+
+
+@contextmanager
+def main_process_first(accelerator: Accelerator) -> Iterator[None]:
+    """accelerate's, for work of hours; all leave it together, since other machines may have to repeat the work."""
+    if not accelerator.is_main_process:
+        wait_for_slow_process(accelerator)
+    yield
+    if accelerator.is_main_process:
+        wait_for_slow_process(accelerator)
+    wait_for_slow_process(accelerator)
 
 
 def set_cpu_threads(accelerator: Accelerator) -> None:

@@ -12,7 +12,8 @@ from pathlib import Path
 import huggingface_hub
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from safetensors.torch import load_model, save_model
+from safetensors import SafetensorError
+from safetensors.torch import load_file, load_model, save_model
 
 from tinycap import REPOSITORY
 from tinycap.training import checkpoints
@@ -100,6 +101,8 @@ class RunFolder:
                     f"{saved.get('data')}, got {fingerprint}; to train on others, start from --model_name_or_path"
                 )
             saved_args = saved["args"]
+            if getattr(args, "load_best_model_at_end", False) and "best" in saved:
+                check_best(self.path / BEST_FILE, self.resume_from / "model.safetensors")
         plan_steps(args, steps_per_epoch, saved_args)
         if saved_args is not None:
             # With a fingerprint, the folder of the same images may have moved.
@@ -260,6 +263,22 @@ def compare_args(source: str, saved: dict, given: dict, free: tuple[str, ...] = 
             f"{source}: expected the arguments that it was written with, got others: {'; '.join(differing)}. "
             "A run with other arguments starts from a model (--model_name_or_path), not from a checkpoint"
         )
+
+
+def check_best(path: Path, like: Path) -> None:
+    """Raises `ValueError` unless `path` holds the best weights so far: finite, and of the shapes in the file `like`."""
+    try:
+        if not path.is_file():
+            raise OSError("no such file")
+        best, last = load_file(path), load_file(like)
+        if sorted(value.shape for value in best.values()) != sorted(value.shape for value in last.values()):
+            raise ValueError("got the weights of another model")
+        if not all(value.isfinite().all() for value in best.values()):
+            raise ValueError("got weights that aren't finite")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(
+            f"{path}: expected the best weights so far, for --load_best_model_at_end: {error}; resume without this flag"
+        ) from error
 
 
 def create_hub_repository(args: argparse.Namespace) -> str:

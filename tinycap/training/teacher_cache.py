@@ -9,6 +9,7 @@ everything that shapes them. It depends on contents, not on paths or times, so t
 import hashlib
 import json
 import logging
+import random
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.batches import CaptionCollator, CaptionDataset
+from tinycap.training.loop import init_worker, wait_for_slow_process
 from tinycap.training.teacher import Teacher
 
 
@@ -29,6 +32,8 @@ logger = logging.getLogger(__name__)
 SHARD_SIZE = 1024
 # Part of the key: raise it when a view's image or the way it is stored changes.
 CACHE_VERSION = 2
+# Rows that are computed anew, each of another file, and their least cosine: another device or precision is no fault.
+CHECKED_ROWS, MIN_COSINE = 32, 0.98
 
 
 def teacher_recipe(
@@ -80,7 +85,7 @@ def build_teacher_cache(
 
     Every file is written under a temporary name and renamed, so that an interrupted build continues where it stopped,
     and later runs with more views only add theirs. The dataset's augmentation and seed define the views, and
-    `dataset_fingerprint` its rows. Raises `ValueError` for a damaged file, which it names.
+    `dataset_fingerprint` its rows. Raises `ValueError` for a damaged file, or one of other embeddings, which it names.
     """
     recipe = teacher_recipe(teacher, dataset, collator, dataset_fingerprint, accelerator.mixed_precision)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
@@ -98,26 +103,58 @@ def build_teacher_cache(
         logger.info("Teacher embeddings of %d views are written to %s", num_views, folder)
     share = missing[accelerator.process_index :: accelerator.num_processes]
     hidden = not accelerator.is_main_process or not missing
-    for view, part in tqdm(share, desc="Precomputing teacher embeddings", disable=hidden):
-        keys = [(view, row) for row in parts[part]]
+    options = {"collate_fn": collator, "worker_init_fn": init_worker}
+    workers = usable_workers(num_workers, 4 * 3 * batch_size * dataset.image_size**2)
+
+    def embed(keys: list[tuple[int, int]], num_workers: int = 0) -> torch.Tensor:
         embeds = []
-        for batch in DataLoader(dataset, batch_size, sampler=keys, collate_fn=collator, num_workers=num_workers):
+        for batch in DataLoader(dataset, batch_size, sampler=keys, num_workers=num_workers, **options):
             with accelerator.autocast():
                 embeds.append(teacher(batch["pixel_values"].to(accelerator.device)).float().cpu())
+        return torch.cat(embeds)
+
+    for view, part in tqdm(share, desc="Precomputing teacher embeddings", disable=hidden):
         path = paths[view, part]
         aside = path.with_name(f".{path.name}.{accelerator.process_index}")
-        save_file({"image_embeds": torch.cat(embeds)}, aside)
+        save_file({"image_embeds": embed([(view, row) for row in parts[part]], workers)}, aside)
         aside.replace(path)
-    accelerator.wait_for_everyone()
+    wait_for_slow_process(accelerator)
     opened = {shard: _open_shard(paths[shard], (len(parts[shard[1]]), teacher.embed_dim)) for shard in shards}
-    return TeacherCache(opened, num_views)
+    cache = TeacherCache(opened, num_views)
+    # Files that were there already, maybe from somebody else.
+    rng, found = random.Random(key), sorted({*shards} - {*missing})
+    rows = {shard: rng.choice(parts[shard[1]]) for shard in rng.sample(found, min(len(found), CHECKED_ROWS))}
+    embeds = embed([(view, row) for (view, _), row in rows.items()]) if rows else ()
+    for (shard, row), expected in zip(rows.items(), embeds):
+        _check_row(paths[shard], row, cache(shard[0], row), expected)
+    return cache
 
 
 def _open_shard(path: Path, shape: tuple[int, int]) -> torch.Tensor:
     try:
+        if not path.is_file():
+            raise OSError("not a file")
         embeds = load_file(path)["image_embeds"]
     except (SafetensorError, OSError, KeyError) as error:
         raise ValueError(f"{path}: expected a file of embeddings, delete it to have it made anew: {error}") from error
-    if embeds.shape != shape:
-        raise ValueError(f"{path}: expected embeddings {shape}, got {tuple(embeds.shape)}; delete it")
+    if embeds.shape != shape or embeds.dtype != torch.float32:
+        raise ValueError(
+            f"{path}: expected embeddings {shape} of torch.float32, got {tuple(embeds.shape)} of {embeds.dtype}; "
+            "delete it"
+        )
+    norms = embeds.norm(dim=1)
+    # Those in half precision are off by 0.004; NaN is close to nothing.
+    if wrong := (~((norms - 1).abs() < 1e-2)).nonzero().flatten().tolist():
+        raise ValueError(
+            f"{path}: expected embeddings of norm 1, got {norms[wrong[0]]:.3g} in row {wrong[0]} and {len(wrong)} such "
+            "rows; delete it"
+        )
     return embeds
+
+
+def _check_row(path: Path, row: int, embed: torch.Tensor, expected: torch.Tensor) -> None:
+    """Raises `ValueError` unless a row's embedding is the one that the teacher computes."""
+    if (cosine := float(embed @ expected)) < MIN_COSINE:
+        raise ValueError(
+            f"{path}: expected this teacher's embedding of row {row}, got another (cosine {cosine:.2f}); delete it"
+        )

@@ -3,6 +3,7 @@
 import logging
 import re
 from collections.abc import Iterable
+from itertools import islice
 
 from tokenizers import ByteLevelBPETokenizer, Tokenizer, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -82,12 +83,38 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def encode_captions(tokenizer: PreTrainedTokenizerFast, captions: list[str], max_length: int) -> list[list[int]]:
-    """N captions to N lists of 1 to `max_length` target ids: the caption's tokens, truncated, then the end token.
+def encode_captions(
+    tokenizer: PreTrainedTokenizerFast, captions: list[str], max_length: int, end_truncated: bool = True
+) -> list[list[int]]:
+    """N captions to N lists of 1 to `max_length` target ids: the caption's tokens, truncated, then the end token, which
+    truncated captions only have with `end_truncated`: to generate, a model must not learn to stop there.
 
     There is no start token: the model shifts the ids right. Special tokens spelled out in a caption ("</s>") are text.
     """
     # Not verbose: no warning about captions that are truncated here anyway.
     options = {"split_special_tokens": True, "return_attention_mask": False, "verbose": False}
     encoded = tokenizer(captions, add_special_tokens=False, **options)
-    return [ids[: max_length - 1] + [tokenizer.eos_token_id] for ids in encoded["input_ids"]]
+    end = [tokenizer.eos_token_id]
+    return [
+        ids + end if len(ids) < max_length else ids[: max_length - 1] + end if end_truncated else ids[:max_length]
+        for ids in encoded["input_ids"]
+    ]
+
+
+def count_truncated(
+    tokenizer: PreTrainedTokenizerFast, captions: Iterable[str], max_length: int
+) -> dict[str, int | float]:
+    """How many captions there are, and how many of them `encode_captions` truncates; logs them."""
+    total, truncated, captions = 0, 0, iter(captions)
+    while chunk := list(islice(captions, 10_000)):
+        total += len(chunk)
+        # One more than fits, so that the longest captions have it.
+        truncated += sum(len(ids) > max_length for ids in encode_captions(tokenizer, chunk, max_length + 1))
+    share = truncated / max(1, total)
+    if truncated:
+        logger.warning(
+            "%d of %d training captions (%.1f %%) have more than --max_caption_length %d tokens with their end; they "
+            "are cut",
+            *(truncated, total, 100 * share, max_length),
+        )
+    return {"train_captions": total, "truncated_train_captions": truncated}
