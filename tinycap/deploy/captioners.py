@@ -82,34 +82,6 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def load_model(name: str) -> tuple:
-    """A TinyCap, its tokenizer and its image processor, by this package's own classes: runs no remote code.
-
-    Raises:
-        ValueError: it doesn't exist, isn't a TinyCap or can't be read; names it.
-    """
-    from transformers import PreTrainedTokenizerFast, logging
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    from tinycap.configuration_tinycap import TinyCapConfig
-    from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-
-    # The command line has a progress bar of its own.
-    logging.disable_progress_bar()
-    try:
-        model_type = TinyCapConfig.get_config_dict(name)[0].get("model_type")
-        if model_type != TinyCapConfig.model_type:
-            raise ValueError(f"expected model_type {TinyCapConfig.model_type}, got {model_type}")
-        return (
-            TinyCapForConditionalGeneration.from_pretrained(name),
-            PreTrainedTokenizerFast.from_pretrained(name),
-            AutoImageProcessor.from_pretrained(name, trust_remote_code=False),
-        )
-    except (OSError, ValueError) as error:
-        where = "" if os.path.isdir(name) else "no such folder, and from the Hub: "
-        raise ValueError(f"--model {name}: {where}{first_line(error)}") from error
-
-
 class Captioner:
     """The captioners' base class: embeds images in batches, by `embed_batch`."""
 
@@ -132,8 +104,10 @@ class TorchCaptioner(Captioner):
 
     def __init__(self, options: CaptionOptions):
         import torch
+        from transformers import logging
 
         from tinycap.pipeline_tinycap import ImageToTextPipeline
+        from tinycap.training.repository import load_repository
 
         self.options = options
         if options.num_threads is not None:
@@ -144,7 +118,9 @@ class TorchCaptioner(Captioner):
         except (RuntimeError, AssertionError) as error:
             # AssertionError: PyTorch was built without this device.
             raise ValueError(f"--device {device}: {first_line(error)}") from error
-        model, tokenizer, processor = load_model(options.model)
+        # The command line has a progress bar of its own.
+        logging.disable_progress_bar()
+        model, tokenizer, processor = load_repository(options.model, "--model")
         options.resolve_num_beams(model.generation_config.num_beams)
         self.pipeline = ImageToTextPipeline(
             model=model, tokenizer=tokenizer, image_processor=processor, device=torch.device(device)

@@ -93,7 +93,7 @@ class OnnxCaptioner:
         # Number of the decoder's positions.
         self.max_positions = config["text_config"]["max_position_embeddings"]
         self.tokenizer = Tokenizer.from_file(os.fspath(folder / "tokenizer.json"))
-        self.preprocessor = ImagePreprocessor.from_pretrained(folder)
+        self.preprocessor, self.quantized = ImagePreprocessor.from_pretrained(folder), quantized
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads or 0
         # Spinning threads would take CPU time from the caller.
@@ -173,7 +173,11 @@ class OnnxCaptioner:
 
     def encode(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, 3, H, W) -> the decoder's input (B, M, width) and the image embeddings (B, projection_dim)."""
-        return tuple(self.encoder.run(["last_hidden_state", "image_embeds"], {"pixel_values": pixel_values}))
+        # In int8 one at a time, which isn't slower: each activation has one scale for the batch, so that results would
+        # depend on the other images.
+        batches = pixel_values[:, None] if self.quantized else [pixel_values]
+        names = ["last_hidden_state", "image_embeds"]
+        return tuple(map(np.concatenate, zip(*(self.encoder.run(names, {"pixel_values": batch}) for batch in batches))))
 
     def decoding_step(self, encoder_hidden_states: np.ndarray) -> Callable:
         """A `Step` of the searches for encoded images (B, M, width), with their cache."""

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from tinycap.commands import replacing, writing
 from tinycap.training.batches import CaptionCollator, CaptionDataset
 from tinycap.training.teacher import Teacher
 
@@ -85,7 +86,8 @@ def build_teacher_cache(
     recipe = teacher_recipe(teacher, dataset, collator, dataset_fingerprint, accelerator.mixed_precision)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(cache_dir) / f"teacher-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     parts = [range(start, min(start + SHARD_SIZE, len(dataset))) for start in range(0, len(dataset), SHARD_SIZE)]
@@ -105,9 +107,8 @@ def build_teacher_cache(
             with accelerator.autocast():
                 embeds.append(teacher(batch["pixel_values"].to(accelerator.device)).float().cpu())
         path = paths[view, part]
-        aside = path.with_name(f".{path.name}.{accelerator.process_index}")
-        save_file({"image_embeds": torch.cat(embeds)}, aside)
-        aside.replace(path)
+        with replacing(path) as aside:
+            save_file({"image_embeds": torch.cat(embeds)}, aside)
     accelerator.wait_for_everyone()
     opened = {shard: _open_shard(paths[shard], (len(parts[shard[1]]), teacher.embed_dim)) for shard in shards}
     return TeacherCache(opened, num_views)
