@@ -110,9 +110,10 @@ def run_command(name: str, main: Callable[[], object], resume: str = "start it a
         say(name, f"error: {error}")
         return FAILED
     except (ValueError, ImportError, OSError) as error:
+        if getattr(error, "errno", None) in CANNOT_WRITE:
+            error = OutputError(f"cannot write {error.filename or 'an output'}: {error.strerror}")
         say(name, f"error: {error}")
-        is_output = isinstance(error, OutputError) or getattr(error, "errno", None) in CANNOT_WRITE
-        return BAD_OUTPUT if is_output else BAD_COMMAND
+        return BAD_OUTPUT if isinstance(error, OutputError) else BAD_COMMAND
     finally:
         drop_standard_output()
         if handler is not None:

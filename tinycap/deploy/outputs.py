@@ -47,7 +47,7 @@ if hasattr(os, "register_at_fork"):
 def lock(path: Path) -> TextIO:
     """Locks an output until the returned file is closed; `OutputError` if another process has the lock."""
     name = path.with_name(f".{path.name}.lock")
-    with writing(name):
+    with writing(f"{path}, its lock {name.name}"):
         # It is never written to, and may be a link or another user's, who was killed.
         file = open(name, "a") if os.access(name, os.W_OK) or not name.exists() else open(name)
     HELD.add(file)

@@ -57,7 +57,8 @@ def load_repository(
     """A TinyCap, its tokenizer and its image processor, by this package's own classes: runs no code of the repository.
 
     Raises:
-        ValueError: it doesn't exist, isn't a TinyCap, or a part of it is missing or can't be read; names it, after its `source`.
+        ValueError: it doesn't exist, isn't a TinyCap, or a part of it is missing or can't be read; names it, after its
+            `source`.
     """
     try:
         model_type = TinyCapConfig.get_config_dict(name_or_path)[0].get("model_type")
