@@ -77,11 +77,6 @@ class CaptionOptions:
         return num_beams
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error message, without the hints that libraries append."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 class Captioner:
     """The captioners' base class: embeds images in batches, by `embed_batch`."""
 
@@ -116,8 +111,8 @@ class TorchCaptioner(Captioner):
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            # AssertionError: PyTorch was built without this device.
-            raise ValueError(f"--device {device}: {first_line(error)}") from error
+            # AssertionError: PyTorch was built without this device. Hints follow the first line.
+            raise ValueError(f"--device {device}: {str(error).partition(chr(10))[0]}") from error
         # The command line has a progress bar of its own.
         logging.disable_progress_bar()
         model, tokenizer, processor = load_repository(options.model, "--model")

@@ -80,7 +80,7 @@ def filling(folder: str | Path) -> Iterator[Path]:
         os.makedirs(folder, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=".tinycap-", dir=folder) as aside:
             yield Path(aside)
-            for path in filter(Path.is_file, Path(aside).rglob("*")):
+            for path in [path for path in Path(aside).rglob("*") if path.is_file()]:
                 target = folder / path.relative_to(aside)
                 target.parent.mkdir(exist_ok=True)
                 os.replace(path, target)

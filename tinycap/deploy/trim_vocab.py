@@ -169,7 +169,8 @@ def trim_repository(
             text would be tokenised otherwise.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
+    # A killed run leaves a folder of its own.
+    if output_dir.exists() and any(not path.name.startswith(".tinycap-") for path in output_dir.iterdir()):
         raise ValueError(f"--output: expected an empty folder, got {output_dir}, which isn't")
     model, tokenizer, image_processor = load_repository(model_name_or_path, "--model")
     if not texts and not images:
