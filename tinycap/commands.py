@@ -88,6 +88,9 @@ def run_command(name: str, main: Callable[[], object], resume: str = "start it a
         name: of the command, in messages.
         resume: what to do after an interruption.
     """
+    if sys.stderr is None:
+        # Closed: `print` would write messages to the standard output.
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")
     handler = None
     if threading.current_thread() is threading.main_thread():
         handler = signal.signal(signal.SIGTERM, terminate)
