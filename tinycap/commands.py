@@ -32,6 +32,9 @@ class Terminated(SystemExit):  # noqa: N818 - not an error
 
 
 def terminate(number: int, frame) -> None:
+    if hasattr(signal, "SIGCHLD"):
+        # A scheduler terminates data loader workers too; PyTorch would raise an error for each.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     raise Terminated(TERMINATED)
 
 
