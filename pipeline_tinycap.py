@@ -78,7 +78,7 @@ class ImageToTextPipeline(Pipeline):
             prompt: beginning of every caption, part of `generated_text`.
             max_new_tokens, ...: any argument of `generate()`; also as a dict `generate_kwargs`.
             batch_size: images in one forward pass.
-            timeout: seconds to wait for a URL.
+            timeout: seconds for a URL as a whole.
             return_confidence: add `confidence` to each entry, the probability that the caption is right by the model's
                 `confidence.json`.
             min_confidence: captions of a lower confidence are `None`; implies `return_confidence`.

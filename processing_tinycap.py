@@ -9,7 +9,10 @@ import io
 import math
 import os
 import re
-from collections.abc import Sequence
+import struct
+import threading
+import time
+from collections.abc import Iterator, Sequence
 from itertools import product
 from typing import Any
 
@@ -43,16 +46,20 @@ MAX_PYTHON_PIXELS = 2**22
 MAX_READS = 2**20
 # Strips or tiles of a TIFF, 11 microseconds each, and Exif segments of a JPEG, which Pillow joins one by one.
 MAX_TILES, MAX_EXIF_SEGMENTS = 2**16, 2**8
+# Bytes of a compressed TIFF's pixels with its largest strip or tile, which libtiff decodes as a whole.
+MAX_TIFF_BYTES = 2**29 + 2**26
 # Bytes of a file at most: it is read into memory, since decoding a mapped file that shrinks kills the process.
 MAX_FILE_SIZE = 2**29
 # A progressive JPEG is decoded once a scan; it usually has ten, but a small file may hold thousands.
 MAX_SCANNED_PIXELS = 2**30
+# Coefficients of 2 bytes in a JPEG of several scans, which are all kept until the last scan is read.
+MAX_COEFFICIENTS = 2**28
 # The middle of a longer image is kept: the image processor, which resizes the shorter side, would take gigabytes.
 MAX_ASPECT_RATIO = 4
 # Before its colours are converted, an image is reduced by a whole factor; its shorter side stays at least this long.
 LARGE_SIDE = 2048
-# Seconds to wait for a URL, and bytes of a response at most; transformers limits neither.
-URL_TIMEOUT, MAX_DOWNLOAD = 10.0, 2**28
+# Seconds for a URL as a whole, bytes of its answer and redirects at most; transformers limits none of them.
+URL_TIMEOUT, MAX_DOWNLOAD, MAX_REDIRECTS = 10.0, 2**28, 5
 
 # Brands behind `ftyp` at the head of a HEIC or HEIF file.
 HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"hevm", b"hevs", b"mif1", b"msf1")
@@ -74,7 +81,7 @@ def load_image(image: Any, timeout: float | None = None, name: str | None = None
     Args:
         image: a path, an `http(s)://` URL, a base64 string (with or without its `data:image/...` head), the bytes of an
             image file, a `PIL.Image.Image`, or a dict with `bytes` and/or `path` as `datasets` gives undecoded images.
-        timeout: seconds to wait for a URL; `URL_TIMEOUT` when not given.
+        timeout: seconds for a URL as a whole, redirects and body included; `URL_TIMEOUT` when not given.
         name: of the image in errors; the path or URL when not given.
 
     Returns:
@@ -167,11 +174,11 @@ def _enlarge(image: "Image.Image", image_processor: Any) -> "Image.Image":
 
 def _open(image: Any, timeout: float | None) -> "Image.Image":
     """Opens a path, URL, base64 string or bytes, without decoding."""
+    if isinstance(image, str) and image.startswith("data:image/"):
+        image = base64.b64decode(image.partition(",")[2])
     if isinstance(image, str) and not os.path.exists(image):
         if image.startswith(("http://", "https://")):
             image = _download(image, URL_TIMEOUT if timeout is None else timeout)
-        elif image.startswith("data:image/"):
-            image = base64.b64decode(image.partition(",")[2])
         elif len(image) > 80 and "." not in image and not image.startswith(("/", "~")):
             # No image file is shorter than this in base64, and few paths are longer.
             image = base64.b64decode(image)
@@ -206,11 +213,22 @@ def _open(image: Any, timeout: float | None) -> "Image.Image":
         # `Image.open` would refuse 179 million pixels, although a JPEG needn't be decoded in full.
         return Image.OPEN["JPEG"][0](_BoundedFile(data))
     if head.startswith(b"\0\0\1\0"):
-        # An icon's directory doesn't tell the size of the PNG files in it.
-        for size in re.findall(rb"\x89PNG\r\n\x1a\n.{8}(.{4})(.{4})", data, re.DOTALL):
-            width, height = (int.from_bytes(side, "big") for side in size)
+        for width, height in _icon_sizes(data):
             _check_pixels(width * height, MAX_PYTHON_PIXELS, (width, height), "ICO")
     return Image.open(_BoundedFile(data), formats=[name for name in FORMATS if name in Image.OPEN])
+
+
+def _icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Of the PNG and BMP files in an icon, whose directory may tell others."""
+    for sides in re.findall(rb"IHDR(.{8})", data, re.DOTALL):
+        yield struct.unpack(">II", sides)
+    entries = data[6 : 6 + 16 * int.from_bytes(data[4:6], "little")]
+    for (start,) in struct.iter_unpack("<12xI", entries[: len(entries) // 16 * 16]):
+        if len(header := data[start : start + 12]) == 12 and not header.startswith(b"\x89PNG"):
+            # Headers of 12 bytes have sides of 16 bits. Rows may be stored from top to bottom: a negative height.
+            is_old = header.startswith(b"\x0c\0\0\0")
+            width, height = struct.unpack_from("<HH" if is_old else "<ii", header, 4)
+            yield abs(width), abs(height)
 
 
 class _BoundedFile(io.BytesIO):
@@ -226,25 +244,54 @@ class _BoundedFile(io.BytesIO):
 
 
 def _download(url: str, timeout: float) -> bytes:
-    """The bytes behind a URL, by the HTTP client that transformers uses: requests before version 5, httpx since.
+    """The bytes behind a URL. A client's own timeout is for each read: a thread that is left behind when the time is
+    over bounds name look-up, connections, redirects, headers and body together, and ends with the process."""
+    content, failure = bytearray(), []
+    deadline = time.monotonic() + timeout
 
-    transformers' own `load_image` would also convert the image, with transparency as black.
+    def work() -> None:
+        try:
+            for block in _blocks(url, timeout):
+                content.extend(block)
+                if len(content) > MAX_DOWNLOAD:
+                    raise ValueError(f"expected an answer of at most {MAX_DOWNLOAD:,} bytes")
+                if time.monotonic() > deadline:
+                    return
+        except Exception as error:
+            failure.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    thread.join(timeout)
+    if failure:
+        raise failure[0]
+    if thread.is_alive() or time.monotonic() > deadline:
+        raise ValueError(f"expected an answer within {timeout:g} s, got {len(content):,} bytes")
+    return bytes(content)
+
+
+def _blocks(url: str, timeout: float) -> Iterator[bytes]:
+    """The answer's blocks, by the HTTP client that transformers uses: requests before version 5, httpx since.
+
+    transformers' own `load_image` would also convert the image, with transparency as black. No client follows a
+    redirect to a file. Answers aren't decompressed: a kilobyte may hold gigabytes.
     """
     # Imported here, because it imports PyTorch.
     from transformers import image_utils
 
+    headers = {"Accept-Encoding": "identity"}
     if hasattr(image_utils, "httpx"):
-        request = image_utils.httpx.stream("GET", url, timeout=timeout, follow_redirects=True)
+        options = {"timeout": timeout, "headers": headers, "follow_redirects": True, "max_redirects": MAX_REDIRECTS}
+        with image_utils.httpx.Client(**options) as client, client.stream("GET", url) as answer:
+            answer.raise_for_status()
+            yield from answer.iter_raw()
     else:
-        request = image_utils.requests.get(url, timeout=timeout, stream=True)
-    content = bytearray()
-    with request as answer:
-        answer.raise_for_status()
-        for block in answer.iter_bytes() if hasattr(answer, "iter_bytes") else answer.iter_content(2**16):
-            content += block
-            if len(content) > MAX_DOWNLOAD:
-                raise ValueError(f"expected an answer of at most {MAX_DOWNLOAD:,} bytes")
-    return bytes(content)
+        with image_utils.requests.Session() as session:
+            session.max_redirects = MAX_REDIRECTS
+            with session.get(url, timeout=timeout, headers=headers, stream=True) as answer:
+                answer.raise_for_status()
+                # Waits for a whole block.
+                yield from answer.raw.stream(2**10, decode_content=False)
 
 
 def _describe(image: Any) -> str:
@@ -266,11 +313,21 @@ def _decode(image: "Image.Image", may_draft: bool) -> None:
     if len(tiles) > MAX_TILES:
         raise ValueError(f"expected at most {MAX_TILES:,} strips or tiles, got {len(tiles):,}")
     decoded = width * height
+    if tiles and tiles[0][0] == "libtiff":
+        strip = image.tag_v2.get(322, width) * min(height, image.tag_v2.get(323, image.tag_v2.get(278, height)))
+        needed = decoded * (1 if image.mode in ("1", "L", "P") else 4) + strip * sum(image.tag_v2.get(258, (1,))) // 8
+        if needed > MAX_TIFF_BYTES:
+            expected = f"a TIFF of at most {MAX_TIFF_BYTES:,} bytes with its largest strip or tile"
+            raise ValueError(f"expected {expected}, got {needed:,} ({width} x {height} pixels)")
     if kind in ("JPEG", "MPO"):
         scans, shrinking = _count_scans(image), min(image.size) // LARGE_SIDE
         if scans > 16 and scans * decoded > MAX_SCANNED_PIXELS:
             most = max(16, MAX_SCANNED_PIXELS // decoded)
             raise ValueError(f"expected at most {most} scans in a JPEG of {decoded:,} pixels, got {scans}")
+        sampling = [across * down for _, across, down, _ in getattr(image, "layer", ())] or [1]
+        if scans > 1 and decoded * sum(sampling) > MAX_COEFFICIENTS * max(sampling):
+            most = MAX_COEFFICIENTS * max(sampling) // sum(sampling)
+            raise ValueError(f"expected at most {most:,} pixels in a JPEG of {scans} scans, got {decoded:,}")
         if may_draft and shrinking > 1 and decoded <= MAX_JPEG_PIXELS:
             # Decodes every second, fourth or eighth pixel.
             image.draft(None, (width // shrinking, height // shrinking))

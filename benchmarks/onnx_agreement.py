@@ -26,10 +26,10 @@ def main() -> None:
     args = parser.parse_args()
 
     dataset = load_split(args.dataset_name, args.split)
-    columns = resolve_columns(dataset)
+    columns = resolve_columns(dataset, root=args.dataset_name)
     dataset = dataset.select(range(args.max_samples or len(dataset)))
     references = [clean_captions(row) for row in dataset[columns.caption]]
-    images = list(dataset[columns.image])
+    images = [columns.image_of(row) for row in dataset]
     model, processor = load_captioner(args.model_name_or_path)
     with tempfile.TemporaryDirectory() as folder:
         export_onnx(args.model_name_or_path, folder, quantize=True)
@@ -40,7 +40,7 @@ def main() -> None:
     results, rows = {"num_images": len(images), "num_beams": {}}, []
     for num_beams in sorted({1, model.generation_config.num_beams or 1}):
         options = {"batch_size": args.batch_size, "num_beams": num_beams}
-        expected = caption_dataset(model, processor, dataset, image_column=columns.image, progress=True, **options)
+        expected = caption_dataset(model, processor, dataset, columns=columns, progress=True, **options)
         captions = {"pytorch": expected.captions}
         for name, captioner in captioners.items():
             captions[name] = [found[0].text for found in captioner(images, **options)]

@@ -61,7 +61,8 @@ class Setup:
 
     def __init__(self, args: argparse.Namespace):
         rows = load_split(args.dataset_name, args.split).select(range(args.num_photos))
-        rows = decode_dataset(rows, resolve_columns(rows), IMAGE_SIZE, SkippedRows(), args.split)
+        columns = resolve_columns(rows, root=args.dataset_name)
+        rows = decode_dataset(rows, columns, IMAGE_SIZE, SkippedRows(), args.split)
         captions = (caption for group in rows["captions"] for caption in group)
         # Also for larger embeddings, whose rows cost the same whether they are used or not.
         self.tokenizer = train_tokenizer(captions, min(8192, *args.vocab_sizes), 64)

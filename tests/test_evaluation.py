@@ -338,7 +338,7 @@ def test_the_command_scores_a_checkpoint_and_leaves_its_reports(tinycap, reposit
     model, processor = tinycap
     data = tmp_path / "data"
     data.mkdir()
-    rows_of(tmp_path, 6, bad=(4,)).to_parquet(data / "validation.parquet")
+    rows_of(data, 6, bad=(4,)).to_parquet(data / "validation.parquet")
     flags = ["--model_name_or_path", str(repository), "--dataset_name", str(data), "--baselines", "--num_beams", "2"]
     results = main([*flags, "--output_dir", str(tmp_path / "out")])
     tokens_of_all = caption_dataset(model, processor, rows_of(tmp_path, 6, bad=(4,)), num_beams=2).tokens
@@ -399,7 +399,7 @@ def test_evaluation_refuses_a_model_that_is_not_a_tinycap(teacher, photos, tmp_p
 def test_rows_without_captions_are_skipped_and_counted_before_captioning(repository, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
-    rows = rows_of(tmp_path, 6)
+    rows = rows_of(data, 6)
     rows = rows.map(lambda row, index: {"captions": [] if index == 2 else row["captions"]}, with_indices=True)
     rows.to_parquet(data / "validation.parquet")
     flags = ["--model_name_or_path", str(repository), "--dataset_name", str(data), "--num_beams", "1"]
@@ -416,7 +416,7 @@ def test_without_a_validation_split_what_training_held_out_is_scored(given, repo
     (model / "train_args.json").write_text(json.dumps({"seed": 9 if given else 4}))
     data = tmp_path / "data"
     data.mkdir()
-    rows = rows_of(tmp_path, 25)
+    rows = rows_of(data, 25)
     halves = [rows.map(lambda row, number=number: {"captions": [row["captions"][number]]}) for number in (0, 1)]
     datasets.concatenate_datasets(halves).to_parquet(data / "train.parquet")
     held_out = load_splits(str(data), seed=4)[1]

@@ -31,6 +31,13 @@ def jpeg_with(head: bytes) -> bytes:
     return data[:2] + head + data[2:]
 
 
+def jpeg_of_scans(side: int) -> bytes:
+    """A progressive header with full chroma, and two scans of nothing."""
+    layers = b"".join(bytes([number, 0x11, 0]) for number in (1, 2, 3))
+    header = segment(0xDB, bytes([0] + [1] * 64)) + segment(0xC2, struct.pack(">BHHB", 8, side, side, 3) + layers)
+    return b"\xff\xd8" + header + segment(0xDA, bytes([1, 1, 0, 0, 0, 0])) * 2 + b"\xff\xd9"
+
+
 def segment(marker: int, body: bytes) -> bytes:
     return b"\xff" + bytes([marker]) + struct.pack(">H", len(body) + 2) + body
 
@@ -43,6 +50,12 @@ def png_with(chunks: list[tuple[bytes, bytes]], side: int = 8) -> bytes:
 
 def icon_of(png: bytes) -> bytes:
     return struct.pack("<HHHBBBBHHII", 0, 1, 1, 32, 32, 0, 0, 1, 32, len(png), 22) + png
+
+
+def late_header(png: bytes) -> bytes:
+    """With a chunk before the header."""
+    chunk = b"teSta"
+    return png[:8] + struct.pack(">I", 1) + chunk + struct.pack(">I", zlib.crc32(chunk)) + png[8:]
 
 
 def tiff_of_strips(number: int) -> bytes:
@@ -59,6 +72,25 @@ def tiff_of_strips(number: int) -> bytes:
     return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<I", 8) * (2 * number)
 
 
+def tiff_of_one_strip(side: int) -> bytes:
+    """Deflated RGB of 16 bits, without its pixels."""
+    after = 8 + 2 + 9 * 12 + 4
+    tags = [
+        (256, side),
+        (257, side),
+        (258, after),
+        (259, 8),
+        (262, 2),
+        (273, after + 6),
+        (277, 3),
+        (278, side),
+        (279, 9),
+    ]
+    entries = b"".join(struct.pack("<HHII", tag, *((3, 3) if tag == 258 else (4, 1)), value) for tag, value in tags)
+    directory = struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+    return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<HHH", 16, 16, 16) + bytes(9)
+
+
 BOMBS = {
     "bmp-end-of-line": (lambda: bmp_of_runs(2**27, 1, b"\x01\x05\x00\x00\x00\x01", 8), "4,194,304 pixels"),
     "bmp-4-bits": (lambda: bmp_of_runs(2**14, 2**13, b"\xff\x12\x00\x00" * 2**13, 4), "4,194,304 pixels"),
@@ -69,9 +101,13 @@ BOMBS = {
     "jpeg-fill-bytes": (lambda: jpeg_with(b"\xff" * (MAX_READS + 1)), TOO_MANY_PIECES),
     "jpeg-comments": (lambda: jpeg_with(segment(0xFE, b"a") * 600_000), TOO_MANY_PIECES),
     "jpeg-exif-segments": (lambda: jpeg_with(segment(0xE1, b"Exif\0\0" + bytes(40)) * 257), "256 Exif segments"),
+    "jpeg-coefficients": (lambda: jpeg_of_scans(11585), "89,478,485 pixels in a JPEG of 2 scans"),
     "png-chunks": (lambda: png_with([(b"teSt", b"")] * 550_000), TOO_MANY_PIECES),
     "icon-of-a-large-png": (lambda: icon_of(png_with([], side=2**13)), "4,194,304 pixels"),
+    "icon-of-a-late-header": (lambda: icon_of(late_header(png_with([], side=2**13))), "4,194,304 pixels"),
+    "icon-of-a-bmp": (lambda: icon_of(bmp_of_runs(2**13, 2**13, b"\1\5" + bytes(2**21), 8)[14:]), "4,194,304 pixels"),
     "tiff-strips": (lambda: tiff_of_strips(MAX_TILES + 1), "65,536 strips or tiles"),
+    "tiff-of-one-strip": (lambda: tiff_of_one_strip(11585), "a TIFF of at most 603,979,776 bytes"),
     "jpeg-2000": (lambda: encoded(Image.new("L", (4097, 4097)), "JPEG2000"), "16,777,216 pixels"),
 }
 

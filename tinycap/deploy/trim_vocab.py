@@ -12,6 +12,7 @@ increase by the dropped tokens' share of the softmax: the report counts the capt
 """
 
 import json
+import logging
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -25,10 +26,12 @@ from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.deploy.outputs import filling
 from tinycap.evaluation.captioning import Captions, caption_dataset
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.training.data import load_images, uncaptioned, undecoded
+from tinycap.training.data import Columns, load_images, uncaptioned
 from tinycap.training.repository import load_repository, save_repository
 from tinycap.training.tokenizer import encode_captions
 
+
+logger = logging.getLogger(__name__)
 
 REPORT_NAME = "trim_report.json"
 
@@ -136,6 +139,15 @@ def trim_model(model: TinyCapForConditionalGeneration, kept: Sequence[int]) -> T
     return trimmed.eval().to(model.device)
 
 
+def allowed_image(columns: Columns, row: dict) -> Any:
+    """The row's image, or `None`, which counts as unreadable, for one that a data set must not name."""
+    try:
+        return columns.image_of(row)
+    except ValueError as error:
+        logger.warning("%s", error)
+        return None
+
+
 def load_corpus(
     dataset_name: str, split: str, text_splits: Sequence[str] = (), max_samples: int | None = None
 ) -> tuple[list[str], list[dict]]:
@@ -147,7 +159,8 @@ def load_corpus(
         rows = rows.select([number for number in range(len(rows)) if number not in bad])
         texts += [text for row in rows.select_columns(columns.captions) for text in columns.captions_of(row)]
         if images is None:
-            images = undecoded(rows, columns.image)[:max_samples][columns.image]
+            chosen = rows.select_columns([columns.image]).take(min(max_samples or len(rows), len(rows)))
+            images = [allowed_image(columns, row) for row in chosen]
     return texts, images
 
 

@@ -85,7 +85,7 @@ class Evaluation:
             teacher.check_width(self.model.config.vision_config.projection_dim)
             teacher.to(accelerator.device)
         self.generation = {name: getattr(args, name) for name in GENERATION if getattr(args, name) is not None}
-        options = {"image_column": self.columns.image, "batch_size": args.batch_size, "accelerator": accelerator}
+        options = {"columns": self.columns, "batch_size": args.batch_size, "accelerator": accelerator}
         options |= {"teacher": teacher, "progress": True, "skip": uncaptioned(self.dataset, self.columns)}
         options |= self.generation
         self.captioned = captioning.caption_dataset(self.model, self.processor, self.dataset, **options)
@@ -120,7 +120,7 @@ class Evaluation:
 
     def images(self, positions: list[int]) -> list[Image.Image]:
         rows = [self.dataset[self.captioned.rows[position]] for position in positions]
-        return [load_image(row[self.columns.image]) for row in rows]
+        return [load_image(self.columns.image_of(row)) for row in rows]
 
     def write_reports(self, results: dict) -> None:
         """Writes the files that the module names to `--output_dir`."""
@@ -193,7 +193,7 @@ def training_references(args: argparse.Namespace) -> list[list[str]] | None:
     split = args.baseline_split or "train"
     if split == args.split:
         return None
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "allow_remote_images")}
     options = {"train_split": split, "seed": captioning.hold_out_seed(args), **columns}
     try:
         dataset, _ = load_splits(args.dataset_name, args.dataset_config_name, **options)

@@ -42,6 +42,8 @@ def create_parser(module: str, description: str, output_dir: str) -> argparse.Ar
     add("--split", default="validation", help="split; 'validation' of a dataset without one: what training held out")
     add("--image_column", help="column of the images; found by its type if not given")
     add("--caption_column", help="column of the captions; found by its name if not given")
+    help_text = "open URLs and files outside the data set's folder that its rows name"
+    add("--allow_remote_images", action=argparse.BooleanOptionalAction, default=False, help=help_text)
     add("--max_samples", type=int, help="use only the first so many images")
     add("--batch_size", type=int, default=32, help="images run through the model together")
     add("--seed", type=int, help="of all that is drawn; if not given, 0, and the training seed for held-out images")
@@ -57,7 +59,8 @@ def load_model_and_data(args: argparse.Namespace) -> tuple:
     """
     check_sources(args)
     source = (args.dataset_name, args.split, args.dataset_config_name, hold_out_seed(args))
-    dataset, columns = load_images(*source, image_column=args.image_column, caption_column=args.caption_column)
+    options = {name: getattr(args, name) for name in ("image_column", "caption_column", "allow_remote_images")}
+    dataset, columns = load_images(*source, **options)
     if args.max_samples is not None:
         dataset = dataset.select(range(min(args.max_samples, len(dataset))))
     return *load_captioner(args.model_name_or_path), dataset, columns
@@ -117,7 +120,7 @@ def caption_dataset(
     processor,
     dataset: datasets.Dataset | Iterable[dict],
     *,
-    image_column: str = "image",
+    columns: Columns | None = None,
     batch_size: int = 32,
     accelerator: Accelerator | None = None,
     teacher: Callable[[torch.Tensor], torch.Tensor] | None = None,
@@ -130,7 +133,8 @@ def caption_dataset(
     Args:
         model: a TinyCap; each image is encoded once, for its embedding and its caption.
         processor: the `GitProcessor` of the same folder (image processor and tokenizer).
-        dataset: rows with an image in `image_column`: decoded, encoded, or a path.
+        dataset: rows of images: decoded, encoded, or paths.
+        columns: of the images ("image" if not given), and which files their rows may name.
         batch_size: images run through the model together.
         accelerator: whose device and processes to use.
         teacher: embeds the same pixels to (B, D), unit norm.
@@ -142,9 +146,10 @@ def caption_dataset(
         ValueError: no image can be read; gives the first reason.
     """
     device = accelerator.device if accelerator is not None else next(model.parameters()).device
+    columns = columns or Columns("image", "captions")
     process, processes = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     if isinstance(dataset, datasets.Dataset):
-        dataset = undecoded(dataset, image_column)
+        dataset = undecoded(dataset.select_columns([columns.image]))
     model.eval()
     skipped: list[tuple[int, str]] = []
 
@@ -157,9 +162,9 @@ def caption_dataset(
             if skip and index in skip:
                 skipped.append((index, skip[index]))
                 continue
-            path = path_of(row[image_column])
+            path = path_of(row[columns.image])
             try:
-                image = load_image(row[image_column], name=f"of row {index}" + (f" ({path})" if path else ""))
+                image = load_image(columns.image_of(row), name=f"of row {index}" + (f" ({path})" if path else ""))
             except (ValueError, TypeError) as error:
                 skipped.append((index, str(error)))
             else:

@@ -184,7 +184,7 @@ def calibrate_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple
     """
     model, processor, dataset, columns = captioning.load_model_and_data(args)
     model.to(accelerator.device)
-    options = {"image_column": columns.image, "batch_size": args.batch_size, "skip": uncaptioned(dataset, columns)}
+    options = {"columns": columns, "batch_size": args.batch_size, "skip": uncaptioned(dataset, columns)}
     options |= {"accelerator": accelerator, "progress": True, "do_sample": False}
     entries, decodings, min_cider = [], [], args.min_cider
     for num_beams in sorted(set(args.num_beams or [1, model.generation_config.num_beams or 1])):

@@ -8,11 +8,13 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 from datasets import Dataset, IterableDataset
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
 from tinycap.processing_tinycap import load_image
@@ -39,12 +41,21 @@ DECODE_VERSION = 3
 
 @dataclass(frozen=True)
 class Columns:
-    """Names of the columns of an image, its captions (`caption` and further ones) and its id, where there is one."""
+    """Names of the columns of an image, its captions (`caption` and further ones) and its id, where there is one.
+
+    Args:
+        root: the data set (folder, or name on the Hub) that rows may name files of; `None` for rows of the caller's.
+        follow_links: links below `root` may lead out of it: they are the user's.
+        allow_remote_images: rows may name any file or URL.
+    """
 
     image: str
     caption: str
     image_id: str | None = None
     more_captions: tuple[str, ...] = ()
+    root: str | None = field(default=None, compare=False)
+    follow_links: bool = field(default=False, compare=False)
+    allow_remote_images: bool = field(default=False, compare=False)
 
     @property
     def captions(self) -> list[str]:
@@ -61,6 +72,33 @@ class Columns:
         path = path_of(row[self.image])
         return number if path is None else os.path.basename(path) if os.path.isabs(path) else path
 
+    def image_of(self, row: dict) -> str | bytes | Image.Image | None:
+        """The row's image, for `load_image`: bytes, base64, or the path of a file below `root` or in the Hub's caches.
+
+        Raises:
+            ValueError: it is a URL or a file elsewhere, which the author of a data set must not choose to be opened.
+        """
+        source = row[self.image]
+        if isinstance(source, dict):
+            # Even empty bytes are the image: the path may name another.
+            source = source.get("path") if source.get("bytes") is None else source["bytes"]
+        if self.root is None or not isinstance(source, str) or source.startswith("data:"):
+            return source
+        roots = (self.root, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
+        paths = [os.path.abspath(path) for path in (source, os.path.join(self.root, source))]
+        # Others aren't even looked for: on Windows, a path may name another machine.
+        if not self.allow_remote_images:
+            paths = [path for path in paths if any(Path(path).is_relative_to(os.path.abspath(root)) for root in roots)]
+        for path in filter(os.path.isfile, paths):
+            is_own = any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)) for root in roots)
+            if is_own or self.follow_links or self.allow_remote_images:
+                return path
+        is_elsewhere = "://" in source or (os.path.isabs(source) and not paths)
+        if not self.allow_remote_images and (is_elsewhere or any(map(os.path.lexists, (source, *paths)))):
+            expected = f"bytes or a file below {self.root} (see --allow_remote_images)"
+            raise ValueError(f"expected {expected}, got {source[:300]}")
+        return source
+
 
 def path_of(image: dict | str | bytes | None) -> str | None:
     """The path of an undecoded image; `None` where it has none."""
@@ -72,7 +110,7 @@ def load_split(
     dataset_name: str, split: str, dataset_config_name: str | None = None, streaming: bool = False
 ) -> AnyDataset:
     """Loads one split (slices such as `train[:100]` included) of a Hub dataset, of a local folder of shards (parquet,
-    WebDataset), or of plain image files; a stream reads the shards on the fly.
+    WebDataset), or of plain image files, undecoded; a stream reads the shards on the fly.
 
     Raises:
         NoSplitError: there is no such split; lists the splits.
@@ -81,10 +119,11 @@ def load_split(
     is_folder = os.path.isdir(dataset_name)
     if not is_folder and (os.path.isabs(dataset_name) or dataset_name.startswith(".")):
         raise ValueError(f"dataset_name: no such folder: {dataset_name}")
-    if is_folder and dataset_config_name is None and (rows := read_folder(dataset_name, split)) is not None:
+    if is_folder and (rows := read_folder(dataset_name, split, dataset_config_name)) is not None:
+        rows = undecoded(rows)
         return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
     try:
-        return datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming)
+        return undecoded(datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming))
     except UNREADABLE as error:
         # The wording of the two modes of `datasets`.
         if re.search("(Unknown|Bad) split", str(error)):
@@ -103,7 +142,7 @@ def load_splits(
     streaming: bool = False,
     seed: int = 0,
     num_proc: int | None = None,
-    **columns: str | None,
+    **columns: str | bool | None,
 ) -> tuple[AnyDataset, Dataset]:
     """The training and the validation split, one row for each image (a stream's training rows aren't merged).
 
@@ -116,7 +155,7 @@ def load_splits(
         ValueError: a split or column is missing, a stream has no validation split, or there are too few images.
     """
     train = load_split(dataset_name, train_split, dataset_config_name, streaming)
-    columns = resolve_columns(train, **columns)
+    columns = resolve_columns(train, root=dataset_name, **columns)
     try:
         validation = load_split(dataset_name, validation_split or "validation", dataset_config_name, streaming)
     except NoSplitError as error:
@@ -141,7 +180,7 @@ def load_splits(
 
 
 def load_images(
-    dataset_name: str, split: str, dataset_config_name: str | None = None, seed: int = 0, **columns: str | None
+    dataset_name: str, split: str, dataset_config_name: str | None = None, seed: int = 0, **columns: str | bool | None
 ) -> tuple[Dataset, Columns]:
     """One split with one row for each image, and its columns (`columns` as in `resolve_columns`).
 
@@ -149,18 +188,24 @@ def load_images(
     """
     try:
         rows = load_split(dataset_name, split, dataset_config_name)
-        rows = merge_rows(rows, resolve_columns(rows, **columns))
+        rows = merge_rows(rows, resolve_columns(rows, root=dataset_name, **columns))
     except NoSplitError:
         if split != "validation":
             raise
         rows = load_splits(dataset_name, dataset_config_name, seed=seed, **columns)[1]
-    return rows, resolve_columns(rows, **columns)
+    return rows, resolve_columns(rows, root=dataset_name, **columns)
 
 
-def resolve_columns(dataset: AnyDataset, image_column: str | None = None, caption_column: str | None = None) -> Columns:
+def resolve_columns(
+    dataset: AnyDataset,
+    image_column: str | None = None,
+    caption_column: str | None = None,
+    root: str | None = None,
+    allow_remote_images: bool = False,
+) -> Columns:
     """Finds the image, caption (also caption_0 ...) and id columns, by the given names or by the usual ones.
 
-    Of several candidates the most usual name is taken, with a warning.
+    `root` and `allow_remote_images`: see `Columns`. Of several candidates the most usual name is taken, with a warning.
 
     Raises:
         ValueError: there is no such column, or it holds no text, or neither images nor bytes nor paths.
@@ -197,7 +242,9 @@ def resolve_columns(dataset: AnyDataset, image_column: str | None = None, captio
     if not (kind is None or _is_value(kind, "string") or _holds_files(kind)):
         raise ValueError(f"image_column: expected images, bytes of image files or paths in {image!r}, got {kind}")
     image_id = next((name for name in ID_COLUMNS if name in names and name not in (caption, image)), None)
-    return Columns(image, caption, image_id, tuple(more))
+    # `read_folder` names the files that it found.
+    follow_links = dataset.info.builder_name == "generator"
+    return Columns(image, caption, image_id, tuple(more), root, follow_links, allow_remote_images)
 
 
 def _is_value(kind: object, dtype: str) -> bool:
@@ -217,19 +264,32 @@ def _holds_text(kind: object, is_list: bool = False) -> bool:
     return _is_value(kind, "string") or (hasattr(kind, "feature") and _holds_text(kind.feature, is_list=True))
 
 
-def undecoded(rows: Dataset, column: str) -> Dataset:
-    """The rows with images as bytes or paths, so that a damaged image only costs its own row."""
-    is_image = isinstance((rows.features or {}).get(column), datasets.Image)
-    return rows.cast_column(column, datasets.Image(decode=False)) if is_image else rows
+def undecoded(rows: AnyDataset) -> AnyDataset:
+    """The rows with files as bytes or paths: a damaged image only costs its own row, and `datasets` opens no URL."""
+
+    def plain(feature: Any) -> Any:
+        if isinstance(feature, dict):
+            return {name: plain(part) for name, part in feature.items()}
+        if hasattr(feature, "feature"):
+            return replace(feature, feature=plain(feature.feature))
+        return replace(feature, decode=False) if getattr(feature, "decode", False) else feature
+
+    for name, feature in (rows.features or {}).items():
+        if (kind := plain(feature)) != feature:
+            rows = rows.cast_column(name, kind)
+    return rows
 
 
-def image_key(row: dict, number: int, column: str) -> dict[str, str]:
+def image_key(row: dict, number: int, columns: Columns) -> dict[str, str]:
     """An equal `key` for rows of the same image: a hash of its file's bytes, else its path, else the row number."""
-    image, path = row[column], path_of(row[column])
-    content = image.get("bytes") if isinstance(image, dict) else None if isinstance(image, str) else image
-    if content is None and path is not None and os.path.isfile(path):
-        content = Path(path).read_bytes()
-    return {"key": hashlib.blake2b(content, digest_size=16).hexdigest() if content else path or f"row {number}"}
+    try:
+        content = columns.image_of(row)
+    except ValueError:
+        content = None
+    if isinstance(content, str):
+        content = Path(content).read_bytes() if os.path.isfile(content) else None
+    name = path_of(row[columns.image]) or f"row {number}"
+    return {"key": hashlib.blake2b(content, digest_size=16).hexdigest() if content else name}
 
 
 def merge_rows(rows: Dataset, columns: Columns, num_proc: int | None = None) -> Dataset:
@@ -237,8 +297,8 @@ def merge_rows(rows: Dataset, columns: Columns, num_proc: int | None = None) -> 
 
     Nothing is decoded, and `datasets` caches the hashes. `ROW_COLUMN` keeps the number of the row in `rows`.
     """
-    files = undecoded(rows, columns.image)
-    options = {"with_indices": True, "fn_kwargs": {"column": columns.image}, "remove_columns": columns.image}
+    files = undecoded(rows)
+    options = {"with_indices": True, "fn_kwargs": {"columns": columns}, "remove_columns": columns.image}
     images = files.select_columns([columns.image])
     keys = images.map(image_key, num_proc=num_proc, desc="Looking for rows of the same image", **options)["key"][:]
     first: dict[str, int] = {}
@@ -288,7 +348,7 @@ def uncaptioned(rows: Dataset, columns: Columns) -> dict[int, str]:
 def image_ids(rows: Dataset, columns: Columns) -> list[str | int]:
     """The id of every row: see `Columns.id_of`."""
     wanted = [name for name in (columns.image, columns.image_id, ROW_COLUMN) if name in rows.column_names]
-    bare = undecoded(rows.select_columns(wanted), columns.image)
+    bare = undecoded(rows.select_columns(wanted))
     return [columns.id_of(row, row.get(ROW_COLUMN, number)) for number, row in enumerate(bare)]
 
 
@@ -321,7 +381,7 @@ def decode_row(row: dict, index: int | str, columns: Columns, size: int, version
     try:
         captions = columns.captions_of(row)
         where = repr(columns.image)
-        image = load_image(row[columns.image], name=path or image_id)
+        image = load_image(columns.image_of(row), name=path or image_id)
     except (ValueError, TypeError) as error:
         return {**decoded, "reason": f"column {where}: {error}", "digest": ""}
     if min(image.size) > size:
@@ -350,7 +410,7 @@ def decode_dataset(
     rows = dataset.select_columns([name for name in wanted if name in dataset.column_names])
     # Rows that failed for want of the package are decoded again once it is installed.
     version = (DECODE_VERSION, importlib.util.find_spec("pillow_heif") is not None)
-    decoded = undecoded(rows, columns.image).map(
+    decoded = undecoded(rows).map(
         decode_row,
         with_indices=True,
         fn_kwargs={"columns": columns, "size": cache_size(image_size), "version": version},

@@ -56,6 +56,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("caption_column", None, "column of strings or lists of strings; found by its name if not given"),
         Flag("max_train_samples", None, "use only the first so many training images", POSITIVE),
         Flag("max_eval_samples", None, "use only the first so many validation images", POSITIVE),
+        Flag("allow_remote_images", False, "open URLs and files outside the data set's folder that its rows name"),
         Flag("on_bad_row", "skip", "what to do with an unusable row", ("skip", "error")),
         DistillFlag("streaming", False, "read the training images while training, without storing them"),
     ),
@@ -148,6 +149,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
 # A condition that needs or contradicts another one, and why. A condition is the name of a flag, which then differs from
 # its default, or a name with a value.
 DATA_FLAGS = ("dataset_config_name", "train_split", "validation_split", "image_column", "caption_column", "streaming")
+DATA_FLAGS += ("allow_remote_images",)
 IMAGE_TOWER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "attention_dropout")
 TEXT_TOWER = ("text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads", "tokenizer_name")
 RULES = (

@@ -25,6 +25,8 @@ from typing import Any
 
 import datasets
 import pyarrow
+import yaml
+from huggingface_hub import DatasetCard
 
 from tinycap.processing_tinycap import IMAGE_ENDINGS
 
@@ -63,18 +65,23 @@ def split_of(path: str) -> str | None:
     return next((match.lastgroup for match in matches if match), None)
 
 
-def read_folder(folder: str, split: str) -> datasets.Dataset | None:
-    """One split (slices included) of a plain folder of captioned images; `None` where it holds shards or no images.
+def read_folder(folder: str, split: str, config: str | None = None) -> datasets.Dataset | None:
+    """One split (slices included) of a plain folder of captioned images; `None` where it holds shards or no images, or
+    for a configuration.
 
     Returns:
         Rows of `image` (paths), `file_name` (relative to the folder) and the table's other columns, or `captions`; one
         row for each row of the table.
 
     Raises:
-        ValueError: a file can't be read, there are images and no captions, or there is no such split; names it.
+        ValueError: a file can't be read or is elsewhere, there are images and no captions, or no such split; names it.
     """
+    for card in ("README.md", ".huggingface.yaml"):
+        _check_data_files(folder, card)
+    if config is not None:
+        return None
     files = list(_walk(folder))
-    images = _Files([name for name in files if name.lower().endswith(IMAGE_ENDINGS)])
+    images = _Files([name for name in files if name.lower().endswith(IMAGE_ENDINGS)], folder)
     if not images.names or any(name.lower().endswith(SHARD_ENDINGS) for name in files):
         return None
     if "README.md" in files and re.search(r"^configs:", _read_text(folder, "README.md"), re.MULTILINE):
@@ -104,6 +111,31 @@ def read_folder(folder: str, split: str) -> datasets.Dataset | None:
     for where, row in rows:
         splits[row.pop("split", None) or images.split_of(row["image"]) or "train"].append((where, row))
     return _to_dataset(folder, splits, split)
+
+
+def _check_data_files(folder: str, card: str) -> None:
+    """Refuses a folder whose card lets `datasets` read URLs or files outside the folder."""
+    if not os.path.isfile(path := os.path.join(folder, card)):
+        return
+    text = _read_text(folder, card)
+    if card == "README.md" and not text.lstrip().startswith("---"):
+        return
+    try:
+        # As `datasets` reads them.
+        content = DatasetCard(text).data.to_dict() if card == "README.md" else yaml.safe_load(text)
+    except (yaml.YAMLError, ValueError, TypeError, LookupError, RecursionError) as error:
+        raise ValueError(f"{path}: not a card: {error}") from None
+    waiting, seen = [content.get("configs")] if isinstance(content, dict) else [], set()
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, (dict, list)) and id(value) not in seen:
+            # Aliases may repeat the same part without end.
+            seen.add(id(value))
+            waiting += value.values() if isinstance(value, dict) else value
+        elif isinstance(value, str) and (
+            os.path.isabs(value) or "://" in value or "::" in value or ".." in re.split(r"[/\\]", value)
+        ):
+            raise ValueError(f"{path}: expected data files below this folder, got {value[:300]}")
 
 
 def find_broken_shard(folder: str) -> str | None:
@@ -151,8 +183,8 @@ def _file_named(cell: Any) -> str:
 class _Files:
     """Finds the files that tables name: by path, by file name, by file name without its ending."""
 
-    def __init__(self, names: list[str]):
-        self.names = dict.fromkeys(names)
+    def __init__(self, names: list[str], folder: str = ""):
+        self.names, self.root = dict.fromkeys(names), os.path.abspath(folder).replace(os.sep, "/") + "/"
         self.splits: dict[str, str] = {}
         self.by_name, self.by_stem = defaultdict(list), defaultdict(list)
         for name in names:
@@ -168,14 +200,21 @@ class _Files:
         if not name:
             return None
         for path in (posixpath.normpath(posixpath.join(base, name)), posixpath.normpath(name)):
-            if path in self.names or (os.path.isabs(path) and os.path.isfile(path)):
+            if (path := path.removeprefix(self.root)) in self.names:
                 return path
         here, name = posixpath.split(posixpath.join(base, name))
         found = self.by_name.get(name) or (by_stem and self.by_stem.get(name)) or []
         if len(found) > 1:
             beside = [path for path in found if posixpath.dirname(path) == here][:1]
             found = beside or [path for path in found if self.split_of(path) == split]
-        return found[0] if len(found) == 1 else None
+        # Elsewhere: `Columns.image_of` decides whether it is opened.
+        is_elsewhere = os.path.isabs(path) and path.lower().endswith(IMAGE_ENDINGS)
+        return found[0] if len(found) == 1 else path if is_elsewhere else None
+
+
+def _printable(name: str) -> str:
+    """A file name as Arrow can store it; one that isn't UTF-8 then names no file, and its row is skipped."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _read_text(folder: str, name: str) -> str:
@@ -317,7 +356,7 @@ def _uncaptioned(folder: str, rows: list[Row], images: _Files) -> list[Row]:
     folders = {posixpath.dirname(row["image"]) for _, row in rows}
     beside = [image for image in left if posixpath.dirname(image) in folders]
     if left:
-        shown = ", ".join((beside or left)[:5]) + ", ..." * (len(left) > 5)
+        shown = ", ".join(map(_printable, (beside or left)[:5])) + ", ..." * (len(left) > 5)
         logger.warning("%s: %d images have no captions: %s", folder, len(left), shown)
     if 10 * len(beside) > len(rows):
         return []
@@ -333,17 +372,18 @@ def _to_dataset(folder: str, splits: dict[str, list[Row]], split: str) -> datase
     rows = [row for part in parts for row in splits[part.splitname][part.from_ : part.to]]
     columns, features = {}, datasets.Features()
     for name in dict.fromkeys(["image", "file_name", *(name for _, row in rows for name in row)]):
-        values = [row["image"] if name == "file_name" else row.get(name) for _, row in rows]
+        values = [_printable(row["image"]) if name == "file_name" else row.get(name) for _, row in rows]
         if name == "image" or name.endswith(MORE_IMAGES):
             name = name.removesuffix(MORE_IMAGES)
-            values = [None if value is None else os.path.join(folder, value) for value in values]
+            values = [None if value is None else os.path.join(folder, _printable(value)) for value in values]
             features[name] = datasets.Image()
         else:
             schema = pyarrow.schema({name: _type_of(name, values, [where for where, _ in rows])})
             features.update(datasets.Features.from_arrow_schema(schema))
         columns[name] = values
     # A replaced file of the same name is another image.
-    found = filter(os.path.isfile, dict.fromkeys(columns["image"]))
+    found = [path for path in dict.fromkeys(columns["image"]) if Path(path).is_relative_to(folder)]
+    found = filter(os.path.isfile, found)
     stamps = {path: (os.path.getsize(path), os.path.getmtime(path)) for path in found}
     # As text, of which `datasets` makes its cache's key: lists pickle slowly.
     content = {"columns": json.dumps(columns), "stamps": json.dumps(stamps)}

@@ -24,7 +24,7 @@ from tinycap.training.teacher_cache import build_teacher_cache
 # Arguments of `load_splits`.
 SPLIT_FLAGS = {
     *("dataset_name", "dataset_config_name", "train_split", "validation_split", "max_train_samples"),
-    *("max_eval_samples", "streaming", "seed", "image_column", "caption_column"),
+    *("max_eval_samples", "streaming", "seed", "image_column", "caption_column", "allow_remote_images"),
 }
 
 
@@ -78,7 +78,8 @@ def load_data(
         else:
             flags = {name: value for name, value in vars(args).items() if name in SPLIT_FLAGS}
             train, validation = load_splits(**flags, num_proc=workers)
-            columns = resolve_columns(train, args.image_column, args.caption_column)
+            source = (args.dataset_name, args.allow_remote_images)
+            columns = resolve_columns(train, args.image_column, args.caption_column, *source)
             # Recorded for an evaluation of the same rows.
             args.image_column, args.caption_column = columns.image, columns.caption
         split = args.validation_split or "validation"

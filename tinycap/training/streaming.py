@@ -49,7 +49,7 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
         if (mixup := self.augmentation.mixup) > 0:
             raise ValueError(f"mixup: expected 0 for a stream, which holds no other image, got {mixup}")
         # Only the order of the shards: a buffer of one row holds nothing that a state would have to save.
-        rows = undecoded(self.rows, self.columns.image).shuffle(self.seed, buffer_size=1, max_buffer_input_shards=1)
+        rows = undecoded(self.rows).shuffle(self.seed, buffer_size=1, max_buffer_input_shards=1)
         self.rows = split_dataset_by_node(rows, rank=self.process_index, world_size=self.num_processes)
         self.epoch = 0
         self.position = self.resumed = None
