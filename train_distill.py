@@ -27,6 +27,7 @@ from tqdm.auto import tqdm
 
 # In a clone, `tinycap` adds the repository's root to its path: its modules import one another by the package's name.
 from tinycap import train_teacher
+from tinycap.commands import writing
 from tinycap.evaluation.metrics import distillation_fidelity, score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.training.arguments import check_sources, parse_flags
@@ -295,7 +296,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         metrics, captions = validate()
     run_info.update(hours=(time.perf_counter() - started) / 3600, num_images=len(captions))
     if accelerator.is_main_process:
-        save_results(args, model, tokenizer, image_processor, data, metrics, captions, run_info)
+        with writing(args.output_dir):
+            save_results(args, model, tokenizer, image_processor, data, metrics, captions, run_info)
     accelerator.end_training()
     return metrics
 

@@ -29,6 +29,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
 # In a clone, `tinycap` adds the repository's root to its path: its modules import one another by the package's name.
+from tinycap.commands import writing
 from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
@@ -251,7 +252,8 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
     metrics = evaluate(accelerator, model, validation_loader, tokenizer)
     run.log_validation(metrics, model)
     metrics.update(counts)
-    save_results(accelerator, model, tokenizer, image_processor, run, metrics)
+    with writing(args.output_dir):
+        save_results(accelerator, model, tokenizer, image_processor, run, metrics)
     if not is_part:
         accelerator.end_training()
     return metrics

@@ -60,13 +60,16 @@ def server() -> subprocess.Popen:
     return process
 
 
-def run_fresh(code: str, *argv: object, folder: Path, path: tuple = (), **variables: str | None) -> str:
-    """What `code` prints.
+def run_fresh(
+    code: str, *argv: object, folder: Path, path: tuple = (), expected_status: int = 0, **variables: str | None
+) -> str:
+    """What `code` prints; if it is expected to fail, its errors.
 
     Args:
         argv: its `sys.argv`.
         folder: where it runs, and where its output is kept.
         path: folders in front of its `sys.path`.
+        expected_status: its exit status.
         variables: of its environment; `None` for one to leave out.
     """
     shown, errors = folder / "fresh.stdout", folder / "fresh.stderr"
@@ -77,8 +80,8 @@ def run_fresh(code: str, *argv: object, folder: Path, path: tuple = (), **variab
     process.stdin.write(json.dumps(job) + "\n")
     process.stdin.flush()
     status = process.stdout.readline().strip()
-    assert status == "0", (status, errors.read_text())
-    found = shown.read_text()
+    assert status == str(expected_status), (status, errors.read_text())
+    found = (errors if expected_status else shown).read_text()
     shown.unlink()
     errors.unlink()
     return found

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from tiny import tiny_model
 from torch import nn
 
+from tinycap.commands import OutputError
 from tinycap.training.checkpoints import (
-    CheckpointWriteError,
     complete_checkpoints,
     load_checkpoint,
     resolve_resume,
@@ -131,7 +131,7 @@ def test_a_failure_while_saving_leaves_the_newest_checkpoint_intact(prepared, tm
         raise OSError("no space left on device")
 
     monkeypatch.setattr(accelerator, "save_state", fail)
-    with pytest.raises(CheckpointWriteError, match=r"checkpoint-2: .*[\d,.]+ MB are free.*no space"):
+    with pytest.raises(OutputError, match=r"checkpoint-2: .*[\d,.]+ MB are free.*no space"):
         save_checkpoint(accelerator, tmp_path, {"step": 2}, keep=1)
     assert resolve_resume(tmp_path, "latest").name == "checkpoint-1"
 

@@ -390,7 +390,7 @@ def test_evaluation_ends_with_a_short_table(repository, photos, tmp_path, capsys
 
 def test_evaluation_refuses_a_model_that_is_not_a_tinycap(teacher, photos, tmp_path):
     flags = ["--dataset_name", photos, "--output_dir", str(tmp_path / "out"), "--model_name_or_path"]
-    with pytest.raises(ValueError, match="expected model_type 'tinycap', got 'clip_vision_model'"):
+    with pytest.raises(ValueError, match="expected model_type tinycap, got clip_vision_model"):
         main([*flags, teacher])
     with pytest.raises(ValueError, match="nowhere"):
         main([*flags, str(tmp_path / "nowhere"), "--overwrite_output_dir"])

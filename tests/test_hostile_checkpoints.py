@@ -19,11 +19,12 @@ from transformers import AutoModel, AutoModelForImageTextToText, pipeline
 from tinycap import train_distill
 from tinycap.checks_tinycap import PIXEL_SETTINGS, check_pixels
 from tinycap.configuration_tinycap import TinyCapConfig, TinyCapVisionConfig
-from tinycap.deploy.captioners import CaptionOptions, load_model
+from tinycap.deploy.captioners import CaptionOptions
 from tinycap.deploy.export import export_onnx
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
 from tinycap.evaluation.captioning import load_captioner
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionModel
+from tinycap.training.repository import load_repository
 from tinycap.training.tokenizer import load_tokenizer, train_tokenizer
 
 
@@ -434,7 +435,7 @@ def name_of(values):
 @pytest.mark.parametrize("values", PIXELS, ids=name_of)
 def test_an_image_processor_of_nonsense_is_an_error_that_names_the_field(copy, values):
     change_json(copy, "preprocessor_config.json", **values)
-    for door in (from_pipeline, lambda folder: load_model(str(folder)), lambda folder: load_captioner(str(folder))):
+    for door in (from_pipeline, lambda folder: load_captioner(str(folder))):
         with pytest.raises(ValueError, match=f"preprocessor_config.json: {next(iter(values))}"):
             door(copy)
 
@@ -499,7 +500,7 @@ def test_a_models_own_number_of_captions_is_not_the_command_lines(copy):
 @pytest.mark.parametrize("content", ["[]", "", '{"version": "1.0"}'])
 def test_a_tokenizer_of_nonsense_is_one_error_everywhere(copy, content):
     (copy / "tokenizer.json").write_text(content)
-    for door in (load_model, load_captioner):
+    for door in (load_repository, load_captioner):
         with pytest.raises(ValueError, match=f"model {re.escape(str(copy))}: "):
             door(str(copy))
 

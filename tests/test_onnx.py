@@ -263,6 +263,21 @@ def test_int8_graphs_are_close_and_hold_small_weights(exported, captioner, pictu
     assert len(tables) == 1
 
 
+def test_captions_depend_on_no_other_image_of_their_batch(exported, captioner):
+    """In int8 an activation has one scale for a batch."""
+    pictures = [draw_picture(seed, (24 + seed, 31)) for seed in range(9)]
+    for found in (captioner, OnnxCaptioner.from_pretrained(exported, quantized=True, num_threads=1)):
+        pixels = found.preprocessor(pictures)
+        alone = [np.concatenate(parts) for parts in zip(*(found.encode(each[None]) for each in pixels))]
+        for together, expected in zip(found.encode(pixels), alone):
+            np.testing.assert_allclose(together, expected, atol=1e-5, rtol=0)
+        for beams in (1, 3):
+            rows = [found(pictures, num_beams=beams, batch_size=size) for size in (1, 3, 8)]
+            for captions in zip(*rows):
+                assert len({caption.text for (caption,) in captions}) == 1
+                assert np.ptp([caption.score for (caption,) in captions]) < 1e-4
+
+
 def test_the_graphs_name_no_source_files(exported):
     for path in (exported / "onnx").glob("*.onnx"):
         assert b"modeling_tinycap" not in path.read_bytes()

@@ -84,47 +84,6 @@ def first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
-def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a repository; `ValueError` where there is none that can be read."""
-    from transformers import PreTrainedTokenizerFast
-
-    try:
-        return PreTrainedTokenizerFast.from_pretrained(name)
-    except Exception as error:
-        # `tokenizers` raises plain `Exception`, and transformers various errors on a damaged file.
-        raise ValueError(f"{name}: expected a tokenizer.json and tokenizer_config.json, got {error!r}") from error
-
-
-def load_model(name: str) -> tuple:
-    """A TinyCap, its tokenizer and its image processor, by this package's own classes: runs no remote code.
-
-    Raises:
-        ValueError: it doesn't exist, isn't a TinyCap or can't be read; names it.
-    """
-    from transformers import logging
-    from transformers.models.auto.image_processing_auto import AutoImageProcessor
-
-    from tinycap.configuration_tinycap import TinyCapConfig
-    from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-    from tinycap.pipeline_tinycap import check_image_processor
-
-    # The command line has a progress bar of its own.
-    logging.disable_progress_bar()
-    try:
-        model_type = TinyCapConfig.get_config_dict(name)[0].get("model_type")
-        if model_type != TinyCapConfig.model_type:
-            raise ValueError(f"expected model_type {TinyCapConfig.model_type}, got {model_type}")
-        model = TinyCapForConditionalGeneration.from_pretrained(name)
-        tokenizer = load_tokenizer(name)
-        image_processor = AutoImageProcessor.from_pretrained(name, trust_remote_code=False)
-        check_image_processor(model, image_processor)
-        return model, tokenizer, image_processor
-    except Exception as error:
-        # transformers raises errors of many types on malformed files.
-        where = "" if os.path.isdir(name) else "no such folder, and from the Hub: "
-        raise ValueError(f"--model {name}: {where}{first_line(error)}") from error
-
-
 class Captioner:
     """The captioners' base class: embeds images in batches, by `embed_batch`."""
 
@@ -147,8 +106,10 @@ class TorchCaptioner(Captioner):
 
     def __init__(self, options: CaptionOptions):
         import torch
+        from transformers import logging
 
         from tinycap.pipeline_tinycap import ImageToTextPipeline
+        from tinycap.training.repository import load_repository
         from tinycap.workers import start_worker
 
         self.options = options
@@ -158,9 +119,11 @@ class TorchCaptioner(Captioner):
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            # AssertionError: PyTorch was built without this device.
-            raise ValueError(f"--device {device}: {first_line(error)}") from error
-        model, tokenizer, processor = load_model(options.model)
+            # AssertionError: PyTorch was built without this device. Hints follow the first line.
+            raise ValueError(f"--device {device}: {str(error).partition(chr(10))[0]}") from error
+        # The command line has a progress bar of its own.
+        logging.disable_progress_bar()
+        model, tokenizer, processor = load_repository(options.model, "--model")
         options.resolve_num_beams(model.generation_config.num_beams)
         self.pipeline = ImageToTextPipeline(
             model=model, tokenizer=tokenizer, image_processor=processor, device=torch.device(device)

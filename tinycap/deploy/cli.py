@@ -19,14 +19,15 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from tinycap.commands import BAD_IMAGES, DONE, run_command, say
 from tinycap.deploy.captioners import BACKENDS, RELEASED_MODEL, CaptionOptions, ImageResult, check_model, extra_missing
 from tinycap.deploy.inputs import UNREADABLE, LeftOut, list_images, read_lines
-from tinycap.deploy.outputs import FORMATS, CaptionRows, Output, OutputError, RowFile, Screen, Sidecars, writing
+from tinycap.deploy.outputs import FORMATS, CaptionRows, Output, RowFile, Screen, Sidecars
 
 
-DONE, BAD_IMAGES, BAD_COMMAND, BAD_OUTPUT, INTERRUPTED = 0, 1, 2, 3, 130
 STATUS = """exit status: 0, success; 1, some images failed: they are named, the others are done; 2, the command can't
-run with these arguments; 3, the output can't be written; 130, interrupted. After 3 and 130 the same command resumes."""
+run with these arguments; 3, the output can't be written; 130, interrupted; 143, terminated. After the last three the
+same command resumes."""
 # Unreadable files named on standard error if the output file lists all of them.
 MAX_NAMED = 20
 
@@ -149,7 +150,7 @@ def create_parser() -> argparse.ArgumentParser:
         ("trim-vocab", run_trim, add_trim, trims),
     ):
         command = commands.add_parser(name, help=what, description=what, epilog=STATUS, allow_abbrev=False)
-        command.set_defaults(run=run)
+        command.set_defaults(run=run, prog=command.prog)
         add_arguments(command)
     return parser
 
@@ -161,34 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # and, on macOS and Windows, LLVM's or Intel's.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
-    try:
-        return args.run(args)
-    except KeyboardInterrupt:
-        say(args, "interrupted; the same command goes on from here")
-        return INTERRUPTED
-    except BrokenPipeError:
-        # The reader, such as `head`, closed the pipe.
-        drop_standard_output()
-        return DONE
-    except OutputError as error:
-        say(args, f"error: {error}")
-        drop_standard_output()
-        return BAD_OUTPUT
-    except (ValueError, ImportError, OSError) as error:
-        say(args, f"error: {error}")
-        return BAD_COMMAND
-
-
-def say(args: argparse.Namespace, text: str) -> None:
-    print(f"tinycap {args.command}: {text}", file=sys.stderr)
-
-
-def drop_standard_output() -> None:
-    """Discards what can't be written, since Python would raise again when it closes the stream."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return run_command(args.prog, lambda: args.run(args), "the same command goes on from here")
 
 
 # --- tinycap caption, tinycap embed -----------------------------------------------------------------------------------
@@ -202,7 +176,7 @@ def find_inputs(args: argparse.Namespace) -> tuple[list[str], LeftOut]:
         listed = list_images(read_lines(args.input_list, "surrogateescape"), left_out=left_out, from_list=True)
         images = list(dict.fromkeys([*images, *listed]))
     if str(left_out) and (left_out[UNREADABLE] or not getattr(args, "quiet", False)):
-        say(args, str(left_out))
+        say(args.prog, str(left_out))
     return images, left_out
 
 
@@ -309,14 +283,14 @@ def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed
     """Prints failures, and the number of completed images unless `--quiet`."""
     named = bad[:MAX_NAMED] if args.command == "caption" and args.output is not None else bad
     for image, error in (*named, *failed):
-        say(args, error if image in error else f"{image}: {error}")
+        say(args.prog, error if image in error else f"{image}: {error}")
     if len(bad) > len(named):
-        say(args, f"... all {len(bad)} of them have an error in {args.output}")
+        say(args.prog, f"... all {len(bad)} of them have an error in {args.output}")
     if bad or failed or (total > 1 and not args.quiet):
         kept = f", {total - pending} were there already" if total > pending else ""
         unread = f", {len(bad)} could not be read" if bad else ""
         unwritten = f", {len(failed)} could not be written" if failed else ""
-        say(args, f"{pending - len(bad) - len(failed)} of {total} images done{kept}{unread}{unwritten}")
+        say(args.prog, f"{pending - len(bad) - len(failed)} of {total} images done{kept}{unread}{unwritten}")
 
 
 # --- tinycap export, tinycap trim-vocab -------------------------------------------------------------------------------
@@ -326,8 +300,7 @@ def run_export(args: argparse.Namespace) -> int:
     model = check_model(args.model or str(RELEASED_MODEL))
     from tinycap.deploy.export import export_onnx
 
-    with writing(args.output):
-        paths = export_onnx(model, args.output, args.quantize)
+    paths = export_onnx(model, args.output, args.quantize)
     for path in paths.values():
         print(f"{Path(path).stat().st_size:>12,}  {path}")
     return DONE
@@ -351,7 +324,6 @@ def run_trim(args: argparse.Namespace) -> int:
         captions, rows = load_corpus(args.dataset_name, args.split, args.corpus_split, args.max_samples)
         texts += captions
         images += rows
-    with writing(args.output):
-        report = trim_repository(args.model, args.output, texts, images, args.batch_size)
+    report = trim_repository(args.model, args.output, texts, images, args.batch_size)
     print(json.dumps(report, indent=2))
     return DONE

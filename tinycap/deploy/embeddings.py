@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save
 
+from tinycap.commands import replacing, write_text
 from tinycap.deploy.captioners import ImageResult
-from tinycap.deploy.outputs import Output, RowFile, json_line, path_aside, writing
+from tinycap.deploy.outputs import Output, RowFile, check_file, json_line
 
 
 class EmbeddingRows:
@@ -44,10 +45,11 @@ class EmbeddingFile(Output):
     """
 
     def __init__(self, path: str | Path, model: str, overwrite: bool):
-        self.path, self.images = Path(path), ()
+        self.path, self.images = Path(os.path.realpath(path)), ()
         if self.path.suffix not in (".safetensors", ".npy"):
             raise ValueError(f"--output: expected a name that ends in .safetensors or .npy, got {path}")
-        self.rows = RowFile(f"{path}.partial.jsonl", EmbeddingRows(model))
+        check_file(self.path)
+        self.rows = RowFile(f"{self.path}.partial.jsonl", EmbeddingRows(model), is_temporary=True)
         if self.path.exists() and not overwrite and not self.rows.path.exists():
             raise ValueError(f"--output: {path} is there already; pass --overwrite to write over it")
 
@@ -59,14 +61,13 @@ class EmbeddingFile(Output):
         return self.rows.append(results)
 
     def close(self, finished: bool) -> None:
+        is_written = False
         try:
             if finished:
-                with writing(self.path):
-                    self._write()
+                self._write()
+                is_written = True
         finally:
-            self.rows.close(finished)
-        if finished:
-            self.rows.path.unlink()
+            self.rows.close(is_written)
 
     def _write(self) -> None:
         """Writes the embeddings of this run's images in their order, atomically."""
@@ -75,15 +76,9 @@ class EmbeddingFile(Output):
         if not ids:
             return
         table = np.stack([np.frombuffer(base64.b64decode(found[image]), np.float32) for image in ids])
-        aside = path_aside(self.path)
-        try:
-            with open(aside, "wb") as file:
-                if self.path.suffix == ".npy":
-                    np.save(file, table)
-                else:
-                    file.write(save({"image_embeds": table}, {"ids": json.dumps(ids)}))
+        with replacing(self.path) as aside:
             if self.path.suffix == ".npy":
-                self.path.with_suffix(".ids.json").write_text(json.dumps(ids) + "\n", encoding="utf-8")
-            os.replace(aside, self.path)
-        finally:
-            aside.unlink(missing_ok=True)
+                np.save(aside, table)
+                write_text(self.path.with_suffix(".ids.json"), json.dumps(ids) + "\n")
+            else:
+                aside.write_bytes(save({"image_embeds": table}, {"ids": json.dumps(ids)}))

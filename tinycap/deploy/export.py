@@ -21,8 +21,10 @@ from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import cached_file
 
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
-from tinycap.deploy.captioners import extra_missing, load_model
+from tinycap.deploy.captioners import extra_missing
+from tinycap.deploy.outputs import filling
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.training.repository import load_repository
 
 
 # Files beside the graphs that a captioner reads.
@@ -102,25 +104,24 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise extra_missing("exporting needs onnx, onnxscript and onnxruntime", "export", error) from error
-    model = load_model(str(model_name_or_path))[0].float()
-    output_dir = Path(output_dir)
-    (output_dir / "onnx").mkdir(parents=True, exist_ok=True)
-    for name in (*COMPANIONS, CONFIDENCE_NAME):
-        # Only the calibration is optional.
-        source = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=name in COMPANIONS)
-        if source is None:
-            (output_dir / name).unlink(missing_ok=True)
-        elif Path(source).resolve() != (output_dir / name).resolve():
-            shutil.copyfile(source, output_dir / name)
-
-    paths = {}
-    for name, export in (("encoder_model", _export_encoder), ("decoder_model_merged", _export_decoder)):
-        paths[name] = output_dir / "onnx" / f"{name}.onnx"
-        export(model, paths[name])
-        if quantize:
-            paths[f"{name}_quantized"] = output_dir / "onnx" / f"{name}_quantized.onnx"
-            quantize_graph(paths[name], paths[f"{name}_quantized"], is_decoder=export is _export_decoder)
-    return paths
+    model = load_repository(str(model_name_or_path), "--model")[0].float()
+    output_dir, written = Path(output_dir), []
+    with filling(output_dir) as aside:
+        (aside / "onnx").mkdir()
+        for name, export in (("encoder_model", _export_encoder), ("decoder_model_merged", _export_decoder)):
+            path, quantized_path = (aside / "onnx" / f"{name}{suffix}.onnx" for suffix in ("", "_quantized"))
+            export(model, path)
+            if quantize:
+                quantize_graph(path, quantized_path, is_decoder=export is _export_decoder)
+            written += [path, quantized_path][: 1 + quantize]
+        for name in (*COMPANIONS, CONFIDENCE_NAME):
+            # Only the calibration is optional.
+            source = cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=name in COMPANIONS)
+            if source is None:
+                (output_dir / name).unlink(missing_ok=True)
+            elif Path(source).resolve() != (output_dir / name).resolve():
+                shutil.copyfile(source, aside / name)
+    return {path.stem: output_dir / "onnx" / path.name for path in written}
 
 
 def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool) -> None:

@@ -149,7 +149,7 @@ class OnnxCaptioner:
         path = folder / "preprocessor_config.json"
         pixels = {**ImagePreprocessor.DEFAULTS, **read_json(path)}
         check_pixels(pixels, sizes["image_size"], sizes["num_channels"], os.fspath(path))
-        self.preprocessor = ImagePreprocessor(pixels)
+        self.preprocessor, self.quantized = ImagePreprocessor(pixels), quantized
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = num_threads or 0
         # Spinning threads would take CPU time from the caller.
@@ -233,8 +233,12 @@ class OnnxCaptioner:
 
     def encode(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, 3, H, W) -> the decoder's input (B, M, width) and the image embeddings (B, projection_dim)."""
-        outputs = ["last_hidden_state", "image_embeds"]
-        return tuple(run_graph(self.encoder, outputs, {"pixel_values": pixel_values}))
+        # In int8 one at a time, which isn't slower: each activation has one scale for the batch, so that results would
+        # depend on the other images.
+        batches = pixel_values[:, None] if self.quantized else [pixel_values]
+        names = ["last_hidden_state", "image_embeds"]
+        parts = [run_graph(self.encoder, names, {"pixel_values": batch}) for batch in batches]
+        return tuple(map(np.concatenate, zip(*parts)))
 
     def decoding_step(self, encoder_hidden_states: np.ndarray) -> Callable:
         """A `Step` of the searches for encoded images (B, M, width), with their cache."""

@@ -16,10 +16,13 @@ import html
 import io
 import json
 import os
+import tempfile
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
+from tinycap.commands import OutputError, replacing, write_text, writing
 from tinycap.deploy.captioners import ImageResult
 
 
@@ -35,24 +38,19 @@ AS_IT_IS = {"errors": "surrogateescape", "newline": ""}
 csv.field_size_limit(2**31 - 1)
 
 
-class OutputError(OSError):
-    """An output can't be written; names the file and the reason."""
-
-
-@contextlib.contextmanager
-def writing(path: str | Path) -> Iterator[None]:
-    """Converts the block's system errors to `OutputError`; errors of transformers have no errno and pass through."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None or isinstance(error, (BrokenPipeError, OutputError)):
-            raise
-        raise OutputError(f"cannot write {path}: {error.strerror}") from error
+# Locks of this process. Its forks close them, or they would keep a lock after this process is killed.
+HELD: "weakref.WeakSet[TextIO]" = weakref.WeakSet()
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: [file.close() for file in HELD])
 
 
 def lock(path: Path) -> TextIO:
     """Locks an output until the returned file is closed; `OutputError` if another process has the lock."""
-    file = open(path.with_name(f".{path.name}.lock"), "w")
+    name = path.with_name(f".{path.name}.lock")
+    with writing(f"{path}, its lock {name.name}"):
+        # It is never written to, and may be a link or another user's, who was killed.
+        file = open(name, "a") if os.access(name, os.W_OK) or not name.exists() else open(name)
+    HELD.add(file)
     try:
         if os.name == "nt":
             msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
@@ -65,14 +63,27 @@ def lock(path: Path) -> TextIO:
         file.close()
         raise OutputError(f"cannot write {path}: another process is writing to it") from None
     except OSError:
-        # Some cluster file systems don't support locks.
+        # Some network file systems don't support locks.
         pass
     return file
 
 
-def path_aside(path: Path) -> Path:
-    """The temporary file for an atomic write, in the same folder and with a short name."""
-    return path.with_name(f".tinycap-{os.getpid()}{path.suffix}")
+def check_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise OutputError(f"cannot write {path}: expected a file, got a folder, a pipe or a device")
+
+
+@contextlib.contextmanager
+def filling(folder: str | Path) -> Iterator[Path]:
+    """Yields a temporary folder in `folder`; moves its files to there if the block succeeds. Raises `OutputError`."""
+    with writing(folder):
+        os.makedirs(folder, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".tinycap-", dir=folder) as aside:
+            yield Path(aside)
+            for path in [path for path in Path(aside).rglob("*") if path.is_file()]:
+                target = folder / path.relative_to(aside)
+                target.parent.mkdir(exist_ok=True)
+                os.replace(path, target)
 
 
 def alt_attribute(caption: str) -> str:
@@ -157,12 +168,13 @@ def csv_line(fields: list[str]) -> str:
 class RowFile(Output):
     """A `.jsonl` or `.csv` file (`ValueError` for other extensions) to which runs append, one at a time.
 
-    `shape` defines the content of its rows, like `CaptionRows`.
+    `shape` defines the content of its rows, like `CaptionRows`; one that `is_temporary` is removed when it is finished.
     """
 
-    def __init__(self, path: str | Path, shape):
+    def __init__(self, path: str | Path, shape, is_temporary: bool = False):
         # Resolved, so that links to the same file share its lock.
         self.path, self.shape, self.file, self.lock = Path(os.path.realpath(path)), shape, None, None
+        self.is_temporary = is_temporary
         self.kind = self.path.suffix.lower()[1:]
         if self.kind not in ("jsonl", "csv"):
             raise ValueError(f"--output: expected a name that ends in .jsonl or .csv, got {path}")
@@ -175,19 +187,16 @@ class RowFile(Output):
         with writing(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self.lock = lock(self.path)
-            retried, done, aside = set(images), set(), path_aside(self.path)
-            try:
-                with open(aside, "w", encoding="utf-8", **AS_IT_IS) as file:
-                    file.write(self.shape.head(self.kind))
-                    for text, row in () if overwrite else self.rows():
-                        if not row.get("error") or row["image"] not in retried:
-                            file.write(text)
-                            done.add(row["image"])
-                    file.flush()
-                    os.fsync(file.fileno())
-                os.replace(aside, self.path)
-            finally:
-                aside.unlink(missing_ok=True)
+            check_file(self.path)
+            retried, done = set(images), set()
+            with replacing(self.path) as aside, open(aside, "w", encoding="utf-8", **AS_IT_IS) as file:
+                file.write(self.shape.head(self.kind))
+                for text, row in () if overwrite else self.rows():
+                    if not row.get("error") or row["image"] not in retried:
+                        file.write(text)
+                        done.add(row["image"])
+                file.flush()
+                os.fsync(file.fileno())
             self.file = open(self.path, "a", encoding="utf-8", **AS_IT_IS)
         return done
 
@@ -203,6 +212,8 @@ class RowFile(Output):
             if file is not None:
                 with writing(self.path):
                     file.close()
+                    if finished and self.is_temporary:
+                        self.path.unlink()
         finally:
             if held is not None:
                 # Windows can't remove an open file.
@@ -297,17 +308,14 @@ class Sidecars(Output):
         failed = []
         for result in results:
             path = self.path_of(result.image)
-            aside = path_aside(path)
             lines = [caption for caption in result.captions if caption is not None]
             if self.format == "alt":
                 lines = [alt_attribute(line) for line in lines]
             try:
                 if lines:
-                    aside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-                    os.replace(aside, path)
-            except OSError as error:
-                aside.unlink(missing_ok=True)
-                failed.append((result.image, f"cannot write {path}: {error.strerror}"))
+                    write_text(path, "".join(f"{line}\n" for line in lines))
+            except OutputError as error:
+                failed.append((result.image, str(error)))
         return failed
 
 
@@ -321,6 +329,8 @@ class Screen(Output):
             stream.reconfigure(errors=AS_IT_IS["errors"])
 
     def start(self, images: Sequence[str], overwrite: bool) -> set[str]:
+        if self.stream is None:
+            raise OutputError("cannot write to the standard output: it is closed")
         with writing("to the standard output"):
             self.stream.write(self.shape.head(self.format))
         return set()

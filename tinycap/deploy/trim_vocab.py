@@ -23,11 +23,11 @@ from tokenizers import Tokenizer, pre_tokenizers
 from transformers import GenerationConfig, GitProcessor, PreTrainedTokenizerFast
 
 from tinycap.configuration_tinycap import TinyCapConfig
-from tinycap.deploy.captioners import load_model
+from tinycap.deploy.outputs import filling
 from tinycap.evaluation.captioning import Captions, caption_dataset
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.data import Columns, load_images, uncaptioned
-from tinycap.training.repository import save_repository
+from tinycap.training.repository import load_repository, save_repository
 from tinycap.training.tokenizer import encode_captions
 
 
@@ -182,9 +182,10 @@ def trim_repository(
             text would be tokenised otherwise.
     """
     output_dir = Path(output_dir)
-    if output_dir.exists() and any(output_dir.iterdir()):
+    # A killed run leaves a folder of its own.
+    if output_dir.exists() and any(not path.name.startswith(".tinycap-") for path in output_dir.iterdir()):
         raise ValueError(f"--output: expected an empty folder, got {output_dir}, which isn't")
-    model, tokenizer, image_processor = load_model(model_name_or_path)
+    model, tokenizer, image_processor = load_repository(model_name_or_path, "--model")
     if not texts and not images:
         raise ValueError("expected texts or images to trim to, got none")
     beams, named = sorted({1, model.generation_config.num_beams or 1}), set()
@@ -205,7 +206,6 @@ def trim_repository(
     trimmed, trimmed_tokenizer = trim_model(model, kept), trim_tokenizer(tokenizer, kept)
     check_tokenisation(tokenizer, trimmed_tokenizer, kept, texts)
     after = caption(trimmed, trimmed_tokenizer)
-    save_repository(output_dir, trimmed, trimmed_tokenizer, image_processor)
     differ = {n: sum(map(operator.ne, found.captions, after[n].captions)) for n, found in before.items()}
     unreadable = len(before[1].skipped) if images else 0
     report = {
@@ -222,9 +222,11 @@ def trim_repository(
             "kept": len(kept),
         },
         "before": sizes(model, tokenizer, Path(model_name_or_path)),
-        "after": sizes(trimmed, trimmed_tokenizer, output_dir),
     }
-    (output_dir / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    with filling(output_dir) as aside:
+        save_repository(aside, trimmed, trimmed_tokenizer, image_processor)
+        report["after"] = sizes(trimmed, trimmed_tokenizer, aside)
+        (aside / REPORT_NAME).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return report
 
 

@@ -10,18 +10,20 @@ import argparse
 import json
 import logging
 import random
+import sys
 from pathlib import Path
 
 from accelerate import Accelerator
 from PIL import Image
 from tqdm.auto import tqdm
 
+from tinycap.commands import run_command, write_text, writing
 from tinycap.evaluation import captioning, failures, html_report, metrics, ood_images
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each, metric_caveats
 from tinycap.evaluation.reports import contact_sheet
 from tinycap.processing_tinycap import load_image
 from tinycap.training.data import image_ids, load_splits, resolve_columns, uncaptioned
-from tinycap.training.logs import write_json, write_text
+from tinycap.training.logs import write_json
 from tinycap.training.teacher import FEATURES, Teacher
 
 
@@ -57,7 +59,8 @@ def main(argv: list[str] | None = None) -> dict:
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     accelerator = Accelerator()
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
     if any(output_dir.iterdir()) and not args.overwrite_output_dir:
         raise ValueError(f"--output_dir {output_dir}: expected an empty folder; --overwrite_output_dir writes over it")
     evaluation = Evaluation(args, accelerator)
@@ -228,4 +231,4 @@ def summary(results: dict, output_dir: Path) -> str:
 
 
 if __name__ == "__main__":
-    captioning.run_command("tinycap.evaluation", main)
+    sys.exit(run_command("python -m tinycap.evaluation", main))

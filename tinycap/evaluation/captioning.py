@@ -5,7 +5,6 @@ import itertools
 import json
 import logging
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from operator import itemgetter
@@ -19,15 +18,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
-from transformers import GitProcessor, PreTrainedTokenizerFast
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
+from transformers import GitProcessor
 
-from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.pipeline_tinycap import caption_log_probs, check_image_processor
+from tinycap.pipeline_tinycap import caption_log_probs
 from tinycap.processing_tinycap import load_image, preprocess_images
 from tinycap.training.arguments import ArgumentParser, check_sources
 from tinycap.training.data import Columns, load_images, path_of, undecoded
+from tinycap.training.repository import load_repository
 
 
 logger = logging.getLogger(__name__)
@@ -51,14 +49,6 @@ def create_parser(module: str, description: str, output_dir: str) -> argparse.Ar
     add("--seed", type=int, help="of all that is drawn; if not given, 0, and the training seed for held-out images")
     add("--output_dir", default=output_dir, help="folder for the results")
     return parser
-
-
-def run_command(module: str, main: Callable[[], Any]) -> None:
-    """Runs `python -m MODULE`; a `ValueError` ends it with its message only."""
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"python -m {module}: error: {error}")
 
 
 def load_model_and_data(args: argparse.Namespace) -> tuple:
@@ -85,22 +75,9 @@ def hold_out_seed(args: argparse.Namespace) -> int:
 
 
 def load_captioner(name_or_path: str) -> tuple[TinyCapForConditionalGeneration, GitProcessor]:
-    """A TinyCap checkpoint and its processor, by this package's own classes: runs no code of the repository.
-
-    Raises:
-        ValueError: it isn't a TinyCap, or a part of it is missing or can't be read; names it.
-    """
-    try:
-        content, _ = TinyCapConfig.get_config_dict(name_or_path)
-        if content.get("model_type") != TinyCapConfig.model_type:
-            raise ValueError(f"expected model_type {TinyCapConfig.model_type!r}, got {content.get('model_type')!r}")
-        model = TinyCapForConditionalGeneration.from_pretrained(name_or_path)
-        image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
-        check_image_processor(model, image_processor)
-        return model, GitProcessor(image_processor, PreTrainedTokenizerFast.from_pretrained(name_or_path))
-    except Exception as error:
-        # transformers and `tokenizers` raise errors of many types on malformed files.
-        raise ValueError(f"model {name_or_path}: {error}") from error
+    """A TinyCap checkpoint and its processor; see `load_repository`."""
+    model, tokenizer, image_processor = load_repository(name_or_path)
+    return model, GitProcessor(image_processor, tokenizer)
 
 
 def references_of(dataset: datasets.Dataset, columns: Columns, rows: Iterable[int]) -> list[list[str]]:

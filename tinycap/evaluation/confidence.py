@@ -16,6 +16,7 @@ import datetime
 import hashlib
 import logging
 import os
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +29,13 @@ from sklearn.model_selection import StratifiedKFold, cross_val_predict, train_te
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
+from tinycap.commands import run_command, write_text, writing
 from tinycap.confidence_tinycap import CONFIDENCE_NAME, FEATURES, ConfidenceCalibration, caption_features
 from tinycap.evaluation import captioning
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.reports import plot_reliability
 from tinycap.training.data import uncaptioned
-from tinycap.training.logs import write_json, write_text
+from tinycap.training.logs import write_json
 
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -233,7 +235,8 @@ def main(argv: list[str] | None = None) -> dict:
     if not accelerator.is_main_process:
         return results
     output_dir, text = Path(args.output_dir), report(results)
-    output_dir.mkdir(parents=True, exist_ok=True)
+    with writing(output_dir):
+        output_dir.mkdir(parents=True, exist_ok=True)
     write_json(output_dir / "confidence_results.json", results)
     write_json(output_dir / CONFIDENCE_NAME, stored)
     write_text(output_dir / "confidence.md", text)
@@ -246,4 +249,4 @@ def main(argv: list[str] | None = None) -> dict:
 
 
 if __name__ == "__main__":
-    captioning.run_command("tinycap.evaluation.confidence", main)
+    sys.exit(run_command("python -m tinycap.evaluation.confidence", main))

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
+from tinycap.commands import write_text
 from tinycap.evaluation.explanation import saliency, token_probabilities
 from tinycap.evaluation.failures import FAILURES
 from tinycap.processing_tinycap import preprocess_images
-from tinycap.training.logs import write_text
 
 
 # As large as the page shows it, some 5 kB.

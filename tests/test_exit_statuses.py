@@ -1,0 +1,198 @@
+"""Exit statuses of the commands as real processes: full disks, closed outputs, signals; see docs/command_line.md."""
+
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fresh import run_fresh
+from safetensors.numpy import load_file
+from tiny import draw_picture
+
+from tinycap import REPOSITORY
+
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux"),
+]
+TINYCAP, EVALUATION = ("-m", "tinycap.deploy"), ("-m", "tinycap.evaluation")
+
+
+def start(*words: object, file_limit: int | None = None, **options) -> subprocess.Popen:
+    """A Python process; `file_limit` stands for a disk with room for so many bytes of each file."""
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, resource.RLIM_INFINITY))
+
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, **options}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    command = [sys.executable, *map(str, words)]
+    return subprocess.Popen(command, env=environment, preexec_fn=limit if file_limit is not None else None, **options)
+
+
+def end(process: subprocess.Popen) -> tuple[int, str]:
+    """Its exit status and the last line of its standard error, where no traceback is."""
+    errors = process.communicate(timeout=120)[1]
+    assert "Traceback" not in errors and "Exception ignored" not in errors, errors
+    return process.returncode, (errors.strip().splitlines() or [""])[-1]
+
+
+def wait_for(is_there, process: subprocess.Popen) -> None:
+    for _ in range(1200):
+        if is_there():
+            return
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.05)
+    raise AssertionError("it never came")
+
+
+@pytest.fixture
+def images(tmp_path) -> Path:
+    (tmp_path / "images").mkdir()
+    for number in range(4):
+        draw_picture(number).save(tmp_path / "images" / f"{number}.png")
+    return tmp_path / "images"
+
+
+@pytest.fixture
+def training(photos, config_name) -> list[str]:
+    return [
+        *(REPOSITORY / "train_distill.py", "--dataset_name", photos, "--config_name", config_name),
+        *("--distill_weight", "0", "--vocab_size", "300", "--max_caption_length", "12", "--num_beams", "1"),
+        *("--per_device_train_batch_size", "7", "--max_train_steps", "2", "--logging_steps", "1"),
+        *("--dataloader_num_workers", "0", "--checkpointing_steps", "100000"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "status, kind, more, text",
+    [
+        (1, "caption", [], "4 of 5 images done, 1 could not be read"),
+        (2, "caption", ["--model", "/no/where"], "/no/where: no such folder"),
+        (2, "export", ["--model", "images"], "expected model_type tinycap, got"),
+        (2, "evaluation", ["--split", "no"], "no split 'no'"),
+        (2, "evaluation", ["--beams", "2"], "lists all flags"),
+        (2, "training", ["--train_split", "no"], "no split 'no'"),
+        (2, "training", ["--nonsense"], "lists all flags"),
+        (2, "recipe", [], "got rm"),
+    ],
+)
+def test_bad_images_are_1_and_bad_arguments_2(repository, images, photos, training, tmp_path, status, kind, more, text):
+    (images / "bad.png").write_bytes(b"no image")
+    (tmp_path / "recipe.yaml").write_text("stages: {a: {run: rm}}")
+    module, *words = {
+        "caption": ("tinycap.deploy", "caption", images, "--model", repository),
+        "export": ("tinycap.deploy", "export", "--output", tmp_path / "x"),
+        "evaluation": ("tinycap.evaluation", "--model_name_or_path", repository, "--dataset_name", photos),
+        "training": ("tinycap.train_distill", *training[1:], "--output_dir", tmp_path / "out"),
+        "recipe": ("tinycap.training.recipe", tmp_path / "recipe.yaml", "a=b"),
+    }[kind]
+    code = f"import runpy; runpy.run_module({module!r}, run_name='__main__', alter_sys=True)"
+    errors = run_fresh(code, *words, *more, folder=tmp_path, path=(REPOSITORY,), expected_status=status)
+    assert text in errors.splitlines()[-1] and "Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", ["caption", "embed", "trim-vocab"])
+def test_a_full_disk_behind_the_outputs_of_tinycap_is_3(repository, images, tmp_path, command):
+    output = {"caption": "c.csv", "embed": "e.npy", "trim-vocab": "small"}[command]
+    words = (*TINYCAP, command, images, "--model", repository, "--output", tmp_path / output)
+    status, line = end(start(*words, file_limit=300))
+    assert status == 3 and f"tinycap {command}: error: cannot write {tmp_path / output}" in line
+    left = {path.name for path in tmp_path.rglob("*") if path.suffix not in (".png", ".jsonl", ".csv")}
+    assert left <= {"images", "small"}, "nothing half written"
+    assert end(start(*words))[0] == 0, "the same command goes on"
+
+
+@pytest.mark.parametrize("command", ["caption", "trim-vocab", "evaluation"])
+def test_a_standard_output_that_cannot_be_written_is_3(repository, images, photos, tmp_path, command):
+    words = {
+        "caption": (*TINYCAP, command, images, "--model", repository),
+        "trim-vocab": (*TINYCAP, command, images, "--model", repository, "--output", tmp_path / "small"),
+        "evaluation": (*EVALUATION, "--model_name_or_path", repository, "--dataset_name", photos),
+    }[command]
+    words += ("--output_dir", tmp_path / "out") if command == "evaluation" else ()
+    with open("/dev/full", "w") as full:
+        status, line = end(start(*words, stdout=full))
+    assert status == 3 and "No space left on device" in line
+    closed = start("-c", "import os, sys; os.close(1); os.execv(sys.argv[1], sys.argv[1:])", sys.executable, *words)
+    status, line = end(closed)
+    if command == "caption":
+        assert status == 3 and line.endswith("cannot write to the standard output: it is closed")
+    else:
+        assert status == 2 and "empty folder" in line, "all was written the first time"
+
+
+def test_captions_that_nobody_reads_on_are_0(repository, images):
+    process = start(*TINYCAP, "caption", images, "--model", repository, "--batch-size", "1", "--quiet")
+    process.stdout.close()
+    process.stdout = None
+    assert end(process) == (0, "")
+
+
+def test_a_full_disk_behind_a_report_keeps_what_is_written(repository, photos, tmp_path):
+    words = (*EVALUATION, "--model_name_or_path", repository, "--dataset_name", photos, "--overwrite_output_dir")
+    words += ("--report_photos", "0", "--output_dir", tmp_path)
+    assert end(start(*words))[0] == 0
+    sheet = (tmp_path / "samples.png").read_bytes()
+    status, line = end(start(*words, file_limit=5_000))
+    assert status == 3 and f"cannot write {tmp_path / 'samples.png'}: File too large" in line
+    assert (tmp_path / "samples.png").read_bytes() == sheet and json.loads((tmp_path / "eval_results.json").read_text())
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_a_full_disk_behind_a_training_is_3(training, tmp_path):
+    output = ("--output_dir", tmp_path / "out", "--overwrite_output_dir")
+    status, line = end(start(*training, *output, file_limit=10_000))
+    # Whichever comes first: the data set's cache or a checkpoint.
+    assert status == 3 and ("File too large" in line or "checkpoint-2: could not be written" in line), line
+    with open("/dev/full", "w") as full:
+        status, line = end(start(*training, *output, stdout=full))
+    assert status == 3 and "No space left on device" in line
+    assert load_file(tmp_path / "out" / "model.safetensors") and (tmp_path / "out" / "README.md").is_file()
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signals_are_130_and_143_and_lose_nothing(repository, images, photos, tmp_path, number, status):
+    for copy in range(3000):
+        os.link(images / "0.png", images / f"copy-{copy}.png")
+    output = tmp_path / "c.jsonl"
+    words = ("--model", repository, "--output", output, "--batch-size", "2", "--quiet")
+    process = start(*TINYCAP, "caption", images, *words)
+    wait_for(lambda: output.exists() and output.stat().st_size, process)
+    process.send_signal(number)
+    what = {130: "interrupted", 143: "terminated"}[status]
+    assert end(process) == (status, f"tinycap caption: {what}; the same command goes on from here")
+    assert all(json.loads(line)["caption"] for line in output.read_text().splitlines())
+    assert not list(tmp_path.glob(".*")), "neither a lock nor half a file"
+    out = tmp_path / "out"
+    process = start(*EVALUATION, "--model_name_or_path", repository, "--dataset_name", photos, "--output_dir", out)
+    wait_for(out.exists, process)
+    process.send_signal(number)
+    assert end(process) == (status, f"python -m tinycap.evaluation: {what}; start it again")
+
+
+def test_a_terminated_recipe_ends_its_stage_which_writes_a_checkpoint(training, tmp_path):
+    flags = dict(zip((word.strip("-") for word in training[1::2]), training[2::2]))
+    flags |= {"run": "train_distill.py", "max_train_steps": 100_000, "dataloader_num_workers": 1}
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"stages": {"one": flags}}))
+    words = ("-m", "tinycap.training.recipe", tmp_path / "recipe.yaml", "a=b", "--output_dir", tmp_path)
+    with open(tmp_path / "log", "w") as log:
+        process = start(*words, stderr=log)
+        written = tmp_path / "one" / "metrics.jsonl"
+        wait_for(lambda: written.exists() and written.stat().st_size, process)
+        process.terminate()
+        assert process.wait(timeout=60) == 143
+    assert (tmp_path / "log").read_text().endswith("recipe: terminated; the same command goes on from here\n")
+    assert len(list((tmp_path / "one").glob("checkpoint-*/trainer_state.json"))) == 1
+    flags["train_split"] = "no"
+    (tmp_path / "recipe.yaml").write_text(json.dumps({"stages": {"two": flags}}))
+    failed = start(*words)
+    errors = failed.communicate()[1]
+    assert failed.returncode == 1 and "no split 'no'" in errors
+    assert errors.endswith("recipe: error: stage two failed with exit status 1; see its messages above\n")
