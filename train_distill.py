@@ -33,7 +33,7 @@ from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
 from tinycap.training.checkpoints import complete_checkpoints
-from tinycap.training.data import picture_of
+from tinycap.training.data import decoded_image
 from tinycap.training.loading import Data, cache_teacher_embeddings, create_loaders, load_data
 from tinycap.training.logs import write_json
 from tinycap.training.loop import StopSignals, create_accelerator, optimizer_steps, run_script, train_step
@@ -220,8 +220,8 @@ def save_results(args, model, tokenizer, image_processor, data: Data, metrics, c
     plot_curves(output_dir / "metrics.jsonl", output_dir / "curves.png")
     shown = [data.validation[row] for row in range(min(16, len(captions)))]
     title = "Held-out images: the model's caption, and a human's" if args.dataset_name else "Unseen scenes"
-    pictures, references = [picture_of(row) for row in shown], [row["captions"][0] for row in shown]
-    contact_sheet(pictures, captions[: len(shown)], output_dir / "samples.png", references=references, title=title)
+    images, references = [decoded_image(row) for row in shown], [row["captions"][0] for row in shown]
+    contact_sheet(images, captions[: len(shown)], output_dir / "samples.png", references=references, title=title)
     write_model_card(output_dir / "README.md", args, model.config, metrics, run_info)
     if args.push_to_hub:
         logger.info("Uploaded to %s", push_to_hub(args))

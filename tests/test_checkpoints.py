@@ -1,6 +1,8 @@
 import json
 import os
+import pickle
 from argparse import Namespace
+from contextlib import nullcontext, suppress
 from types import SimpleNamespace
 
 import pytest
@@ -11,6 +13,7 @@ from torch import nn
 
 from tinycap.commands import OutputError
 from tinycap.training.checkpoints import (
+    checksum,
     complete_checkpoints,
     load_checkpoint,
     resolve_resume,
@@ -99,6 +102,39 @@ def test_latest_is_the_newest_checkpoint_without_damage(prepared, tmp_path, capl
     DAMAGE[how](tmp_path / "checkpoint-1" / name)
     with pytest.raises(ValueError, match="--resume_from_checkpoint: expected a complete checkpoint"):
         resolve_resume(tmp_path, "latest")
+
+
+class Evil:
+    """Its pickle writes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("name", ["optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize("by", ["pickle", "torch"])
+def test_a_pickle_in_a_checkpoint_runs_no_code(prepared, tmp_path, name, by):
+    """Checksums don't help against somebody who can write them too."""
+    path, harm = save_checkpoint(prepared[0], tmp_path, {"step": 1}), tmp_path / "harm"
+    if by == "pickle":
+        (path / name).write_bytes(pickle.dumps(Evil(harm), protocol=2))
+    else:
+        torch.save({"state": Evil(harm)}, path / name)
+    state = json.loads((path / "trainer_state.json").read_text())
+    state["files"][name] = checksum(path / name)
+    (path / "trainer_state.json").write_text(json.dumps(state))
+    # accelerate goes on without random states that it can't read.
+    expected = pytest.raises(Exception, match="[Ww]eights.only") if name == "optimizer.bin" else nullcontext()
+    with expected:
+        load_checkpoint(prepared[0], resolve_resume(tmp_path, "latest"))
+    assert not harm.exists()
+    # The same file, loaded as it mustn't be, does the harm.
+    with suppress(RuntimeError):
+        torch.load(path / name, weights_only=False)
+    assert harm.exists()
 
 
 def test_a_damaged_later_checkpoint_displaces_no_good_one(prepared, tmp_path):

@@ -17,10 +17,10 @@ from tinycap.training.data import (
     clean_captions,
     content_fingerprint,
     decode_dataset,
+    decoded_image,
     load_images,
     load_split,
     load_splits,
-    picture_of,
     resolve_columns,
 )
 from tinycap.training.streaming import StreamingCaptionDataset
@@ -301,8 +301,8 @@ def test_pictures_and_captions_never_shift_against_each_other():
     for row in decoded:
         index = int(row["image_id"].removeprefix("id-"))
         assert row["captions"][1] == f"picture {index}"
-        assert picture_of(row).size == (37, 28)
-        assert picture_of(row).getpixel((1, 1)) == draw_picture(index, (40, 30)).getpixel((1, 1))
+        assert decoded_image(row).size == (37, 28)
+        assert decoded_image(row).getpixel((1, 1)) == draw_picture(index, (40, 30)).getpixel((1, 1))
 
 
 def test_the_first_bad_row_stops_the_run_when_asked():
@@ -345,7 +345,7 @@ def test_pixels_are_normalised_as_the_image_processor_does(tokenizer):
     rows = decode(rows_of(3, **{f"image_{index}": png(index, (24, 24)) for index in range(3)}))
     collator = CaptionCollator(tokenizer, 12, processor.image_mean, processor.image_std)
     batch = collator([CaptionDataset(rows, 24)[index] for index in range(3)])
-    expected = processor([picture_of(row) for row in rows], return_tensors="pt")["pixel_values"]
+    expected = processor([decoded_image(row) for row in rows], return_tensors="pt")["pixel_values"]
     torch.testing.assert_close(batch["pixel_values"], expected, atol=1e-5, rtol=0)
 
 

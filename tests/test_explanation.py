@@ -47,7 +47,7 @@ def test_the_likeliest_alternative_is_what_greedy_decoding_takes(model, pixel_va
 
 
 @pytest.mark.parametrize("memory", ["embedding", "patches"])
-def test_a_map_sums_to_what_the_photo_raises_the_captions_log_probability_by(pixel_values, memory):
+def test_a_map_sums_to_what_the_image_adds_to_the_log_probability(pixel_values, memory):
     model = tiny_model(memory=memory)
     maps = saliency(model, pixel_values, TOKENS, steps=100)
     assert maps.shape == (5, 3, 3)

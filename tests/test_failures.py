@@ -117,7 +117,7 @@ def test_a_category_is_what_most_humans_name():
     assert categories_of([parse_caption("A boy on a sled.")]) == ["people", "children", "boards, skis and sleds"]
 
 
-def test_the_analysis_sets_the_model_between_humans_and_captions_of_other_photos():
+def test_the_analysis_sets_the_model_between_humans_and_chance():
     references = [DOGS, ["Two men on a street.", "Two people on a road.", "Two guys in a city."]] * 6
     captions = ["A brown dog runs on grass.", "Two women on a street."] * 6
     # An odd shift assigns every caption to an image of the other kind.

@@ -185,7 +185,7 @@ def test_unusual_file_names_keep_their_own_text_files(tmp_path):
     assert read(tmp_path) == {name: [f"number {index}"] for index, name in enumerate(names)}
 
 
-def test_text_files_in_folders_of_the_same_names_belong_to_their_images_split(tmp_path):
+def test_text_files_belong_to_the_split_of_the_folder_of_their_name(tmp_path):
     images(tmp_path, [f"images/{split}/{name}" for split in ("train", "val") for name in NAMES])
     for split in ("train", "val"):
         for name in NAMES:

@@ -239,6 +239,13 @@ def test_a_pipe_is_not_waited_for(tmp_path):
         load_image(tmp_path / "photo.jpg")
 
 
+def test_a_device_is_not_read(tmp_path):
+    """`/dev/zero` never ends."""
+    (tmp_path / "photo.jpg").symlink_to("/dev/zero")
+    with pytest.raises(ValueError, match="photo.jpg: expected a file"):
+        load_image(tmp_path / "photo.jpg")
+
+
 def test_base64_shows_transparency_over_white():
     """Like files."""
     data = png_bytes(Image.new("LA", (60, 50), (0, 0)))

@@ -140,6 +140,7 @@ def test_comments_of_a_plain_ppm_are_skipped_in_one_pass():
     assert load_image(b"P1 2 2\n" + b"#\n" * 2**20 + b"1 0 0 1\n").getpixel((1, 0)) == (255, 255, 255)
 
 
+@pytest.mark.slow
 def test_a_full_hd_image_of_a_slow_format_is_read():
     """QOI with two reads a pixel, each pixel unlike the one before."""
     pixels = b"".join(b"\xfe" + bytes(rgb) for rgb in ((0, 0, 0), (255, 9, 99)))

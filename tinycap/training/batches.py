@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
-from tinycap.training.data import picture_of
+from tinycap.training.data import decoded_image
 from tinycap.training.tokenizer import encode_captions
 
 
@@ -59,7 +59,7 @@ class Augmentation:
         `shift`, to be applied as `pixel * gain + shift` to pixels from 0 to 1."""
         box = self.crop_box(row["width"], row["height"], rng)
         size = (image_size, image_size)
-        image = picture_of(row).resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
+        image = decoded_image(row).resize(size, Image.Resampling.BICUBIC, box=box, reducing_gap=3.0)
         # All captions, not those drawn: pixels must not depend on which captions are drawn.
         mirrored = rng.random() < 0.5 and not any(map(SIDE_WORDS.search, row["captions"]))
         if self.horizontal_flip and mirrored:

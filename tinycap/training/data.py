@@ -445,6 +445,6 @@ def content_fingerprint(rows: Dataset) -> str:
     return hashlib.blake2b("".join(digests).encode(), digest_size=16).hexdigest()
 
 
-def picture_of(row: dict) -> Image.Image:
+def decoded_image(row: dict) -> Image.Image:
     """The image of a decoded row, without a copy."""
     return Image.frombuffer("RGB", (row["width"], row["height"]), row["pixels"], "raw", "RGB", 0, 1)
