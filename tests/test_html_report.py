@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from tiny import draw_picture
+from tiny import draw_picture, png_bytes
 
 from tinycap.evaluation.__main__ import main
 from tinycap.evaluation.html_report import encode_map, write_report
@@ -43,13 +43,11 @@ class Page(HTMLParser):
 def evaluated(repository, tmp_path_factory):
     """The output folder for five images with hostile captions and a corrupt one."""
     folder = tmp_path_factory.mktemp("evaluation")
-    paths = []
-    for index in range(6):
-        paths.append(str(folder / f"{index}.png"))
-        draw_picture(index, size=(60, 40)).save(paths[-1])
-    (folder / "4.png").write_bytes(b"no picture")
+    files = [png_bytes(draw_picture(index, size=(60, 40))) for index in range(6)]
+    files[4] = b"no picture"
+    images = [{"bytes": file, "path": None} for file in files]
     captions = [[EVIL, "A brown dog runs."], *[["Two men walk.", f"Number {index}."] for index in range(1, 6)]]
-    rows = {"image": paths, "captions": captions, "image_id": [f"<i>{index}</i>" for index in range(6)]}
+    rows = {"image": images, "captions": captions, "image_id": [f"<i>{index}</i>" for index in range(6)]}
     (folder / "data").mkdir()
     datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image()).to_parquet(
         folder / "data" / "validation.parquet"
