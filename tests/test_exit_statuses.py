@@ -157,6 +157,17 @@ def test_a_full_disk_behind_a_training_is_3(training, tmp_path):
     assert load_file(tmp_path / "out" / "model.safetensors") and (tmp_path / "out" / "README.md").is_file()
 
 
+def test_a_process_with_workers_ends():
+    """Those of `init_worker` ignore SIGTERM, by which `multiprocessing` ends what is left of them, and waits."""
+    code = """
+from torch.utils.data import DataLoader
+from tinycap.training.loop import init_worker
+loader = DataLoader([1, 2], num_workers=1, persistent_workers=True, worker_init_fn=init_worker)
+next(iter(loader))
+"""
+    assert end(start("-c", code, cwd=REPOSITORY))[0] == 0
+
+
 @pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signals_are_130_and_143_and_lose_nothing(repository, images, photos, tmp_path, number, status):
     for copy in range(3000):

@@ -1,7 +1,9 @@
 """The training loop of both scripts: batches, optimizer steps, stopping by signal; and a script's set-up."""
 
 import argparse
+import atexit
 import logging
+import multiprocessing
 import os
 import shlex
 import signal
@@ -280,10 +282,20 @@ class StopSignals:
 
 def init_worker(worker: int) -> None:
     """A data loader's `worker_init_fn`: Ctrl-C, and a scheduler's SIGTERM, reach the workers too, which the last step
-    still needs."""
+    still needs. `end_workers` ends them."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     start_worker(worker)
+
+
+@atexit.register
+def end_workers() -> None:
+    """Before `multiprocessing` sends its children a SIGTERM and waits for them, which those of `init_worker` ignore."""
+    if hasattr(signal, "SIGCHLD"):
+        # Its handler by torch takes a killed worker for a failure.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for process in multiprocessing.active_children():
+        process.kill()
 
 
 def stop_with_launcher() -> None:
