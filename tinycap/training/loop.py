@@ -295,7 +295,8 @@ def end_workers() -> None:
         # Its handler by torch takes a killed worker for a failure.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in multiprocessing.active_children():
-        process.kill()
+        if process.daemon:
+            process.kill()
 
 
 def stop_with_launcher() -> None:
