@@ -27,7 +27,8 @@ from benchmarks.results import benchmark_parser, markdown_table, peak_memory_mb,
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import joint_losses, train_step
-from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
+from tinycap.training.augmentation import Augmentation
+from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.data import SkippedRows, content_fingerprint, decode_dataset, load_split, resolve_columns
 from tinycap.training.loop import StopSignals, TrainBatches, steps_of
 from tinycap.training.optimization import create_optimizer

@@ -10,7 +10,8 @@ from tiny import CAPTIONS, draw_picture, png_bytes
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tinycap.training import streaming
-from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
+from tinycap.training.augmentation import Augmentation
+from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.data import (
     NoSplitError,
     SkippedRows,

@@ -17,7 +17,7 @@ from transformers import AutoModel, AutoProcessor
 from tinycap import processing_tinycap
 from tinycap.evaluation.captioning import caption_dataset
 from tinycap.processing_tinycap import MAX_REDIRECTS, load_image
-from tinycap.training.batches import Augmentation
+from tinycap.training.augmentation import Augmentation
 from tinycap.training.data import decode_dataset, load_images, load_split, load_splits, resolve_columns
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.streaming import StreamingCaptionDataset

@@ -9,7 +9,8 @@ from tiny import CAPTIONS, draw_picture
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from tinycap.training import teacher_cache
-from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset
+from tinycap.training.augmentation import Augmentation
+from tinycap.training.batches import CaptionCollator, CaptionDataset
 from tinycap.training.data import DECODED_FEATURES, content_fingerprint
 from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache

@@ -11,7 +11,8 @@ from torch.utils.data import DataLoader
 from torchdata.stateful_dataloader import StatefulDataLoader
 
 from tinycap.pipeline_tinycap import usable_workers
-from tinycap.training.batches import Augmentation, CaptionCollator, CaptionDataset, EpochBatchSampler
+from tinycap.training.augmentation import Augmentation
+from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.captions import usable_captions
 from tinycap.training.data import Columns, content_fingerprint, decode_dataset, load_splits, resolve_columns
 from tinycap.training.loop import TrainBatches, init_worker, main_process_first
