@@ -3,13 +3,14 @@
     onnx/encoder_model.onnx          pixel_values -> last_hidden_state, image_embeds
     onnx/decoder_model_merged.onnx   input_ids, encoder_hidden_states, past_key_values.* -> logits, present.*
 
-Names and folder are Optimum's and transformers.js's, the int8 ones end in `_quantized`. What is the encoder's
-`last_hidden_state` here is all that the decoder's cross-attention ever reads of an image, already projected: with one
-memory vector the constant that each layer adds, (B, 1, layers * hidden_size); with patches the keys and values of each
-layer, (B, tokens, layers * 2 * hidden_size). One decoder serves the first step, with a cache of length 0, and all
-others.
+Names, folder and `config.json` are such that Optimum and transformers.js load them; the int8 graphs end in
+`_quantized`. What is the encoder's `last_hidden_state` here is all that the decoder's cross-attention ever reads of an image,
+already projected: with one memory vector the constant that each layer adds, (B, 1, layers * hidden_size); with patches
+the keys and values of each layer, (B, tokens, layers * 2 * hidden_size). One decoder serves the first step, with a
+cache of length 0, and all others.
 """
 
+import json
 import logging
 import shutil
 import warnings
@@ -87,7 +88,7 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
 
     Args:
         model_name_or_path: a TinyCap repository, local or on the Hub.
-        output_dir: gets `onnx/` and the small files; may be the repository itself.
+        output_dir: gets `onnx/` and the small files; may be the repository itself, whose config stays as it is.
         quantize: write the int8 graphs too.
 
     Returns:
@@ -121,7 +122,27 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
                 (output_dir / name).unlink(missing_ok=True)
             elif Path(source).resolve() != (output_dir / name).resolve():
                 shutil.copyfile(source, aside / name)
+        if (aside / "config.json").exists():
+            # Not in the repository itself, which stays a TinyCap.
+            (aside / "config.json").write_text(
+                json.dumps(stock_config(model.config), indent=2) + "\n", encoding="utf-8"
+            )
     return {path.stem: output_dir / "onnx" / path.name for path in written}
+
+
+def stock_config(config) -> dict:
+    """The `config.json` of the graphs, for transformers.js and Optimum: sizes and token ids under stock models' names."""
+    from tinycap.deploy.onnx_captioner import EXPORTED_TYPE, OWN_PARTS, PART_TYPES, SIZES
+
+    content = {"model_type": EXPORTED_TYPE, "is_encoder_decoder": True}
+    for part, names in SIZES.items():
+        own = getattr(config, OWN_PARTS[part])
+        content[part] = {
+            "model_type": PART_TYPES[part],
+            **{theirs: getattr(own, name) for name, theirs in names.items()},
+        }
+    ids = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+    return {**content, **{name: getattr(config, name) for name in ids}}
 
 
 def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool) -> None:
@@ -174,7 +195,7 @@ def _halve_table(model) -> None:
 def _export_encoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     vision = model.config.vision_config
     inputs = {"pixel_values": torch.randn(2, vision.num_channels, vision.image_size, vision.image_size)}
-    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    shapes = {"pixel_values": {0: torch.export.Dim("batch_size")}}
     _export(EncoderGraph(model), inputs, path, list(inputs), ["last_hidden_state", "image_embeds"], shapes)
 
 
@@ -187,7 +208,7 @@ def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     # Sizes other than 0 and 1, which the exporter would specialise on.
     past = [torch.randn(2, heads, 3, head_dim) for _ in range(2 * len(layers))]
     names = [f"{index}.decoder.{part}" for index in range(len(layers)) for part in ("key", "value")]
-    batch, new, before = (torch.export.Dim(name) for name in ("batch", "sequence_length", "past_sequence_length"))
+    batch, new, before = (torch.export.Dim(name) for name in ("batch_size", "sequence_length", "past_sequence_length"))
     inputs = {"input_ids": torch.tensor([[1, 2], [2, 1]]), "encoder_hidden_states": states, "past_key_values": past}
     shapes = {
         "input_ids": {0: batch, 1: new},
