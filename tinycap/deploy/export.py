@@ -3,11 +3,11 @@
     onnx/encoder_model.onnx          pixel_values -> last_hidden_state, image_embeds
     onnx/decoder_model_merged.onnx   input_ids, encoder_hidden_states, past_key_values.* -> logits, present.*
 
-Names, folder and `config.json` are such that Optimum and transformers.js load them; the int8 graphs end in
-`_quantized`. What is the encoder's `last_hidden_state` here is all that the decoder's cross-attention ever reads of an image,
-already projected: with one memory vector the constant that each layer adds, (B, 1, layers * hidden_size); with patches
-the keys and values of each layer, (B, tokens, layers * 2 * hidden_size). One decoder serves the first step, with a
-cache of length 0, and all others.
+Optimum and transformers.js load the folder by its names and `config.json`; the int8 graphs end in `_quantized`. What is
+the encoder's `last_hidden_state` here is all that the decoder's cross-attention ever reads of an image, already
+projected: with one memory vector the constant that each layer adds, (B, 1, layers * hidden_size); with patches the keys
+and values of each layer, (B, tokens, layers * 2 * hidden_size). One decoder serves the first step, with a cache of
+length 0, and all others.
 """
 
 import json
@@ -131,7 +131,7 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
 
 
 def stock_config(config) -> dict:
-    """The `config.json` of the graphs, for transformers.js and Optimum: sizes and token ids under stock models' names."""
+    """The graphs' `config.json`: sizes and token ids by the names of stock models of transformers.js and Optimum."""
     from tinycap.deploy.onnx_captioner import EXPORTED_TYPE, OWN_PARTS, PART_TYPES, SIZES
 
     content = {"model_type": EXPORTED_TYPE, "is_encoder_decoder": True}

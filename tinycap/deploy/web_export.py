@@ -45,7 +45,7 @@ def export_web(model_name_or_path: str | Path, output_dir: str | Path, npm_dir: 
         The files, `index.html` among them.
 
     Raises:
-        ValueError: the checkpoint isn't a TinyCap's, or has settings that the page doesn't support; a package is missing.
+        ValueError: the checkpoint isn't a TinyCap's or has settings that the page can't have; a package is missing.
         ImportError: see `export_onnx`.
         OSError: npm is missing or fails.
     """
