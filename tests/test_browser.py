@@ -209,7 +209,7 @@ def test_the_page_and_its_workers_connect_to_no_other_host(page, site):
 
 
 def test_a_stopped_list_goes_on_and_memory_stays_flat(chromium, page, tmp_path):
-    draw_picture(3, (2000, 1500)).save(tmp_path / "photo.jpg")
+    draw_picture(3, (1200, 900)).save(tmp_path / "photo.jpg")
     names = [tmp_path / f"{index:03}.jpg" for index in range(200)]
     for name in names:
         os.link(tmp_path / "photo.jpg", name)
@@ -226,7 +226,7 @@ def test_a_stopped_list_goes_on_and_memory_stays_flat(chromium, page, tmp_path):
     page.click("#stop")
     drive.wait_until_done(page)
     assert "200 of 200 photos captioned." == page.locator("#status").text_content()
-    # Keeping the pixels of each would add 160 times 12 MB.
+    # Keeping the pixels of each would add 160 times 4 MB.
     assert renderer_memory_mb(chromium) - before < 150
 
 

@@ -99,9 +99,8 @@ function add(found) {
 }
 
 function showThumbnail(row, { thumbnail, width, height }) {
-  const image = row.element.querySelector("img");
-  image.src = URL.createObjectURL(thumbnail);
-  Object.assign(image, { width, height });
+  const source = { src: URL.createObjectURL(thumbnail), alt: row.name, width, height };
+  Object.assign(row.element.querySelector("img"), source);
 }
 
 function render(row) {
@@ -119,7 +118,7 @@ function render(row) {
     text.readOnly = false;
     if (text.value !== textOf(row)) text.value = textOf(row);
     text.placeholder = unsure ? "Not sure" : "";
-    image.alt = textOf(row);
+    image.alt = textOf(row) || row.name;
     const words = unsure ? "Not sure" : edited === null ? "Confidence" : "Edited; confidence of the model's own caption";
     line.textContent = percent ? `${words}: ${percent}` : "";
     element.querySelector(".guess").hidden = !unsure;
