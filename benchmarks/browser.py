@@ -122,12 +122,15 @@ def measure(site: Path, files: list[Path], beam_counts: Sequence[int]) -> tuple[
                 page.click("#clear")
                 if page.locator("#threshold-label").is_visible():
                     show_all(page)
+                # The second visit is for the time with its threads alone.
+                chosen = files if visit == "first" else files[: 1 + len(files) // 4]
                 start = time.perf_counter()
-                page.set_input_files("#files", files)
+                page.set_input_files("#files", chosen)
                 wait_until_done(page)
                 elapsed = time.perf_counter() - start
-                figures["ms_per_caption"][f"{num_beams} beams, {threads} threads"] = 1000 * elapsed / len(files)
-                captions[num_beams] = [row["caption"] for row in download_rows(page)]
+                figures["ms_per_caption"][f"{num_beams} beams, {threads} threads"] = 1000 * elapsed / len(chosen)
+                if visit == "first":
+                    captions[num_beams] = [row["caption"] for row in download_rows(page)]
             page.close()
         figures["browser"] = browser.version
     return figures, captions

@@ -35,8 +35,8 @@ COMPANIONS = (
 )
 # Maximum difference between outputs of an exported graph and the model, due to the order of summation.
 TOLERANCE = 1e-3
-# Weights of the decoder that share a scale.
-DECODER_BLOCK = 32
+# Weights that share a scale, where they are quantized in blocks.
+DECODER_BLOCK, ENCODER_BLOCK = 32, 64
 
 
 class EncoderGraph(nn.Module):
@@ -83,13 +83,16 @@ class DecoderGraph(nn.Module):
         return logits, *present
 
 
-def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize: bool = True) -> dict[str, Path]:
+def export_onnx(
+    model_name_or_path: str | Path, output_dir: str | Path, quantize: bool = True, float_activations: bool = False
+) -> dict[str, Path]:
     """Writes the ONNX graphs of a checkpoint, and copies its configs and tokenizer.
 
     Args:
         model_name_or_path: a TinyCap repository, local or on the Hub.
         output_dir: gets `onnx/` and the small files; may be the repository itself, whose config stays as it is.
         quantize: write the int8 graphs too.
+        float_activations: quantize only weights; see `quantize_graph`.
 
     Returns:
         The graphs written, by name: `encoder_model`, `decoder_model_merged`, and both with `_quantized`.
@@ -113,7 +116,7 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
             path, quantized_path = (aside / "onnx" / f"{name}{suffix}.onnx" for suffix in ("", "_quantized"))
             export(model, path)
             if quantize:
-                quantize_graph(path, quantized_path, is_decoder=export is _export_decoder)
+                quantize_graph(path, quantized_path, export is _export_decoder, float_activations)
             written += [path, quantized_path][: 1 + quantize]
         for name in (*COMPANIONS, CONFIDENCE_NAME):
             # Only the calibration is optional.
@@ -145,30 +148,39 @@ def stock_config(config) -> dict:
     return {**content, **{name: getattr(config, name) for name in ids}}
 
 
-def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool) -> None:
+def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool, float_activations: bool = False) -> None:
     """Quantizes weights of linear layers to int8, and activations at run time; docs/on_the_device.md compares variants.
 
     The encoder has a scale for each output channel, and seven bits, since processors without VNNI add two products of
     bytes in 16 bits. The decoder, whose small errors change words, has a scale for every 32 weights, and its token
     embeddings are float16.
+
+    With `float_activations` only weights are quantized, the encoder's in blocks too. Quantized activations amplify
+    differences of rounding: between WebAssembly and x86, one caption in ten differs.
     """
+    # The quantizer's import configures logging unless it is already; every node would be logged.
+    logging.basicConfig()
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # It logs every node.
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
     prepared = quantized_path.with_name(f".{quantized_path.name}")
     try:
         # Folds constants, including the transposed weight of the head, which is otherwise not quantized.
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        if is_decoder:
+        if is_decoder or float_activations:
             # Level 4 also quantizes activations, each block of a row separately.
-            options = {"bits": 8, "block_size": DECODER_BLOCK, "is_symmetric": True, "accuracy_level": 4}
-            quantizer = MatMulNBitsQuantizer(str(prepared), algo_config=DefaultWeightOnlyQuantConfig(**options))
+            options = {"bits": 8, "is_symmetric": True, "accuracy_level": 0 if float_activations else 4}
+            options["block_size"] = DECODER_BLOCK if is_decoder else ENCODER_BLOCK
+            model = ONNXModel(onnx.load(prepared))
+            # The quantizer skips Gemm.
+            model.replace_gemm_with_matmul()
+            quantizer = MatMulNBitsQuantizer(model.model, algo_config=DefaultWeightOnlyQuantConfig(**options))
             quantizer.process()
-            _halve_table(quantizer.model.model)
+            if is_decoder:
+                _halve_table(quantizer.model.model)
             onnx.save(quantizer.model.model, quantized_path)
         else:
             options = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}

@@ -1,7 +1,7 @@
 """Writes the web page that captions photos in the browser: a folder of static files, for any host.
 
     web/      the page itself, as in the repository
-    model/    int8 graphs, configs and tokenizer, as `tinycap export` writes them
+    model/    graphs with int8 weights, configs and tokenizer, as `export_onnx` writes them
     vendor/   onnxruntime-web and @huggingface/tokenizers, from npm
 
 All lie in one folder, `web/` at its top. Its service worker stores every file at the first visit.
@@ -53,7 +53,7 @@ def export_web(model_name_or_path: str | Path, output_dir: str | Path, npm_dir: 
     with filling(output_dir) as aside, tempfile.TemporaryDirectory() as temporary:
         copy_vendor(aside / "vendor", Path(npm_dir) if npm_dir is not None else install_packages(Path(temporary)))
         graphs = Path(temporary) / "graphs"
-        export_onnx(model_name_or_path, graphs)
+        export_onnx(model_name_or_path, graphs, float_activations=True)
         # Refuses generation settings that its search, and the page's, don't have.
         OnnxCaptioner(graphs, quantized=True)
         resample = read_json(graphs / "preprocessor_config.json").get("resample", 3)
