@@ -244,10 +244,11 @@ def test_every_control_has_a_name_and_takes_the_keyboard(page, files):
         return controls.filter((each) => each.checkVisibility() && !named(each)).map((each) => each.outerHTML);
     }""")
     assert unnamed == []
+    page.focus("#files")
     reached = []
     for _ in range(12):
-        page.keyboard.press("Tab")
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
+        page.keyboard.press("Tab")
     assert reached[:8] == ["files", "folder", "camera", "beams", "threshold", "csv", "json", "clear"]
     assert "TEXTAREA" in reached
     page.set_viewport_size({"width": 360, "height": 700})
