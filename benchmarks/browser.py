@@ -67,7 +67,7 @@ def open_page(context, url: str, num_beams: int | None = None):
     page = context.new_page()
     page.set_default_timeout(TIMEOUT_MS)
     page.goto(url)
-    page.locator("#beams:enabled").wait_for()
+    page.locator("#beams").wait_for()
     if num_beams is not None:
         page.select_option("#beams", str(num_beams))
     return page

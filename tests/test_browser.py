@@ -181,7 +181,7 @@ def test_it_works_offline_and_with_threads_after_the_first_visit(site, chromium,
         assert once <= server.num_bytes < 1.1 * once + 20_000, "files are sent once"
     # The server is gone.
     page.reload()
-    page.locator("#beams:enabled").wait_for()
+    page.locator("#beams").wait_for()
     assert page.evaluate("crossOriginIsolated")
     page.select_option("#beams", "1")
     drive.show_all(page)

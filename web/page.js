@@ -12,6 +12,8 @@ let leftOut = 0;
 let stopped = false;
 let running = false;
 let worker;
+// Shown with the status until the model is loaded.
+let modelState = "loading the model";
 
 // --- the worker -----------------------------------------------------------------------------------------------------
 
@@ -132,7 +134,8 @@ function renderStatus() {
   const [waiting, running, failed] = ["waiting", "running", "failed"].map(count);
   const finished = rows.length - waiting - running;
   const parts = [`${finished} of ${rows.length} photos captioned`];
-  if (rows.length === 0) parts[0] = "Ready";
+  if (rows.length === 0) parts[0] = modelState ? "No photos yet" : "Ready";
+  if (modelState) parts.push(modelState);
   if (failed) parts[0] = `${finished - failed} of ${rows.length} photos captioned, ${failed} failed`;
   if (leftOut) parts.push(`${leftOut} files left out: not images`);
   if (stopped && waiting) parts.push("stopped");
@@ -233,8 +236,9 @@ function showSettings({ numBeams, calibrated }) {
   for (const beams of new Set([numBeams, 1])) {
     $("beams").append(new Option(beams === 1 ? "fast (greedy)" : `careful (${beams} beams)`, beams));
   }
-  $("beams").disabled = false;
+  $("beams-label").hidden = false;
   $("threshold-label").hidden = !calibrated;
+  modelState = "";
   renderStatus();
 }
 
@@ -244,5 +248,6 @@ let model = storeFiles()
   .then(startWorker)
   .then(showSettings);
 model.catch(({ message }) => {
-  $("status").textContent = `The model can't be loaded: ${message}`;
+  modelState = `the model can't be loaded: ${message}`;
+  renderStatus();
 });
