@@ -1,10 +1,9 @@
-"""Greedy and beam search over any function from tokens to logits, in numpy, as in transformers 5.24.
+"""Beam search over any function from tokens to logits, in numpy; greedy search with one beam.
 
-Results equal `GenerationMixin`'s greedy and beam search, including the order of ties; the tests compare them.
+Results equal those of `GenerationMixin` (transformers 5.24), including the order of ties; the tests compare them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,51 +16,10 @@ NEVER = np.float32(-1.0e9)
 Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 
-@dataclass
-class Sequences:
-    """The R best token sequences for each of B images, best first.
-
-    Args:
-        tokens: (B, R) lists of token ids, with the end token if there is one, without the prompt.
-        scores: (B, R), the sum of their log-probabilities.
-    """
-
-    tokens: list[list[list[int]]]
-    scores: np.ndarray
-
-
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """(..., vocab_size) -> the same, log-probabilities."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def greedy_search(
-    step: Step, prompt: np.ndarray, eos_token_ids: list[int], max_new_tokens: int, suppress_tokens: Sequence[int] = ()
-) -> Sequences:
-    """Chooses the most probable token until the end token or the limit, never one of `suppress_tokens`.
-
-    `prompt` (B, L) is the start token and the beginning of the captions.
-    """
-    batch = len(prompt)
-    sequences, scores = [[] for _ in range(batch)], np.zeros((batch, 1), np.float32)
-    finished = np.zeros(batch, bool)
-    tokens = prompt
-    for _ in range(max_new_tokens):
-        logits = step(tokens, None)
-        log_probs = log_softmax(logits)
-        allowed = logits.copy()
-        allowed[:, list(suppress_tokens)] = -np.inf
-        best = allowed.argmax(axis=-1)
-        for row in np.flatnonzero(~finished):
-            sequences[row].append(int(best[row]))
-            scores[row] += log_probs[row, best[row]]
-        finished |= np.isin(best, eos_token_ids)
-        if finished.all():
-            break
-        # Finished rows get any input, since rows are independent.
-        tokens = best[:, None]
-    return Sequences([[row] for row in sequences], scores)
 
 
 def beam_search(
@@ -74,16 +32,23 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
     suppress_tokens: Sequence[int] = (),
-) -> Sequences:
-    """Keeps the `num_beams` best beginnings of each caption; returns the best finished ones.
+) -> tuple[list[list[list[int]]], np.ndarray]:
+    """Keeps the `num_beams` best beginnings of each caption; returns the R best finished ones, best first.
 
     Args:
         step: is called with B * num_beams rows, the beams of an image adjacent.
-        prompt, suppress_tokens: as in `greedy_search`.
+        prompt: (B, L), the start token and the beginning of the captions.
+        num_return_sequences: R, at most `num_beams`.
         length_penalty: finished captions are compared by log-probability / length ** length_penalty.
         early_stopping: `True` ends with the first `num_beams` finished captions, `False` when the running ones are no
-            longer better at their present length, `"never"` when they can't become better.
+            longer better at their present length, `"never"` when they can't become better. With one beam always `True`.
+        suppress_tokens: ids that are never generated.
+
+    Returns:
+        (B, R) lists of token ids, without the prompt, with the end token if there is one; (B, R) float32, the sums of
+        their log-probabilities.
     """
+    early_stopping = True if num_beams == 1 else early_stopping
     batch, beams_to_keep = len(prompt), max(2, 1 + len(eos_token_ids)) * num_beams
     is_top = np.arange(beams_to_keep) < num_beams
     rows = np.arange(batch)[:, None]
@@ -137,7 +102,7 @@ def beam_search(
 
     tokens, lengths, _, log_probs, _ = (part[:, :num_return_sequences] for part in finished)
     captions = [[row[:length].tolist() for row, length in zip(*image)] for image in zip(tokens, lengths)]
-    return Sequences(captions, log_probs)
+    return captions, log_probs
 
 
 def _top_k(values: np.ndarray, k: int) -> np.ndarray:
