@@ -16,10 +16,6 @@ from tinycap.confidence_tinycap import ConfidenceCalibration
 from tinycap.deploy.inputs import run_batches
 
 
-# The released checkpoint's folder: the repository's root in a clone, the package's folder in a wheel.
-RELEASED_MODEL = REPOSITORY
-
-
 def check_model(model: str) -> str:
     """Returns `model`; `ValueError` unless it is a folder or a valid Hub name. Imports no large library."""
     if not os.path.isdir(model) and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", model):
@@ -29,7 +25,7 @@ def check_model(model: str) -> str:
 
 def extra_missing(reason: str, extra: str, error: ImportError) -> ImportError:
     """An error with the command that installs one of this package's extras, in a clone or by name."""
-    is_clone = (RELEASED_MODEL / "pyproject.toml").is_file()
+    is_clone = (REPOSITORY / "pyproject.toml").is_file()
     command = f'pip install -e ".[{extra}]"' if is_clone else f'pip install "tinycap[{extra}]"'
     return ImportError(f"{reason}: {command} ({error})")
 

@@ -11,7 +11,6 @@ PyTorch. `STATUS` lists the exit statuses.
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -19,8 +18,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from tinycap import REPOSITORY, __version__
 from tinycap.commands import BAD_IMAGES, DONE, run_command, say
-from tinycap.deploy.captioners import BACKENDS, RELEASED_MODEL, CaptionOptions, ImageResult, check_model, extra_missing
+from tinycap.deploy.captioners import BACKENDS, CaptionOptions, ImageResult, check_model, extra_missing
 from tinycap.deploy.inputs import UNREADABLE, LeftOut, list_images, read_lines
 from tinycap.deploy.outputs import FORMATS, CaptionRows, Output, RowFile, Screen, Sidecars
 
@@ -127,19 +127,10 @@ def add_trim(parser: argparse.ArgumentParser) -> None:
     add(parser, "--batch-size", "images run together", type=POSITIVE, default=16)
 
 
-def installed_version() -> str:
-    """The package's version; that of `pyproject.toml` in a clone that isn't installed."""
-    try:
-        return importlib.metadata.version("tinycap")
-    except importlib.metadata.PackageNotFoundError:
-        text = (RELEASED_MODEL / "pyproject.toml").read_text(encoding="utf-8")
-        return re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1]
-
-
 def create_parser() -> argparse.ArgumentParser:
     description = "Captions images on this machine, offline."
     parser = argparse.ArgumentParser(prog="tinycap", description=description, epilog=STATUS, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"tinycap {installed_version()}")
+    parser.add_argument("--version", action="version", version=f"tinycap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     embeds = "write image embeddings for search: (N, D) float32, unit norm, so that a dot product is the similarity"
     trims = "drop the tokens that a corpus never uses; reports how many captions change"
@@ -198,7 +189,7 @@ def check_arguments(args: argparse.Namespace) -> CaptionOptions:
     if args.quantized and args.backend != "onnx":
         raise ValueError("--quantized is an option of --backend onnx")
     options = {name: value for name, value in vars(args).items() if name in CaptionOptions.__dataclass_fields__}
-    options["model"] = check_model(args.model or str(RELEASED_MODEL))
+    options["model"] = check_model(args.model or str(REPOSITORY))
     if args.command == "caption":
         options["confidence"] = args.confidence or args.min_confidence is not None
         if args.format in ("jsonl", "csv") and (args.sidecar or args.output is not None):
@@ -297,7 +288,7 @@ def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed
 
 
 def run_export(args: argparse.Namespace) -> int:
-    model = check_model(args.model or str(RELEASED_MODEL))
+    model = check_model(args.model or str(REPOSITORY))
     from tinycap.deploy.export import export_onnx
 
     paths = export_onnx(model, args.output, args.quantize)

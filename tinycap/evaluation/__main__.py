@@ -42,7 +42,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher_name_or_path", help="also compare the student's embeddings with this teacher's")
     add("--teacher_feature", choices=FEATURES, default="pooled", help="which of its embeddings")
     add("--baselines", **switch, help="what a constant, a shuffled, a human caption scores")
-    add("--baseline_split", help="split to choose the constant caption from; 'train' if there is one, else the same")
     add("--failures", **switch, help="find errors by English word lists of everyday photos; caption drawings")
     add("--report_photos", type=int, default=200, help="images in report.html, drawn by seed; 0: no report")
     add("--num_shown", type=int, default=16, help="images on the contact sheet")
@@ -189,17 +188,15 @@ class Evaluation:
 
 
 def training_references(args: argparse.Namespace) -> list[list[str]] | None:
-    """The human captions that the constant baseline is chosen from; `None` where there are none but the scored ones."""
-    split = args.baseline_split or "train"
-    if split == args.split:
+    """The captions of split "train", to choose the constant baseline from; `None` where it is scored or isn't there."""
+    if args.split == "train":
         return None
     columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "allow_remote_images")}
-    options = {"train_split": split, "seed": captioning.hold_out_seed(args), **columns}
     try:
-        dataset, _ = load_splits(args.dataset_name, args.dataset_config_name, **options)
+        dataset, _ = load_splits(
+            args.dataset_name, args.dataset_config_name, seed=captioning.hold_out_seed(args), **columns
+        )
     except ValueError:
-        if args.baseline_split is not None:
-            raise
         return None
     columns = resolve_columns(dataset, **columns)
     bad = uncaptioned(dataset, columns)

@@ -19,6 +19,7 @@ import os
 import sys
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 import transformers
@@ -42,18 +43,8 @@ THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Fewer captions are too few for a row of the table; a regression needs twice as many right ones, and wrong ones.
 MIN_CAPTIONS = 10
 FOLDS = 10
+# Jinja, filled by `report`.
 TEMPLATE = Path(__file__).with_name("confidence_template.md")
-METRICS_ROW = (
-    "| {num_beams} | {images} | {num_captions:,} | {share_right:.1%} | {ece:.3f} | {ece_by_chance:.3f} | {auc:.3f} "
-    "| {brier:.3f} | {brier_of_base_rate:.3f} |\n"
-)
-THRESHOLDS_HEAD = """
-## What a threshold brings, {beams}
-
-| `min_confidence` | captions left | their CIDEr | right among them |
-|---|---|---|---|
-"""
-THRESHOLDS_ROW = "| {min_confidence:.2f} | {share_left:.1%} | {cider:.1f} | {share_right:.1%} |\n"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -216,14 +207,8 @@ def name_beams(num_beams: int) -> str:
 
 def report(results: dict) -> str:
     """The Markdown of `confidence.md`."""
-    table, thresholds = "", ""
-    for metrics in results["decodings"]:
-        for name, images in (("half_against_half", "the other half"), ("cross_validated", f"{FOLDS} folds")):
-            table += METRICS_ROW.format(num_beams=metrics["num_beams"], images=images, **metrics[name])
-        thresholds += THRESHOLDS_HEAD.format(beams=name_beams(metrics["num_beams"]))
-        thresholds += "".join(THRESHOLDS_ROW.format(**row) for row in metrics["thresholds"])
-    beams = ", ".join(str(metrics["num_beams"]) for metrics in results["decodings"])
-    return TEMPLATE.read_text(encoding="utf-8").format(**results, beams=beams, metrics=table) + thresholds
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
+    return template.render(results, folds=FOLDS)
 
 
 def main(argv: list[str] | None = None) -> dict:

@@ -1,4 +1,4 @@
-"""Plots: a contact sheet of images with their captions, the curves of a training run, bars and reliability."""
+"""Plots: a contact sheet of images with their captions, the curves of a training run, and reliability."""
 
 import json
 import logging
@@ -144,17 +144,6 @@ def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) ->
         axes.set(xlabel="step", title=title)
         axes.legend(fontsize=7)
         axes.grid(alpha=0.3)
-    _save(figure, path, tight=True)
-
-
-def plot_bars(values: dict[str, float], path: str | Path, label: str) -> None:
-    """Draws a horizontal bar for each value, from top to bottom, to a PNG; `label`: of the axis."""
-    figure, [axes] = _subplots(7, 0.6 + 0.45 * len(values))
-    bars = axes.barh(list(values), list(values.values()), color="0.45")
-    axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel=label)
-    axes.margins(x=0.12)
     _save(figure, path, tight=True)
 
 
