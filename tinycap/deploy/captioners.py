@@ -12,6 +12,7 @@ from typing import Any
 
 from tinycap import REPOSITORY
 from tinycap.checks_tinycap import check_generation
+from tinycap.commands import first_line
 from tinycap.confidence_tinycap import ConfidenceCalibration
 from tinycap.deploy.inputs import run_batches
 
@@ -60,9 +61,9 @@ class CaptionOptions:
     def generation(self) -> dict[str, int]:
         """The given arguments of `generate()`."""
         given = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
+        given = {name: value for name, value in given.items() if value is not None}
         # Given even if it is 1: a model's own default would be other rows than asked for.
-        given["num_return_sequences"] = self.num_captions
-        return {name: value for name, value in given.items() if value is not None}
+        return {**given, "num_return_sequences": self.num_captions}
 
     def resolve_num_beams(self, models_num_beams: int | None) -> int:
         """The number of beams; `ValueError` if more captions than beams are requested, or more than memory holds."""
@@ -75,15 +76,8 @@ class CaptionOptions:
         return num_beams
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error message, without the hints that libraries append."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 class Captioner:
     """The captioners' base class: embeds images in batches, by `embed_batch`."""
-
-    options: CaptionOptions
 
     def embed(self, images: Sequence[str]) -> Iterator[ImageResult]:
         options = self.options
@@ -95,9 +89,8 @@ class Captioner:
 class TorchCaptioner(Captioner):
     """The `image-to-text` pipeline.
 
-    Raises:
-        ValueError: the model can't be loaded, has no `confidence.json` if confidence is requested, or the device isn't
-            available.
+    Raises `ValueError` where the model can't be loaded, has no `confidence.json` if confidence is requested, or the
+    device isn't available.
     """
 
     def __init__(self, options: CaptionOptions):
@@ -115,8 +108,8 @@ class TorchCaptioner(Captioner):
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            # AssertionError: PyTorch was built without this device. Hints follow the first line.
-            raise ValueError(f"--device {device}: {str(error).partition(chr(10))[0]}") from error
+            # AssertionError: PyTorch was built without this device.
+            raise ValueError(f"--device {device}: {first_line(error)}") from error
         # The command line has a progress bar of its own.
         logging.disable_progress_bar()
         model, tokenizer, processor = load_repository(options.model, "--model")
@@ -158,10 +151,8 @@ class TorchCaptioner(Captioner):
 class OnnxRuntimeCaptioner(Captioner):
     """`OnnxCaptioner` over many images: neither PyTorch nor transformers is imported.
 
-    Raises:
-        ValueError: the folder wasn't written by `tinycap export`, or has no `confidence.json` if confidence is
-            requested.
-        ImportError: onnxruntime isn't installed.
+    Raises `ValueError` where the folder wasn't written by `tinycap export`, or has no `confidence.json` if confidence
+    is requested; `ImportError` without onnxruntime.
     """
 
     def __init__(self, options: CaptionOptions):

@@ -86,7 +86,6 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
     """Writes the ONNX graphs of a checkpoint, and copies its configs and tokenizer.
 
     Args:
-        model_name_or_path: a TinyCap repository, local or on the Hub.
         output_dir: gets `onnx/` and the small files; may be the repository itself.
         quantize: write the int8 graphs too.
 

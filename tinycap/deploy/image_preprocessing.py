@@ -22,13 +22,9 @@ ANY_VALUE = {
 
 
 class ImagePreprocessor:
-    """RGB images -> pixel values, by the settings of a `preprocessor_config.json`.
+    """RGB images -> pixel values, by the content of a `preprocessor_config.json`.
 
-    Args:
-        config: the content of that file.
-
-    Raises:
-        ValueError: a setting isn't supported; names it.
+    Raises `ValueError` where a setting isn't supported; names it.
     """
 
     DEFAULTS = {"size": {"shortest_edge": 224}, "crop_size": 224, "rescale_factor": 1 / 255}

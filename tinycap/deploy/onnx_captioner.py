@@ -19,6 +19,7 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from tinycap.checks_tinycap import MAX_INTEGER, check_generation, check_number, check_pixels, read_json
+from tinycap.commands import first_line
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.inputs import run_batches
 from tinycap.deploy.token_search import beam_search
@@ -54,13 +55,8 @@ NEUTRAL = {
 
 @dataclass
 class Caption:
-    """One caption of one image.
-
-    Args:
-        text: the caption; `None` for an unreadable image.
-        score: sum of the log-probabilities of its `num_tokens` tokens, with the end token, without the prompt's.
-        error: why the image can't be read.
-    """
+    """One caption of one image: its text, and the sum of the log-probabilities of its `num_tokens` tokens, with the end
+    token, without the prompt's; or why the image can't be read."""
 
     text: str | None
     score: float = 0.0
@@ -81,7 +77,7 @@ def load_graph(path: Path, options: onnxruntime.SessionOptions, shapes: dict[str
         session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime's errors share no base class of their own.
-        raise ValueError(f"{path}: expected an ONNX graph: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"{path}: expected an ONNX graph: {first_line(error)}") from error
     found = {item.name: tuple(item.shape[1:]) for item in (*session.get_inputs(), *session.get_outputs())}
     for name, shape in shapes.items():
         if name not in found or found[name][len(found[name]) - len(shape) :] != shape:
@@ -94,17 +90,16 @@ def run_graph(session: onnxruntime.InferenceSession, outputs: list[str] | None, 
     try:
         found = session.run(outputs, inputs)
     except Exception as error:
-        raise ValueError(f"the graph of {next(iter(inputs))} fails: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"the graph of {next(iter(inputs))} fails: {first_line(error)}") from error
     if not np.isfinite(found[0]).all():
         raise ValueError(f"the graph of {next(iter(inputs))}: expected finite outputs, got NaN or infinite ones")
     return found
 
 
 class OnnxCaptioner:
-    """A TinyCap as two ONNX graphs, written by `export_onnx`.
+    """A TinyCap as two ONNX graphs, in a folder that `export_onnx` wrote.
 
     Args:
-        folder: with `onnx/`, the tokenizer and the configs.
         quantized: use the int8 graphs.
         num_threads: of onnxruntime; its default if not given.
 

@@ -92,7 +92,7 @@ def alt_attribute(caption: str) -> str:
 
 
 class Output:
-    """Base class of the outputs; see the module."""
+    """Base class of the outputs."""
 
     def __enter__(self) -> "Output":
         return self
@@ -105,9 +105,6 @@ class Output:
 
     def close(self, finished: bool) -> None:
         pass
-
-
-# --- rows -------------------------------------------------------------------------------------------------------------
 
 
 class CaptionRows:
@@ -270,9 +267,6 @@ class RowFile(Output):
                     yield number, text, {}, f"the columns {columns}"
                 elif number > 1:
                     yield number, text, dict(zip(columns, fields)), "" if is_row else f"{len(columns)} fields"
-
-
-# --- a file beside each image, the screen -----------------------------------------------------------------------------
 
 
 class Sidecars(Output):

@@ -208,12 +208,6 @@ def trim_repository(
         "images_unreadable": unreadable,
         "captions_checked": {str(n): len(found.captions) for n, found in before.items()},
         "captions_that_differ": {str(n): number for n, number in differ.items()},
-        "distinct_captions": {str(n): len(set(found.captions)) for n, found in before.items()},
-        "tokens": {
-            "used_by_texts": len(by_texts),
-            "used_by_captions_alone": len(by_captions - by_texts),
-            "kept": len(kept),
-        },
         "before": sizes(model, tokenizer, Path(model_name_or_path)),
     }
     with filling(output_dir) as aside:

@@ -131,10 +131,6 @@ class Evaluation:
             {"image_id": ids[row], "caption": caption, "references": group, "cider": cider}
             for row, caption, group, cider in zip(captioned.rows, captioned.captions, self.references, ciders)
         ]
-        if captioned.teacher_embeds is not None:
-            cosines = (captioned.image_embeds * captioned.teacher_embeds).sum(dim=-1).tolist()
-            for record, cosine in zip(records, cosines):
-                record["teacher_cosine"] = cosine
         analysis = None
         if self.args.failures:
             analysis = failures.analyse(captioned.captions, self.references, ciders, self.seed)

@@ -135,10 +135,8 @@ def caption_dataset(
         processor: the `GitProcessor` of the same folder (image processor and tokenizer).
         dataset: rows of images: decoded, encoded, or paths.
         columns: of the images ("image" if not given), and which files their rows may name.
-        batch_size: images run through the model together.
         accelerator: whose device and processes to use.
         teacher: embeds the same pixels to (B, D), unit norm.
-        progress: show a bar.
         skip: rows to leave out, by number, with the reason.
         generate_kwargs: for `generate()`, over the model's generation config.
 

@@ -31,7 +31,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tinycap.commands import run_command, write_text, writing
-from tinycap.confidence_tinycap import CONFIDENCE_NAME, FEATURES, ConfidenceCalibration, caption_features
+from tinycap.confidence_tinycap import CONFIDENCE_NAME, FEATURES, caption_features
 from tinycap.evaluation import captioning
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.reports import plot_reliability
@@ -68,12 +68,6 @@ def fit_calibration(features: np.ndarray, right: np.ndarray, num_beams: int) -> 
     coefficients = regression.coef_[0] / scaler.scale_
     intercept = float(regression.intercept_[0] - float(coefficients @ scaler.mean_))
     return {"num_beams": num_beams, "intercept": intercept, "coefficients": dict(zip(FEATURES, coefficients.tolist()))}
-
-
-def calibrated(entry: dict, features: np.ndarray) -> np.ndarray:
-    """(N,) probabilities, by the code that the pipeline runs."""
-    calibration = ConfidenceCalibration({"calibrations": [entry]})
-    return np.array([calibration(mean * tokens, round(tokens), entry["num_beams"]) for mean, tokens in features])
 
 
 def reliability(predicted: np.ndarray, right: np.ndarray, num_bins: int = 10) -> list[dict[str, float]]:
@@ -135,16 +129,13 @@ def calibrate(captioned: captioning.Captions, ciders: np.ndarray, right: np.ndar
     half = logistic_regression().fit(features[fitted], right[fitted]).predict_proba(features[rest])[:, 1]
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     crossed = cross_val_predict(logistic_regression(), features, right, cv=folds, method="predict_proba")[:, 1]
-    entry = fit_calibration(features, right, beams)
-    return entry, {
+    return fit_calibration(features, right, beams), {
         "num_beams": beams,
         "cider": float(ciders.mean()),
         "share_right": float(right.mean()),
         "half_against_half": calibration_metrics(half, right[rest], seed),
         "cross_validated": calibration_metrics(crossed, right, seed),
         "thresholds": threshold_table(crossed, right, ciders),
-        # How far the stored calibration is from the cross-validated ones.
-        "largest_difference_to_cross_validated": float(np.abs(calibrated(entry, features) - crossed).max()),
     }
 
 

@@ -67,16 +67,15 @@ def caption_ood_images(model, processor, seed: int, **generate_kwargs) -> list[d
     """Draws images and captions them.
 
     Returns:
-        for each kind a row: `kind`, number of `pictures`, `distinct` captions, the `commonest` one and its `share` (%),
-        the share that `names_person_or_dog`, the `token_probability` (geometric mean), and the `captions`, `tokens` and
+        for each kind a row: `kind`, number of `pictures`, `distinct` captions, the `commonest` one, the share
+        (%) that `names_person_or_dog`, the `token_probability` (geometric mean), and the `captions`, `tokens` and
         `images` themselves.
     """
     rows = []
     for kind, images in draw_ood_images(seed).items():
         captioned = caption_dataset(model, processor, [{"image": image} for image in images], **generate_kwargs)
         row = {"kind": kind, "pictures": len(images), "distinct": len(set(captioned.captions))}
-        [(row["commonest"], number)] = Counter(captioned.captions).most_common(1)
-        row["share"] = 100 * number / len(images)
+        [(row["commonest"], _)] = Counter(captioned.captions).most_common(1)
         named = [parse_caption(caption).named for caption in captioned.captions]
         row["names_person_or_dog"] = 100 * sum(not names.isdisjoint(("person", "dog")) for names in named) / len(images)
         row["token_probability"] = captioned.mean_token_probability()
