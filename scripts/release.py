@@ -68,11 +68,7 @@ def draw_captions(evaluation: Path) -> dict[str, list]:
 
 
 def fill_card(args: argparse.Namespace) -> str:
-    """The text of `model_card.md`.
-
-    Raises:
-        ValueError: a file or a value that the template names is missing.
-    """
+    """The text of `model_card.md`; `ValueError` where a file or a value that the template names is missing."""
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
     values = {
         "evaluation": read_json(args.evaluation / "eval_results.json"),

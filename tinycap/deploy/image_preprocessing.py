@@ -3,9 +3,6 @@
 It equals `CLIPImageProcessor` on Pillow (transformers' choice if torchvision isn't installed).
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
@@ -54,10 +51,6 @@ class ImagePreprocessor:
         scaled = (np.arange(256, dtype=np.float64) * config["rescale_factor"]).astype(np.float32)
         means, stds = (np.broadcast_to(np.float32(config[name]), 3) for name in ("image_mean", "image_std"))
         self.values = [(scaled - mean) / std for mean, std in zip(means, stds)]
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ImagePreprocessor":
-        return cls(json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8")))
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
         """RGB images of any sizes -> (B, 3, crop height, crop width), float32."""

@@ -65,11 +65,8 @@ class Caption:
 
 
 def load_graph(path: Path, options: onnxruntime.SessionOptions, shapes: dict[str, tuple]):
-    """A session of a graph whose inputs and outputs have these shapes, the batch's axis and trailing sides left out.
-
-    Raises:
-        ValueError: the file isn't such a graph, or refers to other files; names it.
-    """
+    """A session of a graph whose inputs and outputs have shapes that end in these; `ValueError` names a file that isn't
+    such a graph, or refers to other files."""
     # The key of a tensor's external data; `tinycap export` writes none.
     if b"location" in path.read_bytes():
         raise ValueError(f"{path}: expected a graph with its weights, got one with external data")
@@ -217,11 +214,7 @@ class OnnxCaptioner:
         return captions
 
     def get_image_features(self, images: list) -> np.ndarray:
-        """The student's embeddings of a list of images: (B, projection_dim), unit norm.
-
-        Raises:
-            ValueError: an image can't be read; names it.
-        """
+        """The student's embeddings of B images, (B, projection_dim), unit norm; `ValueError` if one can't be read."""
         return self.encode(self.preprocessor([load_image(image) for image in images]))[1]
 
     def encode(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -51,8 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Runs the evaluation; returns what it writes to `eval_results.json`.
 
-    Raises:
-        ValueError: the folder isn't empty, or model, data or teacher don't fit.
+    Raises `ValueError` where the folder isn't empty, or model, data or teacher don't fit.
     """
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
