@@ -25,6 +25,7 @@ import transformers
 from PIL import Image
 
 from tinycap import REPOSITORY
+from tinycap.deploy.export import COMPANIONS
 from tinycap.evaluation.failures import FAILURES
 from tinycap.evaluation.reports import plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -32,10 +33,7 @@ from tinycap.training.logs import hours_of, read_json
 
 
 ROOT = REPOSITORY
-RELEASED = (
-    *("config.json", "generation_config.json", "model.safetensors"),
-    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
-)
+RELEASED = ("model.safetensors", *COMPANIONS)
 # Captions that the card quotes: of each failure, and of all.
 NUM_EXAMPLES, NUM_SAMPLES = 3, 8
 

@@ -192,10 +192,6 @@ def calibrate_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple
     return results, {"calibrations": entries, **origin, "weights_sha256": weights_sha256(args.model_name_or_path)}
 
 
-def name_beams(num_beams: int) -> str:
-    return f"{num_beams} beam{'s' * (num_beams > 1)}"
-
-
 def report(results: dict) -> str:
     """The Markdown of `confidence.md`."""
     template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
@@ -216,7 +212,7 @@ def main(argv: list[str] | None = None) -> dict:
     write_json(output_dir / "confidence_results.json", results)
     write_json(output_dir / CONFIDENCE_NAME, stored)
     write_text(output_dir / "confidence.md", text)
-    bins = {name_beams(metrics["num_beams"]): metrics["cross_validated"]["bins"] for metrics in results["decodings"]}
+    bins = {f"beams: {metrics['num_beams']}": metrics["cross_validated"]["bins"] for metrics in results["decodings"]}
     plot_reliability(bins, output_dir / "confidence.png")
     if args.save_to_model and os.path.isdir(args.model_name_or_path):
         write_json(Path(args.model_name_or_path) / CONFIDENCE_NAME, stored)
