@@ -6,7 +6,7 @@ them, `captioner.embed(images)` embeds them. Each library is imported only when 
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,13 +77,15 @@ class CaptionOptions:
 
 
 class Captioner:
-    """The captioners' base class: embeds images in batches, by `embed_batch`."""
+    """The captioners' base class."""
+
+    def _run(self, run: Callable[[list], Iterable[dict]], images: Sequence[str]) -> Iterator[ImageResult]:
+        """An `ImageResult` for each image, with the fields that `run` gives for each opened image of a batch."""
+        for image, found in run_batches(run, images, self.options.batch_size, self.options.num_workers):
+            yield ImageResult(image, **({"error": str(found)} if isinstance(found, Exception) else found))
 
     def embed(self, images: Sequence[str]) -> Iterator[ImageResult]:
-        options = self.options
-        for image, found in run_batches(self.embed_batch, images, options.batch_size, options.num_workers):
-            is_error = isinstance(found, Exception)
-            yield ImageResult(image, error=str(found)) if is_error else ImageResult(image, embedding=found)
+        return self._run(lambda batch: ({"embedding": row} for row in self.embed_batch(batch)), images)
 
 
 class TorchCaptioner(Captioner):
@@ -173,17 +175,14 @@ class OnnxRuntimeCaptioner(Captioner):
         self.embed_batch = self.captioner.get_image_features
 
     def __call__(self, images: Sequence[str]) -> Iterator[ImageResult]:
-        def caption(opened: list) -> list:
-            return self.captioner(opened, **self.options.generation())
+        return self._run(self.caption_batch, images)
 
-        for image, found in run_batches(caption, images, self.options.batch_size, self.options.num_workers):
-            if isinstance(found, Exception):
-                yield ImageResult(image, error=str(found))
-                continue
-            confidence = None
+    def caption_batch(self, images: list) -> Iterator[dict]:
+        for found in self.captioner(images, **self.options.generation()):
+            result = {"captions": [caption.text for caption in found]}
             if self.calibration is not None:
-                confidence = self.calibration(found[0].score, found[0].num_tokens, self.num_beams)
-            yield ImageResult(image, [caption.text for caption in found], confidence)
+                result["confidence"] = self.calibration(found[0].score, found[0].num_tokens, self.num_beams)
+            yield result
 
 
 BACKENDS = {"torch": TorchCaptioner, "onnx": OnnxRuntimeCaptioner}

@@ -48,10 +48,10 @@ def beam_search(
         (B, R) lists of token ids, without the prompt, with the end token if there is one; (B, R) float32, the sums of
         their log-probabilities.
     """
-    early_stopping = True if num_beams == 1 else early_stopping
+    early_stopping, suppress_tokens = True if num_beams == 1 else early_stopping, list(suppress_tokens)
     batch, beams_to_keep = len(prompt), max(2, 1 + len(eos_token_ids)) * num_beams
     is_top = np.arange(beams_to_keep) < num_beams
-    rows = np.arange(batch)[:, None]
+    rows, end_tokens = np.arange(batch)[:, None], np.array(eos_token_ids, np.int64)
     running = np.zeros((batch, num_beams, max_new_tokens), np.int64)
     # In the first step all beams are equal, so that only the first one is used.
     running_scores = np.full((batch, num_beams), NEVER)
@@ -66,13 +66,13 @@ def beam_search(
     for length in range(1, max_new_tokens + 1):
         log_probs = log_softmax(step(tokens, order)).reshape(batch, num_beams, -1)
         vocab_size = log_probs.shape[-1]
-        log_probs[..., list(suppress_tokens)] = -np.inf
+        log_probs[..., suppress_tokens] = -np.inf
         candidates = (log_probs + running_scores[:, :, None]).reshape(batch, -1)
         top = _top_k(candidates, beams_to_keep)
         sums, beams = candidates[rows, top], top // vocab_size
         sequences = running[rows, beams]
         sequences[:, :, length - 1] = top % vocab_size
-        ended = np.isin(top % vocab_size, eos_token_ids) | (length == max_new_tokens)
+        ended = (sequences[:, :, length - 1, None] == end_tokens).any(axis=-1) | (length == max_new_tokens)
 
         # The running beams of the next step.
         open_scores = sums + ended * NEVER
@@ -83,22 +83,22 @@ def beam_search(
 
         # Candidates after the first `num_beams` only serve to keep enough beams running.
         just_ended = ended & is_top
-        *_, is_finished = finished
-        is_full = is_finished.all(axis=1, keepdims=True) & (early_stopping is True)
-        excluded = is_full.astype(np.float32) + ~can_improve + ~just_ended
-        scores = sums / np.float32(length**length_penalty) + excluded * NEVER
-        new = (sequences, np.full_like(top, length), scores, sums, just_ended)
-        merged = [np.concatenate(pair, axis=1) for pair in zip(finished, new)]
-        best = _top_k(merged[2], num_beams)
-        finished = [part[rows, best] for part in merged]
+        if just_ended.any():
+            is_full = finished[-1].all(axis=1, keepdims=True) & (early_stopping is True)
+            excluded = is_full.astype(np.float32) + ~can_improve + ~just_ended
+            scores = sums / np.float32(length**length_penalty) + excluded * NEVER
+            new = (sequences, np.full_like(top, length), scores, sums, just_ended)
+            merged = [np.concatenate(pair, axis=1) for pair in zip(finished, new)]
+            best = _top_k(merged[2], num_beams)
+            finished = [part[rows, best] for part in merged]
         _, _, finished_scores, _, is_finished = finished
-
-        final_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
-        attainable = running_scores[:, :1] / np.float32(final_length**length_penalty)
-        worst = np.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
-        can_improve &= (attainable > worst).any(axis=1, keepdims=True)
-        if not can_improve.any() or ended.all() or (early_stopping is True and is_finished.all()):
-            break
+        if is_finished.any():
+            final_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
+            attainable = running_scores[:, :1] / np.float32(final_length**length_penalty)
+            worst = np.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
+            can_improve &= (attainable > worst).any(axis=1, keepdims=True)
+            if not can_improve.any() or ended.all() or (early_stopping is True and is_finished.all()):
+                break
 
     tokens, lengths, _, log_probs, _ = (part[:, :num_return_sequences] for part in finished)
     captions = [[row[:length].tolist() for row, length in zip(*image)] for image in zip(tokens, lengths)]
@@ -109,7 +109,7 @@ def _top_k(values: np.ndarray, k: int) -> np.ndarray:
     """Positions of the `k` largest values of each row, descending; ties in the order of positions."""
     if values.shape[1] > 4 * k:
         # Sorted, so that ties are in the order of positions.
-        part = np.sort(np.argpartition(-values, k - 1, axis=1)[:, :k], axis=1)
+        part = np.sort(np.argpartition(values, -k, axis=1)[:, -k:], axis=1)
     else:
         part = np.broadcast_to(np.arange(values.shape[1]), values.shape)
     order = np.argsort(-np.take_along_axis(values, part, axis=1), axis=1, kind="stable")[:, :k]
