@@ -78,7 +78,7 @@ def beam_search(
         open_scores = sums + ended * NEVER
         kept = _top_k(open_scores, num_beams)
         running, running_scores = sequences[rows, kept], open_scores[rows, kept]
-        order = (beams[rows, kept] + rows * num_beams).flatten()
+        order = (beams[rows, kept] + rows * num_beams).flatten() if num_beams > 1 else None
         tokens = running[:, :, length - 1].reshape(-1, 1)
 
         # Candidates after the first `num_beams` only serve to keep enough beams running.
@@ -107,10 +107,9 @@ def beam_search(
 
 def _top_k(values: np.ndarray, k: int) -> np.ndarray:
     """Positions of the `k` largest values of each row, descending; ties in the order of positions."""
-    if values.shape[1] > 4 * k:
-        # Sorted, so that ties are in the order of positions.
-        part = np.sort(np.argpartition(values, -k, axis=1)[:, -k:], axis=1)
-    else:
-        part = np.broadcast_to(np.arange(values.shape[1]), values.shape)
-    order = np.argsort(-np.take_along_axis(values, part, axis=1), axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(part, order, axis=1)
+    if values.shape[1] <= 4 * k:
+        return np.argsort(-values, axis=1, kind="stable")[:, :k]
+    rows = np.arange(len(values))[:, None]
+    # Sorted, so that ties are in the order of positions.
+    part = np.sort(np.argpartition(values, -k, axis=1)[:, -k:], axis=1)
+    return part[rows, np.argsort(-values[rows, part], axis=1, kind="stable")]
