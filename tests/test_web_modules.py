@@ -20,7 +20,7 @@ from tinycap import REPOSITORY
 from tinycap.deploy.cli import main
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.outputs import alt_attribute
-from tinycap.deploy.token_search import beam_search, greedy_search
+from tinycap.deploy.token_search import beam_search
 from tinycap.deploy.web_export import VENDOR, export_web
 
 
@@ -80,14 +80,11 @@ def test_searches_find_pythons_captions():
         settings = {"start": 1, "eos": eos, "limit": 7, "suppress": suppress}
         names = {"numBeams": beams, "lengthPenalty": length_penalty, "earlyStopping": early_stopping}
         cases.append({"table": table.tolist(), "settings": settings | names})
-        arguments = (table_step(table), np.ones((1, 1), np.int64), eos, 7)
-        if beams == 1:
-            found = greedy_search(*arguments, suppress)
-        else:
-            search = {"length_penalty": length_penalty, "early_stopping": early_stopping}
-            found = beam_search(*arguments, beams, suppress_tokens=suppress, **search)
-        expected.append((found.tokens[0][0], found.scores[0][0]))
-        lengths.add(len(found.tokens[0][0]))
+        search = {"length_penalty": length_penalty, "early_stopping": early_stopping, "suppress_tokens": suppress}
+        prompt = np.ones((1, 1), np.int64)
+        [[tokens]], [[log_prob]] = beam_search(table_step(table), prompt, eos, 7, beams, **search)
+        expected.append((tokens, log_prob))
+        lengths.add(len(tokens))
     for found, (tokens, log_prob) in zip(run_module("search", cases), expected, strict=True):
         assert found["tokens"] == tokens
         assert found["logProb"] == pytest.approx(log_prob, abs=1e-4)

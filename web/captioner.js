@@ -4,7 +4,7 @@
 import { InferenceSession, Tensor, env } from "./vendor/ort.js";
 import { Tokenizer } from "./vendor/tokenizers.js";
 import { draw, pixelValues, readImage } from "./preprocess.js";
-import { beamSearch, greedySearch } from "./search.js";
+import { beamSearch } from "./search.js";
 
 const THUMBNAIL_SIDE = 192;
 const MAX_THREADS = 4;
@@ -32,7 +32,7 @@ async function load() {
   return { config, generation, preprocessor, tokenizer: new Tokenizer(...tokenizer), calibrations, encoder, decoder };
 }
 
-/** A `step` of the searches for one encoded image, with its cache of keys and values. */
+/** A `step` of the search for one encoded image, with its cache of keys and values. */
 function decodingStep({ config, decoder }, states) {
   const { decoder_attention_heads: heads, d_model: width } = config.decoder;
   const past = decoder.inputNames.filter((name) => name.startsWith("past_key_values"));
@@ -54,13 +54,14 @@ function decodingStep({ config, decoder }, states) {
 }
 
 function takeRows(tensor, rows) {
+  if (rows.length === tensor.dims[0] && rows.every((row, index) => row === index)) return tensor;
   const size = tensor.data.length / tensor.dims[0];
   const data = new Float32Array(rows.length * size);
   rows.forEach((row, index) => data.set(tensor.data.subarray(row * size, (row + 1) * size), index * size));
   return new Tensor("float32", data, [rows.length, ...tensor.dims.slice(1)]);
 }
 
-/** Arguments of the searches from generation_config.json, as in `OnnxCaptioner`. */
+/** Arguments of the search from generation_config.json, as in `OnnxCaptioner`. */
 function searchSettings({ config, generation }, numBeams) {
   const settings = { ...config, ...generation };
   const limit = settings.max_new_tokens || (settings.max_length || 20) - 1;
@@ -99,9 +100,8 @@ async function caption(model, file, numBeams) {
   const settings = searchSettings(model, numBeams);
   const decode = (tokens) =>
     model.tokenizer.decode([settings.start, ...tokens], { skip_special_tokens: true }).trim();
-  const search = numBeams === 1 ? greedySearch : beamSearch;
   const report = (tokens) => self.postMessage({ partial: decode(tokens) });
-  const found = await search(decodingStep(model, last_hidden_state), settings, report);
+  const found = await beamSearch(decodingStep(model, last_hidden_state), settings, report);
   return { caption: decode(found.tokens), confidence: confidence(model.calibrations, found, numBeams) };
 }
 

@@ -1,27 +1,14 @@
-// Greedy and beam search for one image, as in tinycap/deploy/token_search.py.
+// Beam search for one image, with one beam greedy search, as in tinycap/deploy/token_search.py.
 //
 // `step(tokens, parents)` is called with the last tokens of the running beams and, after the first step, with the row
-// of the previous step that each continues; it returns a row of logits for each beam. Both searches return
-// `{ tokens, logProb }`: token ids with the end token, and the sum of their log-probabilities. `settings` are
-// `{ start, eos, limit, suppress }`, for beams also `{ numBeams, lengthPenalty, earlyStopping }`. `report(tokens)` is
-// called after each step with the best tokens so far.
-
-export async function greedySearch(step, { start, eos, limit, suppress }, report) {
-  const tokens = [];
-  let logProb = 0;
-  for (let next = start, parents = null; tokens.length < limit; parents = [0]) {
-    const [logProbs] = (await step([next], parents)).map((row) => logSoftmax(row, suppress));
-    next = logProbs.reduce((best, value, token) => (value > logProbs[best] ? token : best), 0);
-    tokens.push(next);
-    logProb += logProbs[next];
-    report(tokens);
-    if (eos.includes(next)) break;
-  }
-  return { tokens, logProb };
-}
+// of the previous step that each continues; it returns a row of logits for each beam. `settings` are `{ start, eos,
+// limit, suppress, numBeams, lengthPenalty, earlyStopping }`. `report(tokens)` is called after each step with the best
+// tokens so far. The result is `{ tokens, logProb }`: token ids with the end token, and the sum of their
+// log-probabilities.
 
 export async function beamSearch(step, settings, report) {
-  const { start, eos, limit, suppress, numBeams, lengthPenalty, earlyStopping } = settings;
+  const { start, eos, limit, suppress, numBeams, lengthPenalty } = settings;
+  const earlyStopping = numBeams === 1 ? true : settings.earlyStopping;
   const numKept = Math.max(2, 1 + eos.length) * numBeams;
   let running = [{ tokens: [], logProb: 0 }];
   let [next, parents] = [[start], null];

@@ -26,9 +26,8 @@ const tasks = {
     return Array.from(pixelValues({ data: Buffer.from(rgba, "base64"), width, height }, config));
   },
   async search({ table, settings }) {
-    const { beamSearch, greedySearch } = await load("search.js");
-    const search = settings.numBeams === 1 ? greedySearch : beamSearch;
-    return search(tableStep(table), settings, () => {});
+    const { beamSearch } = await load("search.js");
+    return beamSearch(tableStep(table), settings, () => {});
   },
   async rows({ results, caption }) {
     const { altAttribute, toCsv, toJson } = await load("rows.js");
