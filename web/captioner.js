@@ -7,7 +7,6 @@ import { draw, pixelValues, readImage } from "./preprocess.js";
 import { beamSearch } from "./search.js";
 
 const THUMBNAIL_SIDE = 192;
-const MAX_THREADS = 4;
 
 async function read(name, kind = "json") {
   const response = await fetch(`model/${name}`);
@@ -17,8 +16,6 @@ async function read(name, kind = "json") {
 
 async function load() {
   env.wasm.wasmPaths = { wasm: new URL("vendor/ort.wasm", self.location.href).href };
-  // Browsers allow shared memory, and with it threads, only to isolated pages.
-  env.wasm.numThreads = self.crossOriginIsolated ? Math.min(MAX_THREADS, navigator.hardwareConcurrency) : 1;
   const names = ["config", "generation_config", "preprocessor_config", "tokenizer", "tokenizer_config"];
   const [config, generation, preprocessor, ...tokenizer] = await Promise.all(names.map((name) => read(`${name}.json`)));
   // Optional: without it there is no confidence.
@@ -109,7 +106,7 @@ const loaded = load();
 loaded.then(
   ({ generation, calibrations }) =>
     self.postMessage({
-      ready: { numBeams: generation.num_beams ?? 1, calibrated: calibrations.length > 0, threads: env.wasm.numThreads },
+      ready: { numBeams: generation.num_beams ?? 1, calibrated: calibrations.length > 0 },
     }),
   (error) => self.postMessage({ fatal: error.message }),
 );
