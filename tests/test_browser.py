@@ -85,7 +85,19 @@ def files(tmp_path_factory) -> list[Path]:
 def test_captions_and_confidences_are_pythons(page, captioner, files, num_beams):
     page.select_option("#beams", str(num_beams))
     drive.show_all(page)
+    worker = page.workers[0]
+    worker.evaluate("""() => {
+        const post = self.postMessage.bind(self);
+        self.partials = [];
+        self.postMessage = (message) => {
+            if ("partial" in message) self.partials.push(message.partial);
+            post(message);
+        };
+    }""")
     rows = drive.caption_files(page, files)
+    partials = worker.evaluate("self.partials")
+    assert len(partials) > 2 * len(files), "word by word"
+    assert num_beams > 1 or all(any(row["caption"].startswith(part) for row in rows) for part in partials)
     expected = [row[0] for row in captioner([str(path) for path in files], num_beams=num_beams)]
     assert [row["file"] for row in rows] == [path.name for path in files]
     assert [row["caption"] for row in rows] == [caption.text for caption in expected]

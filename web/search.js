@@ -3,7 +3,7 @@
 // `step(tokens, parents)` is called with the last tokens of the running beams and, after the first step, with the row
 // of the previous step that each continues; it returns a row of logits for each beam. `settings` are `{ start, eos,
 // limit, suppress, numBeams, lengthPenalty, earlyStopping }`. `report(tokens)` is called after each step with the best
-// tokens so far. The result is `{ tokens, logProb }`: token ids with the end token, and the sum of their
+// running tokens. The result is `{ tokens, logProb }`: token ids with the end token, and the sum of their
 // log-probabilities.
 
 export async function beamSearch(step, settings, report) {
@@ -30,12 +30,12 @@ export async function beamSearch(step, settings, report) {
     parents = open.map(({ parent }) => parent);
     next = open.map(({ token }) => token);
     running = open.map(({ parent, token, logProb }) => ({ tokens: [...running[parent].tokens, token], logProb }));
-    report(running[0].tokens);
     if (ended.length === numBeams) {
       const finalLength = earlyStopping === "never" && lengthPenalty > 0 ? limit : length;
       const attainable = running[0].logProb / finalLength ** lengthPenalty;
       if (earlyStopping === true || attainable <= ended[numBeams - 1].score) break;
     }
+    report(running[0].tokens);
   }
   return ended[0];
 }
