@@ -67,7 +67,7 @@ class TextTeacher(nn.Module):
             if text_model is not None:
                 raise ValueError(f"--text_model_name_or_path: expected none, since {name_or_path} has its own texts")
             self.model = load_weights(CLIPModel, name_or_path, "a CLIP model with both towers").eval()
-            self.tokenizer, self.logit_scale = load_tokenizer(name_or_path), float(self.model.logit_scale)
+            self.tokenizer, self.logit_scale = load_tokenizer(name_or_path), self.model.logit_scale.item()
             self.visual_projection = self.model.visual_projection.weight.detach().clone()
             self.model.vision_model = None
         else:
@@ -122,7 +122,7 @@ def collect_texts(args: argparse.Namespace) -> list[str]:
     if args.dataset_name is not None:
         rows = load_split(args.dataset_name, args.train_split, args.dataset_config_name)
         columns = resolve_columns(rows, args.image_column, args.caption_column, args.dataset_name)
-        sources.append(row.values() for row in rows.select_columns(columns.captions))
+        sources.append(value for row in rows.select_columns(columns.captions) for value in row.values())
     for path in args.text_file:
         try:
             sources.append([Path(path).read_text(encoding="utf-8")])
