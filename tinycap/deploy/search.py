@@ -1,0 +1,175 @@
+"""`tinycap search`: the images of a folder nearest to words or to an image, and near duplicates."""
+
+import argparse
+import base64
+import csv
+import html
+import io
+import json
+import os
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from tinycap.commands import say, write_text
+from tinycap.deploy.captioners import Captioner
+from tinycap.deploy.index import ImageIndex, Match
+from tinycap.deploy.inputs import LeftOut, list_images
+from tinycap.processing_tinycap import load_image
+
+
+# Beside the folder: photos becomes photos.tinycap-index.
+INDEX_ENDING = ".tinycap-index"
+# Pixels of a thumbnail's longer side.
+THUMBNAIL = 320
+PAGE = """<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark }}
+body {{ font: 16px/1.4 system-ui, sans-serif; margin: 1.5rem }}
+ol {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(15rem, 1fr)); gap: 1.5rem; padding: 0 }}
+li {{ list-style: none; overflow-wrap: anywhere }}
+img {{ max-width: 100%; max-height: 15rem; border-radius: 4px }}
+small {{ opacity: .7; display: block }}
+</style>
+<h1>{title}</h1>
+<ol>
+{items}
+</ol>
+</html>
+"""
+
+
+def index_folder(args: argparse.Namespace) -> tuple[Path, str]:
+    """The index's folder and the root of its images; `ValueError` where neither is given."""
+    if args.index is None and not (len(args.images) == 1 and os.path.isdir(args.images[0])):
+        raise ValueError("--index: expected a folder for the index, since the images aren't those of one folder")
+    root = os.path.abspath(args.images[0] if len(args.images) == 1 and os.path.isdir(args.images[0]) else os.curdir)
+    return Path(args.index or f"{root}{INDEX_ENDING}"), root
+
+
+def refresh(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -> tuple[list, LeftOut]:
+    """Embeds what is new or has changed and removes what has left; returns the unreadable images and their errors."""
+    from tqdm import tqdm
+
+    left_out = LeftOut()
+    pending, gone = index.changes(list_images(args.images, left_out))
+    if gone:
+        index.remove(gone)
+    bad, batch = [], []
+    options = {"unit": "image", "file": sys.stderr, "disable": args.quiet or len(pending) <= args.batch_size}
+    try:
+        for result in tqdm(captioner.embed(list(pending)), total=len(pending), desc="Indexing", **options):
+            batch.append(result)
+            bad += [(result.image, result.error)] if result.error is not None else []
+            if len(batch) >= args.batch_size:
+                # Taken first, so that an interruption in between adds none of them twice.
+                ready, batch = batch, []
+                index.add(ready, pending)
+    finally:
+        if batch:
+            index.add(batch, pending)
+    index.compact()
+    if not args.quiet and (pending or gone):
+        say(args.prog, f"{index.folder}: {len(pending) - len(bad)} images added, {len(gone)} left, {len(index)} in all")
+    return bad, left_out
+
+
+def caption_matches(index: ImageIndex, captioner: Captioner, matches: Iterable[Match]) -> dict[str, str]:
+    """Captions by path, from the index or written now and kept there."""
+    paths = [match.path for match in matches]
+    captions = index.captions(paths)
+    missing = [path for path in paths if path not in captions]
+    new = {result.image: result.captions[0] for result in captioner(missing) if result.error is None}
+    index.add_captions(new)
+    return captions | new
+
+
+def thumbnail(path: str) -> str:
+    """A data URL; empty for an image that can't be read any more."""
+    try:
+        image = load_image(path)
+    except ValueError:
+        return ""
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=80)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+
+
+def page(title: str, rows: list[dict]) -> str:
+    """One HTML file with thumbnails, which fetches nothing."""
+    items = []
+    for row in rows:
+        caption, name = (html.escape(printable(row.get(name) or ""), quote=True) for name in ("caption", "image"))
+        note = " · ".join(f"{row[name]}" for name in ("score", "group") if name in row)
+        items.append(f'<li><img src="{thumbnail(row["image"])}" alt="{caption}"><div>{caption}</div>')
+        items.append(f"<small>{note} {name}</small></li>")
+    return PAGE.format(title=html.escape(printable(title), quote=True), items="\n".join(items))
+
+
+def printable(text: str) -> str:
+    """Names that aren't UTF-8 with replacement characters."""
+    return text.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def render(rows: list[dict], kind: str, title: str) -> str:
+    """The rows as `text`, `json`, `tsv` or `html`."""
+    if kind == "html":
+        return page(title, rows)
+    if kind == "json":
+        return json.dumps(rows, indent=2) + "\n"
+    lines = io.StringIO()
+    if kind == "tsv":
+        writer = csv.DictWriter(lines, list(rows[0]) if rows else ["score", "image"], dialect="excel-tab")
+        writer.writeheader()
+        writer.writerows({name: printable(f"{value}") for name, value in row.items()} for row in rows)
+        return lines.getvalue()
+    # Control characters in file names steer terminals.
+    for row in rows:
+        cells = (printable(f"{value}") for value in row.values())
+        print(
+            "  ".join("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in cell) for cell in cells),
+            file=lines,
+        )
+    return lines.getvalue()
+
+
+def find(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -> tuple[list[dict], str]:
+    """The result's rows, and its title."""
+    if args.duplicates is not None:
+        groups = index.duplicates(args.duplicates)[: args.number]
+        return [{"group": i, "image": path} for i, group in enumerate(groups, 1) for path in group], "Near duplicates"
+    if args.like is not None:
+        result = next(captioner.embed([args.like]))
+        if result.error is not None:
+            raise ValueError(f"--like {args.like}: {result.error}")
+        matches, title = index.search(result.embedding, args.number, without=args.like), f"Like {args.like}"
+    else:
+        matches, title = index.search(captioner.embed_texts([args.query])[0], args.number), args.query
+    captions = caption_matches(index, captioner, matches) if args.captions else {}
+    rows = [{"score": round(match.score, 3), "image": match.path} for match in matches]
+    for row in rows:
+        row |= {"caption": captions.get(row["image"], "")} if args.captions else {}
+    return rows, title
+
+
+def search(args: argparse.Namespace, captioner: Captioner) -> tuple[list, LeftOut]:
+    """Refreshes the index, answers the query and writes the answer; returns what couldn't be read."""
+    folder, root = index_folder(args)
+    index = ImageIndex(folder, captioner.fingerprint(), captioner.embedding_size(), root)
+    try:
+        bad, left_out = refresh(args, index, captioner) if args.refresh else ([], LeftOut())
+        rows, title = find(args, index, captioner)
+    finally:
+        index.close()
+    text = render(rows, args.format, title)
+    if args.output is None:
+        sys.stdout.write(text)
+    else:
+        write_text(args.output, text)
+    return bad, left_out
