@@ -29,8 +29,8 @@ def vectors(number: int, seed: int = 0) -> np.ndarray:
     return drawn / np.linalg.norm(drawn, axis=1, keepdims=True)
 
 
-def open_index(tmp_path, model="m", width=WIDTH) -> ImageIndex:
-    return ImageIndex(tmp_path / "index", model, width, tmp_path / "photos")
+def open_index(tmp_path, model="m") -> ImageIndex:
+    return ImageIndex(tmp_path / "index", model, tmp_path / "photos")
 
 
 def paths_of(folder) -> list[str]:
@@ -177,8 +177,6 @@ def test_an_index_of_another_checkpoint_is_refused(tmp_path, photos):
     fill(open_index(tmp_path), photos)
     with pytest.raises(ValueError, match="expected model other, got m; delete it"):
         open_index(tmp_path, model="other")
-    with pytest.raises(ValueError, match="expected width 5, got 13"):
-        open_index(tmp_path, width=5)
 
 
 @pytest.mark.parametrize("harm", ["no database", "cut database", "cut embeddings", "no embeddings"])

@@ -5,33 +5,16 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import tiny_config, tiny_model, tiny_repository_model
+from tiny import ENCODER, tiny_config, tiny_model
 from transformers import AutoModel, AutoTokenizer, pipeline
 
 from tinycap.configuration_tinycap import TinyCapConfig, TinyCapTextEncoderConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration, TinyCapVisionModel
-from tinycap.training.repository import create_image_processor, save_repository
 from tinycap.zero_shot_tinycap import TinyCapForZeroShotImageClassification
-
-
-ENCODER = {
-    **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 22},
-    **{"max_position_embeddings": 17, "projection_dim": 14},
-}
 
 
 def text_model(**changes) -> TinyCapForConditionalGeneration:
     return tiny_model(text_encoder_config={**ENCODER, **changes})
-
-
-@pytest.fixture(scope="module")
-def text_repository(tmp_path_factory, tokenizer):
-    folder = tmp_path_factory.mktemp("hub") / "with-a-text-encoder"
-    torch.manual_seed(5)
-    config = tiny_repository_model(tokenizer).config
-    config = TinyCapConfig(**{**config.to_dict(), "text_encoder_config": ENCODER})
-    save_repository(folder, TinyCapForConditionalGeneration(config), tokenizer, create_image_processor(24))
-    return folder
 
 
 IDS = torch.tensor([[5, 9, 11, 3], [7, 8, 0, 0], [6, 0, 0, 0]])

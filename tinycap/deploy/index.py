@@ -50,15 +50,14 @@ class ImageIndex:
     Args:
         folder: the index's own folder.
         model: what tells the checkpoint from others; embeddings of two of them can't be compared.
-        width: of an embedding.
         root: folder that the images' paths are kept relative to, where they lie in it, so that both can be moved.
 
     Raises:
         ValueError: it was made with another checkpoint, or is damaged; `OutputError` if it can't be written.
     """
 
-    def __init__(self, folder: str | Path, model: str, width: int, root: str | Path):
-        self.folder, self.width, self.root = Path(folder), width, os.path.abspath(root)
+    def __init__(self, folder: str | Path, model: str, root: str | Path):
+        self.folder, self.root = Path(folder), os.path.abspath(root)
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._reading():
@@ -67,15 +66,16 @@ class ImageIndex:
             if not self.table.execute("SELECT 1 FROM sqlite_master WHERE name = 'facts'").fetchone():
                 self._begin(model)
             facts = dict(self.table.execute("SELECT name, value FROM facts"))
-        expected = {"version": VERSION, "model": model, "width": str(width)}
-        for name, value in expected.items():
+        for name, value in {"version": VERSION, "model": model}.items():
             if facts.get(name) != value:
                 raise ValueError(f"index {self.folder}: expected {name} {value}, got {facts.get(name)}; delete it")
+        # Of an embedding; 0 before the first one.
+        self.width = int(facts["width"])
         self.embeddings_path = self.folder / facts["embeddings"]
         with self._reading():
             self.num_rows = self.table.execute("SELECT 1 + COALESCE(MAX(row), -1) FROM images").fetchone()[0]
         size = self.embeddings_path.stat().st_size if self.embeddings_path.is_file() else 0
-        if size < self.num_rows * 4 * width:
+        if size < self.num_rows * 4 * self.width:
             raise self._damaged(f"{self.embeddings_path.name} has {size} bytes")
 
     def _damaged(self, reason: object) -> DamagedIndexError:
@@ -93,7 +93,7 @@ class ImageIndex:
             raise self._damaged(error) from error
 
     def _begin(self, model: str) -> None:
-        facts = {"version": VERSION, "model": model, "width": str(self.width), "embeddings": "embeddings-0.f32"}
+        facts = {"version": VERSION, "model": model, "width": "0", "embeddings": "embeddings-0.f32"}
         with self._transaction():
             for statement in TABLES.split(";")[:-1]:
                 self.table.execute(statement)
@@ -161,9 +161,10 @@ class ImageIndex:
         """
         results = list(results)
         embeddings = [result.embedding for result in results if result.error is None]
+        width = len(embeddings[0]) if embeddings else self.width
         first = row = self.num_rows
         with writing(self.embeddings_path), open(self.embeddings_path, "r+b" if first else "wb") as file:
-            file.seek(4 * self.width * first)
+            file.seek(4 * width * first)
             file.write(np.asarray(embeddings, np.float32).tobytes())
         rows = []
         for result in results:
@@ -172,11 +173,12 @@ class ImageIndex:
         with self._transaction():
             command = "INSERT OR REPLACE INTO images (path, size, changed, row, error) VALUES (?, ?, ?, ?, ?)"
             self.table.executemany(command, rows)
-        self.num_rows = row
+            self.table.execute("UPDATE facts SET value = ? WHERE name = 'width'", [str(width)])
+        self.num_rows, self.width = row, width
 
     def compact(self) -> None:
         """Writes the embeddings anew, without the rows of images that have left, if these are many."""
-        if self.num_rows - len(self) <= MAX_DEAD * self.num_rows:
+        if len(self) == 0 or self.num_rows - len(self) <= MAX_DEAD * self.num_rows:
             return
         with self._reading():
             rows = self.table.execute("SELECT path, row FROM images WHERE row IS NOT NULL ORDER BY row").fetchall()
@@ -201,8 +203,6 @@ class ImageIndex:
 
     def matrix(self) -> np.ndarray:
         """(rows, width), memory-mapped; rows of images that have left are among them."""
-        if self.num_rows == 0:
-            return np.empty((0, self.width), np.float32)
         return np.memmap(self.embeddings_path, np.float32, "r", shape=(self.num_rows, self.width))
 
     def _images(self, rows: Iterable[int]) -> dict[int, str]:
@@ -222,11 +222,11 @@ class ImageIndex:
         Args:
             without: an image that is left out, since it is the query.
         """
+        if self.num_rows == 0:
+            return []
         scores = self.matrix() @ np.asarray(embedding, np.float32)
         # Besides rows without an image, and the query.
         wanted = min(len(scores), number + len(scores) - len(self) + 1)
-        if wanted == 0:
-            return []
         rows = np.argpartition(-scores, wanted - 1)[:wanted]
         rows = rows[np.argsort(-scores[rows], kind="stable")]
         matches, skipped = [], None if without is None else os.path.abspath(without)
@@ -241,7 +241,7 @@ class ImageIndex:
         """Groups of images that are linked by cosines of at least `threshold`; the largest groups first."""
         with self._reading():
             rows = dict(self.table.execute("SELECT row, path FROM images WHERE row IS NOT NULL ORDER BY path"))
-        order, matrix = sorted(rows), self.matrix()
+        order, matrix = sorted(rows), self.matrix() if rows else None
         group = {row: row for row in order}
 
         def find(row: int) -> int:

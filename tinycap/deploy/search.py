@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterable
 from pathlib import Path
 
-from tinycap.commands import say, write_text
+from tinycap.commands import say, write_text, writing
 from tinycap.deploy.captioners import Captioner
 from tinycap.deploy.index import ImageIndex, Match
 from tinycap.deploy.inputs import LeftOut, list_images
@@ -63,7 +63,7 @@ def refresh(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -
     bad, batch = [], []
     options = {"unit": "image", "file": sys.stderr, "disable": args.quiet or len(pending) <= args.batch_size}
     try:
-        for result in tqdm(captioner.embed(list(pending)), total=len(pending), desc="Indexing", **options):
+        for result in tqdm(captioner.embed_for_texts(list(pending)), total=len(pending), desc="Indexing", **options):
             batch.append(result)
             bad += [(result.image, result.error)] if result.error is not None else []
             if len(batch) >= args.batch_size:
@@ -145,7 +145,7 @@ def find(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -> t
         groups = index.duplicates(args.duplicates)[: args.number]
         return [{"group": i, "image": path} for i, group in enumerate(groups, 1) for path in group], "Near duplicates"
     if args.like is not None:
-        result = next(captioner.embed([args.like]))
+        result = next(captioner.embed_for_texts([args.like]))
         if result.error is not None:
             raise ValueError(f"--like {args.like}: {result.error}")
         matches, title = index.search(result.embedding, args.number, without=args.like), f"Like {args.like}"
@@ -161,7 +161,11 @@ def find(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -> t
 def search(args: argparse.Namespace, captioner: Captioner) -> tuple[list, LeftOut]:
     """Refreshes the index, answers the query and writes the answer; returns what couldn't be read."""
     folder, root = index_folder(args)
-    index = ImageIndex(folder, captioner.fingerprint(), captioner.embedding_size(), root)
+    if args.overwrite:
+        for path in (*folder.glob("index.sqlite*"), *folder.glob("embeddings-*.f32")):
+            with writing(path):
+                path.unlink()
+    index = ImageIndex(folder, captioner.fingerprint(), root)
     try:
         bad, left_out = refresh(args, index, captioner) if args.refresh else ([], LeftOut())
         rows, title = find(args, index, captioner)
