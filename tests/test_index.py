@@ -125,6 +125,31 @@ def test_rows_of_lost_images_are_given_back(tmp_path, photos):
     assert [path.name for path in (tmp_path / "index").glob("*.f32")] == ["embeddings-1.f32"]
 
 
+def test_a_large_index_finds_the_same_by_its_principal_components(tmp_path, photos, monkeypatch):
+    limits = {"MANY_ROWS": 40, "NEW_ROWS": 10, "COMPONENTS": 4, "SHORTLIST": 12}
+    for name, value in limits.items():
+        monkeypatch.setattr(f"tinycap.deploy.index.{name}", value)
+    # Nearly of rank 4, as real embeddings are of a low one.
+    drawn = np.random.default_rng(1).standard_normal((60, 4)) @ np.random.default_rng(2).standard_normal((4, WIDTH))
+    drawn += 0.01 * np.random.default_rng(3).standard_normal(drawn.shape)
+    embeddings = (drawn / np.linalg.norm(drawn, axis=1, keepdims=True)).astype(np.float32)
+    names = [str(photos / f"many-{row:02}.jpg") for row in range(60)]
+    index = open_index(tmp_path)
+    for part in (slice(0, 50), slice(50, 55), slice(55, 60)):
+        facts = {name: (1, 1) for name in names[part]}
+        index.add((ImageResult(name, embedding=row) for name, row in zip(names[part], embeddings[part])), facts)
+        index.summarize()
+        count = len(index)
+        assert len(index._coarse()[1]) == (60 if count == 60 else 50)
+        for row in range(0, count, 7):
+            expected = np.argsort(-(embeddings[:count] @ embeddings[row]))[:3]
+            matches = open_index(tmp_path).search(embeddings[row], 3)
+            assert [match.path for match in matches] == [names[other] for other in expected]
+    index.remove(names[:20])
+    index.compact()
+    assert not list((tmp_path / "index").glob("*.coarse.npy"))
+
+
 def test_folder_and_index_move_together(tmp_path, photos):
     embeddings = fill(open_index(tmp_path), photos)
     (tmp_path / "elsewhere").mkdir()

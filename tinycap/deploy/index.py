@@ -3,6 +3,9 @@
 An index is a folder of two files. `index.sqlite` lists the images: size and time of change, the row of the embedding,
 and the caption once it was shown. `embeddings-N.f32` holds the rows, float32 of unit norm, and is memory-mapped. A row
 is written before the table names it and is never overwritten: the index is whole at whatever moment a run is killed.
+
+Of a large index, a query reads `embeddings-N.coarse.npy` first, the embeddings' leading principal components, and then
+the whole embeddings of the best by these.
 """
 
 import contextlib
@@ -14,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tinycap.commands import writing
+from tinycap.commands import replacing, writing
 from tinycap.deploy.captioners import ImageResult
 
 
@@ -30,6 +33,9 @@ VERSION = "1"
 MAX_DEAD = 0.25
 # Images that are compared with all others at a time, for duplicates.
 BLOCK = 1024
+# Rows from which on, and new ones for which, the principal components are computed; how many of these; how many rows
+# are compared as a whole.
+MANY_ROWS, NEW_ROWS, COMPONENTS, SHORTLIST = 200_000, 100_000, 128, 4000
 
 
 @dataclass(frozen=True)
@@ -72,8 +78,7 @@ class ImageIndex:
         # Of an embedding; 0 before the first one.
         self.width = int(facts["width"])
         self.embeddings_path = self.folder / facts["embeddings"]
-        with self._reading():
-            self.num_rows = self.table.execute("SELECT 1 + COALESCE(MAX(row), -1) FROM images").fetchone()[0]
+        self.num_rows = int(facts["rows"])
         size = self.embeddings_path.stat().st_size if self.embeddings_path.is_file() else 0
         if size < self.num_rows * 4 * self.width:
             raise self._damaged(f"{self.embeddings_path.name} has {size} bytes")
@@ -93,7 +98,7 @@ class ImageIndex:
             raise self._damaged(error) from error
 
     def _begin(self, model: str) -> None:
-        facts = {"version": VERSION, "model": model, "width": "0", "embeddings": "embeddings-0.f32"}
+        facts = {"version": VERSION, "model": model, "width": "0", "rows": "0", "embeddings": "embeddings-0.f32"}
         with self._transaction():
             for statement in TABLES.split(";")[:-1]:
                 self.table.execute(statement)
@@ -110,6 +115,10 @@ class ImageIndex:
                 with contextlib.suppress(sqlite3.Error):
                     self.table.execute("ROLLBACK")
                 raise
+
+    def _update(self, **facts: str | int) -> None:
+        for name, value in facts.items():
+            self.table.execute("UPDATE facts SET value = ? WHERE name = ?", [str(value), name])
 
     def __len__(self) -> int:
         """Images with an embedding."""
@@ -173,7 +182,7 @@ class ImageIndex:
         with self._transaction():
             command = "INSERT OR REPLACE INTO images (path, size, changed, row, error) VALUES (?, ?, ?, ?, ?)"
             self.table.executemany(command, rows)
-            self.table.execute("UPDATE facts SET value = ? WHERE name = 'width'", [str(width)])
+            self._update(width=width, rows=row)
         self.num_rows, self.width = row, width
 
     def compact(self) -> None:
@@ -192,12 +201,42 @@ class ImageIndex:
             self.table.execute("UPDATE images SET row = -1 - row WHERE row IS NOT NULL")
             pairs = ((number, path) for number, (path, _) in enumerate(rows))
             self.table.executemany("UPDATE images SET row = ? WHERE path = ?", pairs)
-            self.table.execute("UPDATE facts SET value = ? WHERE name = 'embeddings'", [new.name])
+            self._update(embeddings=new.name, rows=len(rows))
         self.embeddings_path, self.num_rows = new, len(rows)
         del matrix
-        with contextlib.suppress(OSError):
-            # Windows keeps it while another process reads it.
-            old.unlink()
+        for path in self.folder.glob(f"{old.stem}.*"):
+            with contextlib.suppress(OSError):
+                # Windows keeps it while another process reads it.
+                path.unlink()
+
+    def summarize(self) -> None:
+        """Computes the principal components of a large index, unless nearly all rows have them."""
+        done = 0 if (found := self._coarse()) is None else len(found[1])
+        if self.num_rows < MANY_ROWS or self.num_rows - done < NEW_ROWS:
+            return
+        matrix = self.matrix()
+        sample = matrix[:: max(1, self.num_rows // MANY_ROWS)]
+        # Of the second moments, uncentred: scores are dot products.
+        basis = np.linalg.eigh(sample.T @ sample)[1][:, : -COMPONENTS - 1 : -1].astype(np.float32)
+        with replacing(self.embeddings_path.with_suffix(".coarse.npy")) as aside:
+            rows = np.lib.format.open_memmap(aside, "w+", np.float32, (self.num_rows + self.width, basis.shape[1]))
+            # The basis, then a row for each of the matrix's.
+            rows[: self.width] = basis
+            for start in range(0, self.num_rows, BLOCK):
+                rows[self.width + start : self.width + start + BLOCK] = matrix[start : start + BLOCK] @ basis
+            rows.flush()
+            del rows
+
+    def _coarse(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """The principal axes (width, components) and the components of the first rows; `None` if there are none."""
+        path = self.embeddings_path.with_suffix(".coarse.npy")
+        if not path.is_file():
+            return None
+        try:
+            rows = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, OSError) as error:
+            raise self._damaged(error) from error
+        return rows[: self.width], rows[self.width :]
 
     # --- queries ---
 
@@ -224,15 +263,24 @@ class ImageIndex:
         """
         if self.num_rows == 0:
             return []
-        scores = self.matrix() @ np.asarray(embedding, np.float32)
-        # Besides rows without an image, and the query.
-        wanted = min(len(scores), number + len(scores) - len(self) + 1)
-        rows = np.argpartition(-scores, wanted - 1)[:wanted]
-        rows = rows[np.argsort(-scores[rows], kind="stable")]
+        query, matrix = np.asarray(embedding, np.float32), self.matrix()
+        rows, coarse = np.arange(self.num_rows), self._coarse()
+        if coarse is None:
+            scores = matrix @ query
+        else:
+            basis, components = coarse
+            shortlist = min(len(components), max(SHORTLIST, 40 * number))
+            best = np.argpartition(-(components @ (query @ basis)), shortlist - 1)[:shortlist]
+            rows = np.concatenate([best, rows[len(components) :]])
+            scores = matrix[rows] @ query
+        order = np.argsort(-scores, kind="stable")
         matches, skipped = [], None if without is None else os.path.abspath(without)
-        for start in range(0, wanted, 2 * number):
-            images = self._images(rows[start : start + 2 * number])
-            matches += [Match(path, float(scores[row])) for row, path in images.items() if path != skipped]
+        # More than asked for, since there are rows without an image, and the query.
+        for start in range(0, len(order), 2 * number):
+            several = order[start : start + 2 * number]
+            images = self._images(rows[several])
+            found = ((images.get(row), score) for row, score in zip(rows[several], scores[several]))
+            matches += [Match(path, float(score)) for path, score in found if path not in (None, skipped)]
             if len(matches) >= number:
                 break
         return matches[:number]

@@ -74,6 +74,7 @@ def refresh(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -
         if batch:
             index.add(batch, pending)
     index.compact()
+    index.summarize()
     if not args.quiet and (pending or gone):
         say(args.prog, f"{index.folder}: {len(pending) - len(bad)} images added, {len(gone)} left, {len(index)} in all")
     return bad, left_out
@@ -162,7 +163,7 @@ def search(args: argparse.Namespace, captioner: Captioner) -> tuple[list, LeftOu
     """Refreshes the index, answers the query and writes the answer; returns what couldn't be read."""
     folder, root = index_folder(args)
     if args.overwrite:
-        for path in (*folder.glob("index.sqlite*"), *folder.glob("embeddings-*.f32")):
+        for path in (*folder.glob("index.sqlite*"), *folder.glob("embeddings-*.*")):
             with writing(path):
                 path.unlink()
     index = ImageIndex(folder, captioner.fingerprint(), root)
