@@ -48,6 +48,17 @@ def paths_of(folder) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*.png"))
 
 
+def test_paths_are_shown_as_the_folder_was_given(text_repository, photos, capsys, monkeypatch):
+    monkeypatch.chdir(photos.parent)
+    rows, _ = search(capsys, text_repository, "--like", "photos/2.png", "photos/")
+    assert sorted(row["image"] for row in rows) == [
+        f"photos/{name}" for name in ("0.png", "1.png", "3.png", "4.png", "trip/nine.png")
+    ]
+    monkeypatch.chdir(photos)
+    rows, said = search(capsys, text_repository, "--like", "2.png", ".", "--number", 1)
+    assert rows[0]["image"] in ("0.png", "1.png", "3.png", "4.png", "trip/nine.png") and said == ""
+
+
 def test_only_what_changed_is_embedded_again(text_repository, photos, capsys, monkeypatch):
     search(capsys, text_repository, "a dog", photos)
     embedded = []

@@ -63,7 +63,7 @@ class ImageIndex:
     """
 
     def __init__(self, folder: str | Path, model: str, root: str | Path):
-        self.folder, self.root = Path(folder), os.path.abspath(root)
+        self.folder, self.root, self.shown_root = Path(folder), os.path.abspath(root), root
         with writing(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
         with self._reading():
@@ -134,7 +134,7 @@ class ImageIndex:
         return os.fsencode(os.path.relpath(path, self.root) if is_inside else path)
 
     def _path(self, key: bytes) -> str:
-        return os.path.join(self.root, os.fsdecode(key))
+        return os.path.normpath(os.path.join(self.shown_root, os.fsdecode(key)))
 
     def changes(self, paths: Iterable[str]) -> tuple[dict[str, tuple[int, int]], list[str]]:
         """Compares the index with `paths`, all images that it is to hold.
@@ -280,7 +280,11 @@ class ImageIndex:
             several = order[start : start + 2 * number]
             images = self._images(rows[several])
             found = ((images.get(row), score) for row, score in zip(rows[several], scores[several]))
-            matches += [Match(path, float(score)) for path, score in found if path not in (None, skipped)]
+            matches += [
+                Match(path, float(score))
+                for path, score in found
+                if path is not None and os.path.abspath(path) != skipped
+            ]
             if len(matches) >= number:
                 break
         return matches[:number]

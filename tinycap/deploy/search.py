@@ -48,8 +48,8 @@ def index_folder(args: argparse.Namespace) -> tuple[Path, str]:
     """The index's folder and the root of its images; `ValueError` where neither is given."""
     if args.index is None and not (len(args.images) == 1 and os.path.isdir(args.images[0])):
         raise ValueError("--index: expected a folder for the index, since the images aren't those of one folder")
-    root = os.path.abspath(args.images[0] if len(args.images) == 1 and os.path.isdir(args.images[0]) else os.curdir)
-    return Path(args.index or f"{root}{INDEX_ENDING}"), root
+    root = args.images[0] if len(args.images) == 1 and os.path.isdir(args.images[0]) else os.curdir
+    return Path(args.index or f"{os.path.abspath(root)}{INDEX_ENDING}"), root
 
 
 def refresh(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -> tuple[list, LeftOut]:
