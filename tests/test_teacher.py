@@ -194,8 +194,9 @@ def test_timms_towers_are_teachers_too(pixels, tmp_path):
     frozen = FrozenTowers(load_towers([str(tmp_path / "timm")], 13), dropout=0.0).eval()
     assert frozen.config.image_size == 32 and frozen.image_model.statistics == (settings["mean"], settings["std"])
     given = timm.create_model("mobilenetv3_small_050", num_classes=0).eval()
-    weights = load_file(tmp_path / "timm" / "model.safetensors")
-    given.load_state_dict({name: value for name, value in weights.items() if not name.startswith("classifier")})
+    weights = load_file(tmp_path / "timm" / "model.safetensors").items()
+    weights = {name.removeprefix("timm_model."): value for name, value in weights}
+    given.load_state_dict({name: value for name, value in weights.items() if not name.startswith("classifier.")})
     pixels = F.interpolate(pixels, (32, 32))
     with torch.no_grad():
         features = frozen.image_model(pixels).image_embeds
