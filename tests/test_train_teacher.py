@@ -49,11 +49,11 @@ def test_a_trained_teacher_loads_as_clip_and_as_its_vision_half(tmp_path):
 @pytest.mark.parametrize("kind", ["fresh", "locked", "frozen"])
 @pytest.mark.slow
 def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(
-    kind, sentence_encoder, classifier, tmp_path, monkeypatch
+    kind, sentence_encoder, resnet, tmp_path, monkeypatch
 ):
     """Also with cached text embeddings, which are the same in a resumed run, and with cached features and dropout."""
     locked = ["--text_model_name_or_path", sentence_encoder, "--captions_per_image", "5"]
-    frozen = [*FROZEN, "--image_model_name_or_path", classifier, *locked]
+    frozen = [*FROZEN, "--image_model_name_or_path", resnet, *locked]
     flags = {"fresh": TINY, "locked": [*LOCKED, *locked], "frozen": frozen}[kind]
     train_teacher.main([*flags, "--output_dir", str(tmp_path / "whole")])
     flags = [*flags, "--output_dir", str(tmp_path / "out")]
@@ -121,10 +121,11 @@ def test_a_teacher_can_start_from_a_pretrained_image_model(sentence_encoder, cla
     assert not trained[kernel].equal(given[kernel]), "not frozen"
     teacher = Teacher.from_pretrained(str(out), "projected")
     assert teacher.image_size == 32 and teacher(torch.randn(2, 3, 32, 32)).shape == (2, 14)
+    assert list(AutoImageProcessor.from_pretrained(out).image_mean) == [0.1, 0.2, 0.3]
 
 
 @pytest.mark.slow
-def test_a_frozen_image_model_is_asked_once_for_each_crop(sentence_encoder, classifier, photos, tmp_path, monkeypatch):
+def test_a_frozen_image_model_is_asked_once_for_each_crop(sentence_encoder, resnet, photos, tmp_path, monkeypatch):
     seen = []
     forward = PretrainedImageTower.forward
 
@@ -135,14 +136,13 @@ def test_a_frozen_image_model_is_asked_once_for_each_crop(sentence_encoder, clas
     monkeypatch.setattr(PretrainedImageTower, "forward", counted)
     flags = [*FROZEN, "--text_model_name_or_path", sentence_encoder, "--feature_cache_dir", str(tmp_path / "cache")]
     flags, out = [*flags, "--dataset_name", photos, "--crop_scale", "0.6"], tmp_path / "out"
-    metrics = train_teacher.main([*flags, "--image_model_name_or_path", classifier, "--output_dir", str(out)])
+    metrics = train_teacher.main([*flags, "--image_model_name_or_path", resnet, "--output_dir", str(out)])
     assert len(seen) == 3 * 23 + 6, "three crops of each training image, one of a validation image"
     assert not seen[0].equal(seen[23]), "another crop of the same image"
-    given, trained = load_file(f"{classifier}/model.safetensors"), load_file(out / "model.safetensors")
+    given, trained = load_file(f"{resnet}/model.safetensors"), load_file(out / "model.safetensors")
     assert set(given) == set(trained)
     moved = {name for name in given if given[name].shape != trained[name].shape or not given[name].equal(trained[name])}
-    assert moved == {"classifier.weight", "classifier.bias"}, "frozen but for its new head"
-    assert list(AutoImageProcessor.from_pretrained(out).image_mean) == [0.1, 0.2, 0.3]
+    assert moved == {"classifier.1.weight", "classifier.1.bias"}, "frozen but for its new head"
 
     crops = torch.stack(seen[-6:])
     teacher = Teacher.from_pretrained(str(out), "projected")
@@ -151,7 +151,7 @@ def test_a_frozen_image_model_is_asked_once_for_each_crop(sentence_encoder, clas
 
     # Two of them, with another seed: the features of both are there.
     seen.clear()
-    pair = [*flags, "--image_model_name_or_path", classifier, classifier, "--seed", "5"]
+    pair = [*flags, "--image_model_name_or_path", resnet, resnet, "--seed", "5"]
     train_teacher.main([*pair, "--output_dir", str(tmp_path / "pair")])
     # But for the cache's check of a row in each of its files.
     assert len(seen) == 2 * (3 + 1)
@@ -159,8 +159,8 @@ def test_a_frozen_image_model_is_asked_once_for_each_crop(sentence_encoder, clas
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_head_on_features_as_one(sentence_encoder, classifier, tmp_path):
-    flags = [*FROZEN, "--text_model_name_or_path", sentence_encoder, "--image_model_name_or_path", classifier]
+def test_two_processes_train_the_same_head_on_features_as_one(sentence_encoder, resnet, tmp_path):
+    flags = [*FROZEN, "--text_model_name_or_path", sentence_encoder, "--image_model_name_or_path", resnet]
     # Dropout would differ; nothing else does.
     flags += ["--captions_per_image", "2", "--feature_dropout", "0"]
     train_teacher.main([*flags, "--output_dir", str(tmp_path / "one")])
