@@ -309,7 +309,7 @@ class LockedTextModel(nn.Module):
         return self.sentences[rows].to(input_ids.device)
 
     def forward(self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> CLIPOutput:
-        """Embeds images (B, 3, H, W), or features as `FrozenTowers` takes them, and texts (N, T), padded on the right, to
+        """Embeds images (B, 3, H, W), or features of `FrozenTowers`, and texts (N, T), padded on the right, to
         (B or N, projection_dim), unit norm."""
         image_embeds = self.vision_model(pixel_values=pixel_values).image_embeds
         text_embeds = self.text_projection(self.lookup_text_embeddings(input_ids, attention_mask))
