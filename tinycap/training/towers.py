@@ -134,6 +134,9 @@ class PretrainedImageTower(nn.Module):
             options |= {"num_labels": projection_dim, "ignore_mismatched_sizes": True}
             options["unused"] = lambda model: f"{output_layer(model)}."
         classifier = load_weights(AutoModelForImageClassification, name_or_path, kind, **options)
+        if projection_dim is not None:
+            # timm's names of its classes.
+            vars(classifier.config).pop("label_names", None)
         own = getattr(classifier.config, "pretrained_cfg", None)
         statistics = (own["mean"], own["std"]) if own else pixel_statistics(name_or_path, subfolder)
         return cls(classifier, statistics or (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
@@ -234,7 +237,7 @@ def load_towers(names: list[str], projection_dim: int) -> PretrainedImageTower |
 def load_saved_towers(name_or_path: str) -> ImageTowers | None:
     """What `ImageTowers.save_pretrained` has written; `None` where it hasn't."""
     subfolders = []
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         while cached_file(name_or_path, f"{tower_subfolder(len(subfolders))}/config.json"):
             subfolders.append(tower_subfolder(len(subfolders)))
     towers = [PretrainedImageTower.from_pretrained(name_or_path, subfolder=name) for name in subfolders]
