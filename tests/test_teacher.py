@@ -22,7 +22,6 @@ from transformers import (
 
 from tinycap.training.frozen_towers import FrozenTowers
 from tinycap.training.teacher import Teacher, VisionTower
-from tinycap.training.teacher_cache import TeacherCache
 from tinycap.training.towers import TEXT_HEAD_FILE, PretrainedImageTower, load_towers
 
 
@@ -135,7 +134,7 @@ def test_two_towers_see_pixels_in_their_own_size_and_by_their_own_statistics(cla
 
 @pytest.mark.parametrize("is_pair", [False, True])
 def test_a_head_trained_on_features_is_saved_as_a_teacher_of_pixels(is_pair, classifier, resnet, pixels, tmp_path):
-    """Standardisation and head are folded into the towers' own heads."""
+    """The head's parts are the towers' own heads."""
     images = load_towers([resnet, classifier] if is_pair else [resnet], 13)
     images.set_image_size(24)
     frozen = FrozenTowers(images, dropout=0.5)
@@ -143,19 +142,14 @@ def test_a_head_trained_on_features_is_saved_as_a_teacher_of_pixels(is_pair, cla
         by_own = [pixels] if not is_pair else [pixels, pixels * images.scale[1] + images.shift[1]]
         features = [tower(values).image_embeds for tower, values in zip(images.towers, by_own)]
     assert [part.shape[1] for part in features] == [tower.num_features for tower in images.towers]
-    varies = features[0].std(dim=0) > 0
-    assert varies.any() and not varies.all(), "also a feature that is always 0"
-    # Two shards of two rows, as views of the same images.
-    frozen.set_statistics([TeacherCache({(0, 0): part[:2], (1, 0): part[2:]}, 2) for part in features])
+    assert features[0].std(dim=0).max() > 0
     features = torch.cat(features, dim=1)
-    torch.testing.assert_close(frozen.mean, features.mean(dim=0))
-    torch.testing.assert_close(frozen.std, features.std(dim=0, unbiased=False) + 1e-3)
     frozen.save_pretrained(tmp_path, frozen.train().state_dict())
     (tmp_path / TEXT_HEAD_FILE).touch()
     teacher = Teacher.from_pretrained(str(tmp_path), "projected")
     assert teacher.embed_dim == 13 and teacher.image_size == 24
     expected = F.normalize(frozen.eval()(features).image_embeds, dim=-1)
-    torch.testing.assert_close(teacher(pixels), expected, atol=2e-4, rtol=1e-3)
+    torch.testing.assert_close(teacher(pixels), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ValueError, match="expected projected"):
         Teacher.from_pretrained(str(tmp_path), "pooled")
 

@@ -26,15 +26,12 @@ from tinycap.training.towers import ImageTowers, PretrainedImageTower
 
 # Of the crops: runs with other seeds share the features.
 CROP_SEED = 0
-# Added to a feature's deviation, which may be 0.
-EPSILON = 1e-3
 
 
 class FrozenTowers(nn.Module):
-    """A linear head to train on the standardised features of frozen towers; called like an image tower.
+    """A linear head to train on the features of frozen towers; called like an image tower.
 
-    The towers' own heads are removed until they are saved: with the head, which is folded into them together with mean
-    and deviation, they are an ordinary teacher.
+    The towers' own heads are removed until they are saved: with their parts of the head, they are an ordinary teacher.
 
     Args:
         dropout: of the features.
@@ -48,39 +45,22 @@ class FrozenTowers(nn.Module):
             tower.classifier.set_submodule(tower.head_name, nn.Identity())
         num_features = sum(tower.num_features for tower in towers.towers)
         self.dropout, self.head = nn.Dropout(dropout), nn.Linear(num_features, towers.config.projection_dim)
-        self.register_buffer("mean", torch.zeros(num_features))
-        self.register_buffer("std", torch.ones(num_features))
-
-    def set_statistics(self, caches: list[TeacherCache]) -> None:
-        """Sets mean and deviation to those of all training crops, from a cache for each tower."""
-        means, stds = [], []
-        for cache in caches:
-            shards = cache.shards.values()
-            num_rows = sum(map(len, shards))
-            mean = sum(shard.double().sum(dim=0) for shard in shards) / num_rows
-            variance = sum((shard.double() - mean).square().sum(dim=0) for shard in shards) / num_rows
-            means.append(mean)
-            stds.append(variance.sqrt() + EPSILON)
-        self.mean.copy_(torch.cat(means))
-        self.std.copy_(torch.cat(stds))
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         """Features (B, num_features) in place of pixels to `image_embeds` (B, projection_dim)."""
-        return SimpleNamespace(image_embeds=self.head(self.dropout((pixel_values - self.mean) / self.std)))
+        return SimpleNamespace(image_embeds=self.head(self.dropout(pixel_values)))
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
         """Writes the towers with their parts of the head, from the `state_dict` as `accelerate` gathers it."""
         prefix, towers = "image_model.", self.image_model.towers
         tensors = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
-        # In float64: weights of features that hardly vary are large.
-        mean, std, weight, bias = (state_dict[name].double() for name in ("mean", "std", "head.weight", "head.bias"))
-        weight = weight / std
+        weight, bias = state_dict["head.weight"], state_dict["head.bias"]
         # The towers' sum has the bias once.
-        biases = [bias - weight @ mean, *[torch.zeros_like(bias)] * (len(towers) - 1)]
+        biases = [bias, *[torch.zeros_like(bias)] * (len(towers) - 1)]
         parts = weight.split([tower.num_features for tower in towers], dim=1)
         for index, (tower, own_weight, own_bias) in enumerate(zip(towers, parts, biases)):
             name = f"{f'towers.{index}.' if len(towers) > 1 else ''}classifier.{tower.head_name}"
-            tensors |= {f"{name}.weight": own_weight.float().contiguous(), f"{name}.bias": own_bias.float()}
+            tensors |= {f"{name}.weight": own_weight.contiguous(), f"{name}.bias": own_bias}
         self.image_model.save_pretrained(output_dir, state_dict=tensors)
 
 
@@ -167,7 +147,7 @@ def cache_features(
     collator_of: Callable[..., CaptionCollator],
     cache_dir: Path,
 ) -> None:
-    """Computes what `cache_dir` lacks of the features of both loaders' images, and sets the model's statistics.
+    """Computes what `cache_dir` lacks of the features of both loaders' images.
 
     Args:
         collator_of: makes a collator of a mean and a deviation.
@@ -185,4 +165,3 @@ def cache_features(
             sources = (accelerator, extractor, crops, collator_of(*tower.statistics), cache_dir, views)
             options = (args.per_device_eval_batch_size, content_fingerprint(rows), workers)
             dataset.caches.append(build_teacher_cache(*sources, *options))
-    model.set_statistics(train.caches)
