@@ -28,7 +28,8 @@ def output_error(error: BaseException | None) -> OutputError | None:
     while error is not None:
         if isinstance(error, OutputError):
             return error
-        if isinstance(error, OSError) and error.errno in CANNOT_WRITE:
+        # `datasets` compares sizes before it writes.
+        if isinstance(error, OSError) and (error.errno in CANNOT_WRITE or "Not enough disk space" in str(error)):
             # pyarrow's errors don't name the file.
             cache = getattr(sys.modules.get("datasets"), "config", None)
             unnamed = f"an output, probably the cache in HF_DATASETS_CACHE ({cache.HF_DATASETS_CACHE})" if cache else ""
