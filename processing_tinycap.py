@@ -30,8 +30,8 @@ IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".hif"),
     *(".avif", ".jp2", ".j2k", ".mpo", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".qoi", ".dib"),
 )
-# Decoded pixels at most: 510 MB and half a second for a PNG of two megabytes.
-MAX_IMAGE_PIXELS = 2**27
+# Decoded pixels at most: 470 MB and half a second for a PNG of two megabytes.
+MAX_IMAGE_PIXELS = 7 * 2**24
 # Pixels of a JPEG of one scan, which is decoded at a fraction of its size: phones write 200 million (0.4 s, 50 MB).
 MAX_JPEG_PIXELS = 2**28
 # Slower decoders that keep several copies: 12 to 17 bytes a pixel for AVIF and WebP, 7 to 9 for HEIF (phones write 50
@@ -49,7 +49,7 @@ MAX_READS = 2**20
 # Strips or tiles of a TIFF, 11 microseconds each, and Exif segments of a JPEG, which Pillow joins one by one.
 MAX_TILES, MAX_EXIF_SEGMENTS = 2**16, 2**8
 # Bytes of a compressed TIFF's pixels with its largest strip or tile, which libtiff decodes as a whole.
-MAX_TIFF_BYTES = 2**29 + 2**26
+MAX_TIFF_BYTES = 2**29
 # Bytes of a file at most: it is read into memory, since decoding a mapped file that shrinks kills the process.
 MAX_FILE_SIZE = 2**29
 # A progressive JPEG is decoded once a scan; it usually has ten, but a small file may hold thousands.
@@ -416,13 +416,11 @@ def _shrink(image: "Image.Image") -> "Image.Image":
     else:
         mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
     (width, height), step = image.size, 64 * factor
-    tops = range(0, height, step)
-    strips = [image.crop((0, top, width, min(height, top + step))).convert(mode).reduce(factor) for top in tops]
-    small = Image.new(mode, (strips[0].width, sum(strip.height for strip in strips)))
-    small.info = dict(strips[0].info)
-    for index, strip in enumerate(strips):
-        # All strips but the last have the same height.
-        small.paste(strip, (0, index * strips[0].height))
+    small = Image.new(mode, (math.ceil(width / factor), math.ceil(height / factor)))
+    for top in range(0, height, step):
+        strip = image.crop((0, top, width, min(height, top + step))).convert(mode).reduce(factor)
+        small.paste(strip, (0, top // factor))
+        small.info = dict(strip.info)
     return small
 
 

@@ -136,7 +136,7 @@ BOMBS = {
     "icon-of-a-late-header": (lambda: icon_of(late_header(png_with([], side=2**13))), "4,194,304 pixels"),
     "icon-of-a-bmp": (lambda: icon_of(bmp_of_runs(2**13, 2**13, b"\1\5" + bytes(2**21), 8)[14:]), "4,194,304 pixels"),
     "tiff-strips": (lambda: tiff_of_strips(MAX_TILES + 1), "65,536 strips or tiles"),
-    "tiff-of-one-strip": (lambda: tiff_of_one_strip(11585), "a TIFF of at most 603,979,776 bytes"),
+    "tiff-of-one-strip": (lambda: tiff_of_one_strip(11585), "a TIFF of at most 536,870,912 bytes"),
     "heif-metadata": (lambda: heif_of_shared_metadata(100), "268,435,456 bytes of metadata"),
     "heif-profile": (heif_of_a_shared_profile, "268,435,456 bytes of metadata"),
     "deep-heif": (lambda: deep_heif(), "768 pixels in an image of this kind (HEIF of more than 8 bits)"),
