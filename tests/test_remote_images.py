@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import datasets
 import hub_stub
@@ -282,32 +283,36 @@ def test_a_card_that_names_data_files_elsewhere_is_an_error(kind, elsewhere, ser
     assert not server.asked
 
 
-CODE = """
-import sys
-from tinycap.training.data import load_split
-try:
-    print(load_split("some/name", "train", allow_remote="allow" in sys.argv)["caption"][:])
-except ValueError as error:
-    print(error)
-"""
+def test_a_card_on_the_hub_may_not_name_a_file_of_this_machine(monkeypatch):
+    """A data set's author must not choose which of the user's files become captions; `datasets` 5.0 opens them."""
+    for path in ("/etc/passwd", "https://example.org/a.csv", "hf://datasets/other/name@main/a.csv"):
+        own = "hf://datasets/some/name@main/a.csv"
+        config = SimpleNamespace(data_files={"train": [own], "test": [path]})
+        builder = SimpleNamespace(
+            repo_id=None,
+            config=config,
+            as_streaming_dataset=lambda split: datasets.IterableDataset.from_generator(list),
+        )
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names, builder=builder: builder)
+        with pytest.raises(ValueError, match=f"the card of some/name: expected data files in its own .*, got {path}"):
+            load_split("some/name", "train", streaming=True)
+        load_split("some/name", "train", streaming=True, allow_remote=True)
 
 
 @pytest.mark.slow
-def test_a_card_on_the_hub_that_names_a_file_of_this_machine_is_an_error(tmp_path):
-    """A data set's author must not choose which of the user's files become captions."""
-    secret, repository = tmp_path / "secret.jsonl", tmp_path / "photos"
+def test_a_local_file_in_a_hub_card_is_not_read(tmp_path):
+    """By real requests to a Hub on this machine."""
+    secret, repository, shown = tmp_path / "secret.jsonl", tmp_path / "photos", []
     repository.mkdir()
     secret.write_text('{"image": "a.png", "caption": "private"}\n')
     (repository / "train.jsonl").write_text('{"image": "a.png", "caption": "public"}\n')
-    shown = []
+    code = "from tinycap.training.data import load_split; print(load_split('some/name', 'train')['caption'][:])"
     for path in ("train.jsonl", str(secret)):
         card = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": path}]}]}
         (repository / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
         with hub_stub.serve(repository) as hub:
             variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / path[-9:])}
-            for words in ([], ["allow"]):
-                command = [sys.executable, "-c", CODE, *words]
-                options = {"cwd": REPOSITORY, "env": {**os.environ, **variables}, "text": True, "timeout": 60}
-                shown.append(subprocess.run(command, check=True, stdout=subprocess.PIPE, **options).stdout.strip())
-    assert shown[0] == shown[1] == "['public']" and shown[3] == "['private']"
-    assert "the card of some/name: expected data files in its own repository" in shown[2]
+            options = {"cwd": REPOSITORY, "env": {**os.environ, **variables}, "text": True, "timeout": 60}
+            shown.append(subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, **options))
+    assert shown[0].stdout.strip() == "['public']", shown[0].stderr
+    assert not shown[1].stdout and "ValueError: dataset some/name, split train: cannot be read" in shown[1].stderr

@@ -122,10 +122,11 @@ def read_shards(name: str, split: str, config: str | None = None, streaming: boo
         ValueError: its card names data files elsewhere, unless `allow_remote`.
     """
     builder = datasets.load_dataset_builder(name, config)
-    own = f"hf://datasets/{name}@"
+    # Of a data set's present name, and of a bucket. `datasets` before 5.1 reads any file.
+    own = (f"hf://datasets/{builder.repo_id or name}@", f"hf://{name}/")
     files = [str(path) for paths in (builder.config.data_files or {}).values() for path in paths]
-    elsewhere = [] if os.path.isdir(name) or allow_remote else [path for path in files if own not in path]
-    if elsewhere:
+    elsewhere = [path for path in files if not path.split("::")[-1].startswith(own)]
+    if elsewhere and not (os.path.isdir(name) or allow_remote):
         expected = "data files in its own repository (see --allow_remote_images)"
         raise ValueError(f"the card of {name}: expected {expected}, got {elsewhere[0][:300]}")
     if streaming:
