@@ -65,15 +65,12 @@ def load_repository(
             `source`.
     """
     try:
-        content = TinyCapConfig.get_config_dict(name_or_path)[0]
-        model_type = content.get("model_type")
+        model_type = TinyCapConfig.get_config_dict(name_or_path)[0].get("model_type")
         if model_type != TinyCapConfig.model_type:
             raise ValueError(f"expected model_type {TinyCapConfig.model_type}, got {model_type}")
-        # On the Hub: all parts of one commit, whose files need no look-up once they are in the cache.
-        revision = {"revision": content.get("_commit_hash") or "main"}
-        model = TinyCapForConditionalGeneration.from_pretrained(name_or_path, **revision)
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path, **revision)
-        image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False, **revision)
+        model = TinyCapForConditionalGeneration.from_pretrained(name_or_path)
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(name_or_path)
+        image_processor = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
         check_image_processor(model, image_processor)
         return model, tokenizer, image_processor
     except Exception as error:
