@@ -178,7 +178,7 @@ def test_a_jpeg_of_200_megapixels_is_decoded_at_a_fraction():
     assert not peak or peak[0] < 150
 
 
-@pytest.mark.parametrize("width, height", [(16_390, 16_390), (60_000, 2_300), (65_000, 65_000)])
+@pytest.mark.parametrize("width, height", [(16_390, 16_390), (65_000, 2_000), (65_000, 65_000)])
 def test_a_jpeg_too_large_even_at_a_fraction_is_refused(width, height):
     buffer = io.BytesIO()
     Image.new("L", (16, 16)).save(buffer, "JPEG")
