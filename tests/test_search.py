@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from tiny import draw_picture
 
-from tinycap.commands import BAD_IMAGES, DONE
+from tinycap.commands import BAD_IMAGES, BAD_OUTPUT, DONE
 from tinycap.deploy.captioners import CaptionOptions, TorchCaptioner
 from tinycap.deploy.cli import main
+from tinycap.deploy.outputs import lock
 
 
 @pytest.fixture
@@ -81,6 +82,22 @@ def test_an_index_is_used_as_it_is_without_refresh(text_repository, photos, caps
     draw_picture(12).save(photos / "new.png")
     rows, _ = search(capsys, text_repository, "a dog", photos, "--no-refresh", "--no-captions")
     assert len(rows) == 6 and set(rows[0]) == {"score", "image"}
+
+
+def test_two_processes_dont_write_one_index(text_repository, photos, capsys):
+    folder = photos.parent / "photos.tinycap-index"
+    search(capsys, text_repository, "a dog", photos)
+    held = lock(folder / "index.sqlite")
+    assert main(["search", "a dog", str(photos), "--model", str(text_repository)]) == BAD_OUTPUT
+    assert "another process is writing" in capsys.readouterr().err
+    assert len(search(capsys, text_repository, "a dog", photos, "--no-refresh")[0]) == 6
+    held.close()
+
+
+def test_an_index_that_isnt_there_is_named_without_refresh(text_repository, photos, capsys):
+    assert main(["search", "a dog", str(photos), "--model", str(text_repository), "--no-refresh"]) == 2
+    assert "expected an index in" in capsys.readouterr().err
+    assert not (photos.parent / "photos.tinycap-index").exists()
 
 
 def test_like_leaves_the_image_itself_out(text_repository, photos, capsys):

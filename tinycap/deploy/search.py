@@ -8,13 +8,17 @@ import io
 import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext, suppress
 from pathlib import Path
+
+import numpy as np
 
 from tinycap.commands import say, write_text, writing
 from tinycap.deploy.captioners import Captioner
 from tinycap.deploy.index import ImageIndex, Match
 from tinycap.deploy.inputs import LeftOut, list_images
+from tinycap.deploy.outputs import lock
 from tinycap.processing_tinycap import load_image
 
 
@@ -42,6 +46,20 @@ small {{ opacity: .7; display: block }}
 </ol>
 </html>
 """
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock of a file that this process alone writes to; see `outputs.lock`."""
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    held = lock(path)
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            os.unlink(held.name)
+        held.close()
 
 
 def index_folder(args: argparse.Namespace) -> tuple[Path, str]:
@@ -140,39 +158,50 @@ def render(rows: list[dict], kind: str, title: str) -> str:
     return lines.getvalue()
 
 
-def find(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -> tuple[list[dict], str]:
-    """The result's rows, and its title."""
+def embed_query(args: argparse.Namespace, captioner: Captioner) -> np.ndarray | None:
+    """The embedding of the words or of the image; `None` for duplicates. Raises `ValueError` where it can't be had."""
     if args.duplicates is not None:
+        return None
+    if args.like is None:
+        return captioner.embed_texts([args.query])[0]
+    result = next(captioner.embed_for_texts([args.like]))
+    if result.error is not None:
+        raise ValueError(f"--like {args.like}: {result.error}")
+    return result.embedding
+
+
+def find(args: argparse.Namespace, index: ImageIndex, captioner: Captioner, query: np.ndarray | None) -> list[dict]:
+    """The result's rows."""
+    if query is None:
         groups = index.duplicates(args.duplicates)[: args.number]
-        return [{"group": i, "image": path} for i, group in enumerate(groups, 1) for path in group], "Near duplicates"
-    if args.like is not None:
-        result = next(captioner.embed_for_texts([args.like]))
-        if result.error is not None:
-            raise ValueError(f"--like {args.like}: {result.error}")
-        matches, title = index.search(result.embedding, args.number, without=args.like), f"Like {args.like}"
-    else:
-        matches, title = index.search(captioner.embed_texts([args.query])[0], args.number), args.query
-    captions = caption_matches(index, captioner, matches) if args.captions else {}
+        return [{"group": number, "image": path} for number, group in enumerate(groups, 1) for path in group]
+    matches = index.search(query, args.number, without=args.like)
     rows = [{"score": round(match.score, 3), "image": match.path} for match in matches]
-    for row in rows:
-        row |= {"caption": captions.get(row["image"], "")} if args.captions else {}
-    return rows, title
+    if args.captions:
+        captions = caption_matches(index, captioner, matches)
+        rows = [{**row, "caption": captions.get(row["image"], "")} for row in rows]
+    return rows
 
 
 def search(args: argparse.Namespace, captioner: Captioner) -> tuple[list, LeftOut]:
     """Refreshes the index, answers the query and writes the answer; returns what couldn't be read."""
     folder, root = index_folder(args)
-    if args.overwrite:
-        for path in (*folder.glob("index.sqlite*"), *folder.glob("embeddings-*.*")):
+    table, bad, left_out = folder / "index.sqlite", [], LeftOut()
+    if not (args.refresh or table.is_file()):
+        raise ValueError(f"--no-refresh: expected an index in {folder}, got none")
+    # Before hours of indexing, which a query that can't be embedded would end.
+    query = embed_query(args, captioner)
+    # Rows are numbered by the process that writes.
+    with locked(table) if args.refresh else nullcontext():
+        for path in (*folder.glob("index.sqlite*"), *folder.glob("embeddings-*.*")) if args.overwrite else ():
             with writing(path):
                 path.unlink()
-    index = ImageIndex(folder, captioner.fingerprint(), root)
-    try:
-        bad, left_out = refresh(args, index, captioner) if args.refresh else ([], LeftOut())
-        rows, title = find(args, index, captioner)
-    finally:
-        index.close()
-    text = render(rows, args.format, title)
+        index = ImageIndex(folder, captioner.fingerprint(), root)
+        with closing(index):
+            if args.refresh:
+                bad, left_out = refresh(args, index, captioner)
+            rows = find(args, index, captioner, query)
+    text = render(rows, args.format, args.query or (f"Like {args.like}" if args.like else "Near duplicates"))
     if args.output is None:
         sys.stdout.write(text)
     else:
