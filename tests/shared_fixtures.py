@@ -7,7 +7,7 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from tiny import CAPTIONS, TEXT, VISION, draw_picture, png_bytes, tiny_model, tiny_repository_model
+from tiny import CAPTIONS, ENCODER, TEXT, VISION, draw_picture, png_bytes, tiny_model, tiny_repository_model
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
@@ -18,6 +18,7 @@ from transformers import (
     ResNetForImageClassification,
 )
 
+from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.tokenizer import train_tokenizer
@@ -57,6 +58,18 @@ def repository(tmp_path_factory, tokenizer):
     """A folder like the output of a run: weights, configs, code, tokenizer, processor."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-repository"
     model = tiny_repository_model(tokenizer)
+    model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
+    save_repository(folder, model, tokenizer, create_image_processor(24))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_repository(tmp_path_factory, tokenizer):
+    """A repository with a text encoder, of random weights."""
+    folder = tmp_path_factory.mktemp("hub") / "with-a-text-encoder"
+    config = tiny_repository_model(tokenizer).config
+    torch.manual_seed(5)
+    model = TinyCapForConditionalGeneration(TinyCapConfig(**{**config.to_dict(), "text_encoder_config": ENCODER}))
     model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
     save_repository(folder, model, tokenizer, create_image_processor(24))
     return folder

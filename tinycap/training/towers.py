@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
@@ -244,6 +245,41 @@ def load_saved_towers(name_or_path: str) -> ImageTowers | None:
     return ImageTowers(towers) if towers else None
 
 
+def load_sentence_encoder(name_or_path: str) -> PreTrainedModel:
+    """Loads a text encoder as `load_weights` does; raises `ValueError` also where it isn't one."""
+    # Sentences are pooled from the tokens: the encoder's own pooler is unused.
+    text_model = load_weights(AutoModel, name_or_path, "a sentence encoder", unused="pooler")
+    if text_model.main_input_name != "input_ids" or text_model.config.is_encoder_decoder:
+        raise ValueError(f"{name_or_path}: expected a whole text encoder, got {type(text_model).__name__}")
+    return text_model
+
+
+@torch.no_grad()
+def encode_sentences(
+    text_model: PreTrainedModel, input_ids: torch.Tensor, attention_mask: torch.Tensor
+) -> torch.Tensor:
+    """Embeds texts (N, T) to (N, hidden_size), unit norm: the mean of their tokens' last hidden states."""
+    hidden_states = text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+    mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
+    return F.normalize((hidden_states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+
+
+def load_text_head(name_or_path: str, width: int) -> tuple[nn.Linear, float]:
+    """The text projection of a tower that `train_teacher.py` has trained, from sentence embeddings of `width`, and its
+    `logit_scale`; raises `ValueError` where it isn't there or doesn't fit."""
+    try:
+        head = load_file(cached_file(name_or_path, TEXT_HEAD_FILE))
+        weight, logit_scale = head["text_projection.weight"], float(head["logit_scale"])
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{name_or_path}: expected the {TEXT_HEAD_FILE} of train_teacher.py: {error}") from error
+    if weight.dim() != 2 or weight.shape[1] != width:
+        shape = tuple(weight.shape)
+        raise ValueError(f"{name_or_path}: {TEXT_HEAD_FILE}: expected sentences of width {shape[-1]}, got {width}")
+    projection = nn.Linear(width, len(weight), bias=False)
+    projection.weight.data.copy_(weight)
+    return projection, logit_scale
+
+
 class LockedTextModel(nn.Module):
     """An image tower to train and a frozen text tower, called like a `CLIPModel`.
 
@@ -266,12 +302,8 @@ class LockedTextModel(nn.Module):
 
     @classmethod
     def from_text_model(cls, vision_model: CLIPVisionModelWithProjection | nn.Module, name_or_path: str):
-        """Loads the text tower as `load_weights` does; raises `ValueError` also where it is no text encoder."""
-        # Sentences are pooled from the tokens: the encoder's own pooler is unused.
-        text_model = load_weights(AutoModel, name_or_path, "a sentence encoder", unused="pooler")
-        if text_model.main_input_name != "input_ids" or text_model.config.is_encoder_decoder:
-            raise ValueError(f"{name_or_path}: expected a whole text encoder, got {type(text_model).__name__}")
-        return cls(vision_model, text_model)
+        """Loads the text tower; raises `ValueError` where it is no text encoder."""
+        return cls(vision_model, load_sentence_encoder(name_or_path))
 
     def num_parameters(self) -> int:
         """Parameters that are trained."""
@@ -282,12 +314,8 @@ class LockedTextModel(nn.Module):
         self.text_model.eval()
         return self
 
-    @torch.no_grad()
     def encode_sentences(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """Embeds texts (N, T) to (N, text hidden size), unit norm."""
-        hidden_states = self.text_model(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
-        mask = attention_mask.unsqueeze(-1).to(hidden_states.dtype)
-        return F.normalize((hidden_states * mask).sum(dim=1) / mask.sum(dim=1), dim=-1)
+        return encode_sentences(self.text_model, input_ids, attention_mask)
 
     def cache_text_embeddings(self, texts: Iterable[tuple[int, ...]]) -> None:
         """Encodes texts once for the whole training: token ids, unpadded, the start token included.
@@ -300,11 +328,13 @@ class LockedTextModel(nn.Module):
         for start in range(0, len(ordered), TEXT_BATCH_SIZE):
             group = [torch.tensor(ids, device=device) for ids in ordered[start : start + TEXT_BATCH_SIZE]]
             mask = pad_sequence([torch.ones_like(ids) for ids in group], batch_first=True)
-            sentences.append(self.encode_sentences(pad_sequence(group, batch_first=True), mask).float().cpu())
+            sentences.append(
+                encode_sentences(self.text_model, pad_sequence(group, batch_first=True), mask).float().cpu()
+            )
         self.sentences = torch.cat(sentences)
 
     def lookup_text_embeddings(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
-        """As `encode_sentences`, from the cache where it has all of the texts."""
+        """`encode_sentences`, from the cache where it has all of the texts."""
         lengths = attention_mask.sum(dim=1).tolist()
         rows = [self.rows.get(tuple(ids[:length])) for ids, length in zip(input_ids.tolist(), lengths)]
         if None in rows:
