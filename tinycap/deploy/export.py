@@ -1,7 +1,8 @@
-"""Exports a TinyCap as two ONNX graphs, in float32 and int8, which don't need PyTorch.
+"""Exports a TinyCap as ONNX graphs, in float32 and int8, which don't need PyTorch.
 
     onnx/encoder_model.onnx          pixel_values -> last_hidden_state, image_embeds
     onnx/decoder_model_merged.onnx   input_ids, encoder_hidden_states, past_key_values.* -> logits, present.*
+    onnx/text_model.onnx             input_ids, attention_mask -> text_embeds, of a checkpoint with a text encoder
 
 Optimum and transformers.js load the folder by its names and `config.json`; the int8 graphs end in `_quantized`. What is
 the encoder's `last_hidden_state` here is all that the decoder's cross-attention ever reads of an image, already
@@ -16,13 +17,14 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import cached_file
 
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
-from tinycap.deploy.captioners import extra_missing
+from tinycap.deploy.captioners import VISUAL_PROJECTION, extra_missing
 from tinycap.deploy.outputs import filling
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import load_repository
@@ -83,6 +85,17 @@ class DecoderGraph(nn.Module):
         return logits, *present
 
 
+class TextGraph(nn.Module):
+    """The text encoder with the token embedding."""
+
+    def __init__(self, model: TinyCapForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.model.get_text_features(input_ids, attention_mask, return_dict=True).text_embeds,)
+
+
 def export_onnx(
     model_name_or_path: str | Path, output_dir: str | Path, quantize: bool = True, float_activations: bool = False
 ) -> dict[str, Path]:
@@ -94,7 +107,8 @@ def export_onnx(
         float_activations: quantize only weights; see `quantize_graph`.
 
     Returns:
-        The graphs written, by name: `encoder_model`, `decoder_model_merged`, and both with `_quantized`.
+        The graphs written, by name: `encoder_model`, `decoder_model_merged`, with a text encoder `text_model`, and
+        each with `_quantized`.
 
     Raises:
         ValueError: the checkpoint isn't a TinyCap's.
@@ -111,11 +125,14 @@ def export_onnx(
     output_dir, written = Path(output_dir), []
     with filling(output_dir) as aside:
         (aside / "onnx").mkdir()
-        for name, export in (("encoder_model", _export_encoder), ("decoder_model_merged", _export_decoder)):
+        graphs = {"encoder_model": _export_encoder, "decoder_model_merged": _export_decoder}
+        if model.config.text_encoder_config is not None:
+            graphs["text_model"] = _export_text
+        for name, export in graphs.items():
             path, quantized_path = (aside / "onnx" / f"{name}{suffix}.onnx" for suffix in ("", "_quantized"))
             export(model, path)
             if quantize:
-                quantize_graph(path, quantized_path, export is _export_decoder, float_activations)
+                quantize_graph(path, quantized_path, export is not _export_encoder, float_activations)
             written += [path, quantized_path][: 1 + quantize]
         for name in (*COMPANIONS, CONFIDENCE_NAME):
             # Only the calibration is optional.
@@ -143,6 +160,9 @@ def stock_config(config) -> dict:
             "model_type": PART_TYPES[part],
             **{theirs: getattr(own, name) for name, theirs in names.items()},
         }
+    if config.text_encoder_config is not None:
+        name = "max_position_embeddings"
+        content["text_encoder_config"] = {name: getattr(config.text_encoder_config, name)}
     ids = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
     return {**content, **{name: getattr(config, name) for name in ids}}
 
@@ -229,6 +249,15 @@ def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     input_names = ["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)]
     output_names = ["logits", *(f"present.{name}" for name in names)]
     _export(DecoderGraph(model), inputs, path, input_names, output_names, shapes)
+
+
+def _export_text(model: TinyCapForConditionalGeneration, path: Path) -> None:
+    if hasattr(model, "visual_projection"):
+        np.save(path.with_name(VISUAL_PROJECTION), model.visual_projection.weight.detach().numpy())
+    inputs = {"input_ids": torch.tensor([[1, 2, 1], [2, 1, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
+    shapes = dict.fromkeys(inputs, {0: batch, 1: length})
+    _export(TextGraph(model), inputs, path, list(inputs), ["text_embeds"], shapes)
 
 
 @torch.no_grad()
