@@ -380,6 +380,7 @@ def test_evaluation_runs_no_code_of_the_models_repository(command, repository, p
     assert not (tmp_path / "was_run").exists()
 
 
+@pytest.mark.usefixtures("undrawn_figures")
 def test_evaluation_ends_with_a_short_table(repository, photos, tmp_path, capsys):
     flags = ["--model_name_or_path", str(repository), "--dataset_name", photos, "--output_dir", str(tmp_path / "out")]
     results = main([*flags, "--report_photos", "0"])
@@ -396,6 +397,7 @@ def test_evaluation_refuses_a_model_that_is_not_a_tinycap(teacher, photos, tmp_p
         main([*flags, str(tmp_path / "nowhere"), "--overwrite_output_dir"])
 
 
+@pytest.mark.usefixtures("undrawn_figures")
 def test_rows_without_captions_are_skipped_and_counted_before_captioning(repository, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -409,6 +411,7 @@ def test_rows_without_captions_are_skipped_and_counted_before_captioning(reposit
     assert lines[-1]["image_id"] == "2.png" and "expected a caption" in lines[-1]["error"]
 
 
+@pytest.mark.usefixtures("undrawn_figures")
 @pytest.mark.parametrize("given", [True, False])
 def test_without_a_validation_split_what_training_held_out_is_scored(given, repository, tmp_path, caplog):
     model = tmp_path / "model"
