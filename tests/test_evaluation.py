@@ -13,7 +13,7 @@ import torch
 from fresh import run_fresh
 from PIL import Image
 from tiny import CAPTIONS, draw_picture
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, pipeline
 
 from tinycap import REPOSITORY, evaluation
 from tinycap.evaluation import caption_metrics, confidence, reports
@@ -194,15 +194,17 @@ def rows_of(tmp_path, num: int = 7, bad: tuple[int, ...] = ()) -> datasets.Datas
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 10])
-def test_captions_come_in_the_data_sets_order_whatever_the_batch(tinycap, tmp_path, batch_size):
-    from transformers import pipeline
+@pytest.fixture(scope="module")
+def expected(repository) -> list[str]:
+    """The pipeline's captions of the images of `rows_of`."""
+    captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
+    return [captioner(draw_picture(index), num_beams=2)[0]["generated_text"] for index in range(7)]
 
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_captions_come_in_the_data_sets_order_whatever_the_batch(tinycap, expected, tmp_path, batch_size):
     model, processor = tinycap
-    rows = rows_of(tmp_path)
-    found = caption_dataset(model, processor, rows, batch_size=batch_size, num_beams=2)
-    captioner = pipeline("image-to-text", model=model.name_or_path, trust_remote_code=True)
-    expected = [captioner(row["image"], num_beams=2)[0]["generated_text"] for row in rows]
+    found = caption_dataset(model, processor, rows_of(tmp_path), batch_size=batch_size, num_beams=2)
     assert found.captions == expected and found.rows == list(range(7))
     assert [processor.decode(tokens, skip_special_tokens=True).strip() for tokens in found.tokens] == expected
     end = model.generation_config.eos_token_id
