@@ -1,6 +1,7 @@
 """Sets the environment of all tests and shares them among processes; the fixtures are in `shared_fixtures.py`."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
@@ -18,6 +19,9 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The others have the other cores.
     os.environ["OMP_NUM_THREADS"] = "1"
+
+# Collections take a third of the time of the imports, and free nothing; see `pytest_collection_finish`.
+gc.disable()
 
 import no_network.sitecustomize  # noqa: F401
 import pytest
@@ -45,6 +49,13 @@ def pytest_cmdline_main(config) -> None:
 def pytest_collection_modifyitems(items: list) -> None:
     """Puts the users of `exported`, which takes long, first: neighbours run in one process, which makes it once."""
     items.sort(key=lambda item: "exported" not in getattr(item, "fixturenames", ()))
+
+
+def pytest_collection_finish(session) -> None:
+    """Leaves what all tests need out of later collections."""
+    gc.enable()
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_configure(config) -> None:

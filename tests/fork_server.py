@@ -107,10 +107,11 @@ if __name__ == "__main__":
     # This file's own folder.
     sys.path.pop(0)
     requests = socket.socket(fileno=int(sys.argv[1]))
+    # A collection in a forked process would copy the memory of all these objects; here it only takes time.
+    gc.disable()
     for name in sys.argv[2:]:
         importlib.import_module(name)
-    gc.collect()
-    # A collection in a forked process would copy the memory of all these objects.
     gc.freeze()
+    gc.enable()
     requests.send(b"ready")
     become(serve(requests))
