@@ -20,9 +20,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
     # The others have the other cores.
     os.environ["OMP_NUM_THREADS"] = "1"
 
-# Collections take a third of the time of the imports, and free nothing; see `pytest_collection_finish`.
-gc.disable()
-
 import no_network.sitecustomize  # noqa: F401
 import pytest
 
@@ -61,4 +58,6 @@ def pytest_collection_finish(session) -> None:
 def pytest_configure(config) -> None:
     # A process that only hands out tests needs no fixtures, whose imports take seconds.
     if getattr(config.option, "dist", "no") == "no":
+        # Until `pytest_collection_finish`: collections take a third of the time of the imports, and free nothing.
+        gc.disable()
         config.pluginmanager.import_plugin("shared_fixtures")
