@@ -113,7 +113,7 @@ class Process:
             self.returncode = self.interpreter.wait(timeout)
         if self.returncode is None:
             if not select.select([self.report], [], [], timeout)[0]:
-                raise subprocess.TimeoutExpired("python", timeout, self.output(), self.errors())
+                raise subprocess.TimeoutExpired("python", timeout)
             self.returncode = self._read_report()
             os.close(self.report)
         return self.returncode
