@@ -46,7 +46,8 @@ def test_the_likeliest_alternative_is_what_greedy_decoding_takes(model, pixel_va
         assert [token.alternatives[0][0] for token in caption] == [token.token_id for token in caption]
 
 
-@pytest.mark.parametrize("memory", ["embedding", pytest.param("patches", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("memory", ["embedding", "patches"])
 def test_a_map_sums_to_what_the_image_adds_to_the_log_probability(pixel_values, memory):
     model = tiny_model(memory=memory)
     maps = saliency(model, pixel_values, TOKENS, steps=100)
