@@ -58,7 +58,8 @@ class Process:
         stdout, stderr: files; temporary ones by default, which `output()` and `errors()` read.
         file_limit: the size in bytes that its files may have, like a disk with so much room.
         new_session: whether it leads a session and a process group.
-        variables: of its environment; `None` for one to leave out.
+        variables: of its environment; `None` for one to leave out. Of those that libraries read at their import, only
+            HF_DATASETS_CACHE has an effect.
     """
 
     def __init__(

@@ -126,10 +126,8 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-LAUNCHER = """
+RANK = """
 import os, time
-if os.fork() > 0:
-    os._exit(os.wait()[1])
 from tinycap.training import loop
 loop.stop_with_launcher()
 print(os.getpid(), flush=True)
@@ -139,17 +137,27 @@ time.sleep(60)
 
 @linux
 @pytest.mark.slow
-def test_a_process_ends_soon_after_its_launcher_was_killed():
-    launcher = Process("-c", LAUNCHER, path=(REPOSITORY,), ACCELERATE_MIXED_PRECISION="no")
-    while not launcher.output().endswith("\n"):
-        assert launcher.poll() is None, launcher.errors()
+@pytest.mark.parametrize("launcher", ["accelerate.commands.launch", "torch.distributed.run"])
+def test_ranks_end_soon_after_their_launcher_was_killed(launcher, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    number, flags = (1, ["--cpu"]) if "accelerate" in launcher else (2, ["--standalone", "--nproc_per_node", "2"])
+    started = Process("-m", launcher, *flags, tmp_path / "rank.py")
+    while started.output().count("\n") < number:
+        assert started.poll() is None, started.errors()
         time.sleep(0.01)
-    worker = int(launcher.output())
-    launcher.kill()
-    assert launcher.wait() == -signal.SIGKILL
+    ranks = [int(line) for line in started.output().splitlines()]
+    started.kill()
+    assert started.wait() == -signal.SIGKILL
+
+    def going_on() -> list[int]:
+        there = [rank for rank in ranks if os.path.exists(f"/proc/{rank}")]
+        return [rank for rank in there if open(f"/proc/{rank}/stat").read().split()[2] != "Z"]
+
     for _ in range(500):
-        if not os.path.exists(f"/proc/{worker}") or open(f"/proc/{worker}/stat").read().split()[2] == "Z":
+        if not going_on():
             return
         time.sleep(0.01)
-    os.kill(worker, signal.SIGKILL)
-    raise AssertionError("the worker went on")
+    left = going_on()
+    for rank in left:
+        os.kill(rank, signal.SIGKILL)
+    assert not left, "ranks went on"
