@@ -1,11 +1,12 @@
-"""Ranks of `train_distill.py` on this machine, as started by torchrun, but as forks that import no libraries: imports
+"""Ranks of a training script on this machine, as started by torchrun, but as forks that import no libraries: imports
 take longer than a test's training.
 
-    python ranks.py WITNESS ARGUMENTS...
+    python ranks.py SCRIPT WITNESS ARGUMENTS...
 
-is one of them. It writes the ids of the images of every step to the file WITNESS, unless that is "".
+is one of them, of `train_distill` or `train_teacher`. The former writes the ids of the images of every step to the file WITNESS, unless that is "".
 """
 
+import importlib
 import json
 import multiprocessing
 import socket
@@ -21,19 +22,20 @@ class Ranks:
     """A started training.
 
     Args:
-        argv: of `train_distill.py`.
+        argv: of `train_distill.py`, or of `train_teacher.py` for a `teacher`.
         log: file for the output of all ranks.
         witness: prefix of files, to which each rank writes the ids of the images of every step.
         number: of ranks.
     """
 
-    def __init__(self, argv: list, log: Path, witness: Path | None = None, number: int = 2):
+    def __init__(self, argv: list, log: Path, witness: Path | None = None, number: int = 2, teacher: bool = False):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         self.log, self.ranks = log, []
         for rank in range(number):
             variables = rank_variables(rank, number, port) if number > 1 else {"ACCELERATE_USE_CPU": "true"}
-            words = (__file__, f"{witness}-{rank}" if witness else "", *argv)
+            script = "train_teacher" if teacher else "train_distill"
+            words = (__file__, script, f"{witness}-{rank}" if witness else "", *argv)
             with open(log, "a") as file:
                 streams = {"stdout": file, "stderr": file}
                 self.ranks.append(Process(*words, path=(REPOSITORY,), **streams, **variables))
@@ -54,7 +56,7 @@ def rank_variables(rank: int, number: int, port: int) -> dict[str, str]:
     return {name: str(value) for name, value in values.items()}
 
 
-def main(witness: str, *argv: str) -> None:
+def main(script: str, witness: str, *argv: str) -> None:
     from tinycap import train_distill
 
     # As in a process of torchrun: the loaders' workers are forked and import nothing.
@@ -70,7 +72,7 @@ def main(witness: str, *argv: str) -> None:
 
     if witness:
         train_distill.train_step = step_seen
-    train_distill.main(list(argv))
+    importlib.import_module(f"tinycap.{script}").main(list(argv))
 
 
 if __name__ == "__main__":
