@@ -3,7 +3,8 @@ take longer than a test's training.
 
     python ranks.py SCRIPT WITNESS ARGUMENTS...
 
-is one of them, of `train_distill` or `train_teacher`. The former writes the ids of the images of every step to the file WITNESS, unless that is "".
+is one of them, of `train_distill` or `train_teacher`. The former writes the ids of the images of every step to the file
+WITNESS, unless that is "".
 """
 
 import importlib
