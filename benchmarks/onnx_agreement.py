@@ -13,7 +13,8 @@ from tinycap.deploy.export import export_onnx
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
 from tinycap.evaluation.captioning import caption_dataset, load_captioner
 from tinycap.evaluation.metrics import score_captions
-from tinycap.training.data import clean_captions, load_split, resolve_columns
+from tinycap.training.captions import clean_captions
+from tinycap.training.data import load_split, resolve_columns
 
 
 def main() -> None:

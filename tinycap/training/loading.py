@@ -14,7 +14,8 @@ from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.captions import usable_captions
-from tinycap.training.data import Columns, content_fingerprint, decode_dataset, load_splits, resolve_columns
+from tinycap.training.columns import Columns, resolve_columns
+from tinycap.training.data import content_fingerprint, decode_dataset, load_splits
 from tinycap.training.loop import TrainBatches, init_worker, main_process_first
 from tinycap.training.scenes import scene_splits
 from tinycap.training.skipped_rows import SkippedRows

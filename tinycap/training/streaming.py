@@ -10,7 +10,8 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tinycap.training.batches import SampleMaker
-from tinycap.training.data import Columns, cache_size, decode_row, undecoded
+from tinycap.training.columns import Columns
+from tinycap.training.data import cache_size, decode_row, undecoded
 from tinycap.training.folders import UNREADABLE
 from tinycap.training.skipped_rows import SkippedRows
 
