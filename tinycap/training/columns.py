@@ -11,7 +11,7 @@ from datasets import Dataset, IterableDataset
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 
-from tinycap.training.captions import clean_captions, text_of
+from tinycap.training.captions import clean_captions, text_of, usable_captions
 
 
 logger = logging.getLogger(__name__)
@@ -28,25 +28,31 @@ class Columns:
     """Names of the columns of an image, its captions (`caption` and further ones) and its id, where there is one.
 
     Args:
+        caption: `None` where the data set's images have no captions, or those it has aren't wanted.
+        requires_captions: a row without a usable caption is an error.
         root: the data set (folder, or name on the Hub) that rows may name files of; `None` for rows of the caller's.
         follow_links: links below `root` may lead out of it: they are the user's.
         allow_remote_images: rows may name any file or URL.
     """
 
     image: str
-    caption: str
+    caption: str | None
     image_id: str | None = None
     more_captions: tuple[str, ...] = ()
+    requires_captions: bool = True
     root: str | None = field(default=None, compare=False)
     follow_links: bool = field(default=False, compare=False)
     allow_remote_images: bool = field(default=False, compare=False)
 
     @property
     def captions(self) -> list[str]:
-        return [self.caption, *self.more_captions]
+        return [] if self.caption is None else [self.caption, *self.more_captions]
 
     def captions_of(self, row: dict) -> list[str]:
-        """The row's usable captions; raises `ValueError` where there are none (see `clean_captions`)."""
+        """The row's usable captions; with `requires_captions`, raises `ValueError` where there are none (see
+        `clean_captions`)."""
+        if not self.requires_captions:
+            return usable_captions(row[name] for name in self.captions)
         return clean_captions([row[name] for name in self.captions] if self.more_captions else row[self.caption])
 
     def id_of(self, row: dict, number: int | str) -> str | int:
@@ -96,10 +102,12 @@ def resolve_columns(
     caption_column: str | None = None,
     root: str | None = None,
     allow_remote_images: bool = False,
+    captions: bool = True,
 ) -> Columns:
     """Finds the image, caption (also caption_0 ...) and id columns, by the given names or by the usual ones.
 
     `root` and `allow_remote_images`: see `Columns`. Of several candidates the most usual name is taken, with a warning.
+    Without `captions`, none are looked for, and a caption column is ignored.
 
     Raises:
         ValueError: there is no such column, or it holds no text, or neither images nor bytes nor paths.
@@ -122,12 +130,15 @@ def resolve_columns(
             logger.warning("%s: took %r of the columns %s", flag, candidates[0], candidates)
         return candidates[0]
 
-    candidates = named(CAPTION_COLUMNS) or named(CAPTION_COLUMNS, numbered=True)[:1]
-    caption = pick("caption_column", caption_column, candidates, CAPTION_COLUMNS)
-    more = [] if caption_column else [name for name in named(parts[caption][:1], numbered=True) if name != caption]
-    for name in (caption, *more):
-        if name in features and not _holds_text(kind := features[name]):
-            raise ValueError(f"caption_column: expected strings or lists of strings in {name!r}, got {kind}")
+    caption, more = None, []
+    if captions:
+        candidates = named(CAPTION_COLUMNS) or named(CAPTION_COLUMNS, numbered=True)[:1]
+        caption = pick("caption_column", caption_column, candidates, CAPTION_COLUMNS)
+        numbered = named(parts[caption][:1], numbered=True)
+        more = [] if caption_column else [name for name in numbered if name != caption]
+        for name in (caption, *more):
+            if name in features and not _holds_text(kind := features[name]):
+                raise ValueError(f"caption_column: expected strings or lists of strings in {name!r}, got {kind}")
     usual = [name for name in named(IMAGE_COLUMNS) if name != caption]
     images = [name for name in usual if _holds_files(features.get(name))]
     images += [name for name in names if isinstance(features.get(name), datasets.Image) and name not in images]
@@ -138,7 +149,7 @@ def resolve_columns(
     image_id = next((name for name in ID_COLUMNS if name in names and name not in (caption, image)), None)
     # `read_folder` names the files that it found.
     follow_links = dataset.info.builder_name == "generator"
-    return Columns(image, caption, image_id, tuple(more), root, follow_links, allow_remote_images)
+    return Columns(image, caption, image_id, tuple(more), captions, root, follow_links, allow_remote_images)
 
 
 def _is_value(kind: object, dtype: str) -> bool:

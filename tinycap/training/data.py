@@ -35,10 +35,15 @@ DECODE_VERSION = 3
 
 
 def load_split(
-    dataset_name: str, split: str, dataset_config_name: str | None = None, streaming: bool = False
+    dataset_name: str,
+    split: str,
+    dataset_config_name: str | None = None,
+    streaming: bool = False,
+    all_images: bool = False,
 ) -> AnyDataset:
     """Loads one split (slices such as `train[:100]` included) of a Hub dataset, of a local folder of shards (parquet,
-    WebDataset), or of plain image files, undecoded; a stream reads the shards on the fly.
+    WebDataset), or of plain image files, undecoded; a stream reads the shards on the fly. `all_images`: also those
+    image files that have no captions.
 
     Raises:
         NoSplitError: there is no such split; lists the splits.
@@ -47,7 +52,7 @@ def load_split(
     is_folder = os.path.isdir(dataset_name)
     if not is_folder and (os.path.isabs(dataset_name) or dataset_name.startswith(".")):
         raise ValueError(f"dataset_name: no such folder: {dataset_name}")
-    if is_folder and (rows := read_folder(dataset_name, split, dataset_config_name)) is not None:
+    if is_folder and (rows := read_folder(dataset_name, split, dataset_config_name, all_images)) is not None:
         rows = undecoded(rows)
         return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
     try:
@@ -70,6 +75,7 @@ def load_splits(
     streaming: bool = False,
     seed: int = 0,
     num_proc: int | None = None,
+    allow_missing_captions: bool = False,
     **columns: str | bool | None,
 ) -> tuple[AnyDataset, Dataset]:
     """The training and the validation split, one row for each image (a stream's training rows aren't merged).
@@ -78,11 +84,12 @@ def load_splits(
         validation_split: `None` for "validation" if there is one, else for 5 % of the training images, drawn by `seed`.
         max_train_samples, max_eval_samples: use only the first images; of a stream, 1,000 to validate on by default.
         num_proc: processes that hash the rows' images.
+        allow_missing_captions: train on all images of a folder of image files, see `load_split`.
 
     Raises:
         ValueError: a split or column is missing, a stream has no validation split, or there are too few images.
     """
-    train = load_split(dataset_name, train_split, dataset_config_name, streaming)
+    train = load_split(dataset_name, train_split, dataset_config_name, streaming, allow_missing_captions)
     columns = resolve_columns(train, root=dataset_name, **columns)
     try:
         validation = load_split(dataset_name, validation_split or "validation", dataset_config_name, streaming)
@@ -152,15 +159,19 @@ def image_key(row: dict, number: int, columns: Columns) -> dict[str, str]:
     return {"key": hashlib.blake2b(content, digest_size=16).hexdigest() if content else name}
 
 
+def image_keys(rows: Dataset, columns: Columns, num_proc: int | None = None) -> list[str]:
+    """The `image_key` of every row. Nothing is decoded, and `datasets` caches the hashes."""
+    options = {"with_indices": True, "fn_kwargs": {"columns": columns}, "remove_columns": columns.image}
+    images = undecoded(rows).select_columns([columns.image])
+    return images.map(image_key, num_proc=num_proc, desc="Looking for rows of the same image", **options)["key"][:]
+
+
 def merge_rows(rows: Dataset, columns: Columns, num_proc: int | None = None) -> Dataset:
     """One row for each image: the first of the rows whose files have the same bytes, with the distinct captions of all.
 
-    Nothing is decoded, and `datasets` caches the hashes. `ROW_COLUMN` keeps the number of the row in `rows`.
+    `ROW_COLUMN` keeps the number of the row in `rows`.
     """
-    files = undecoded(rows)
-    options = {"with_indices": True, "fn_kwargs": {"columns": columns}, "remove_columns": columns.image}
-    images = files.select_columns([columns.image])
-    keys = images.map(image_key, num_proc=num_proc, desc="Looking for rows of the same image", **options)["key"][:]
+    keys = image_keys(rows, columns, num_proc)
     first: dict[str, int] = {}
     for number, key in enumerate(keys):
         first.setdefault(key, number)
@@ -173,20 +184,24 @@ def merge_rows(rows: Dataset, columns: Columns, num_proc: int | None = None) -> 
         texts[key] += usable_captions(row.values())
     captions = [list(dict.fromkeys(values)) for values in texts.values()]
     # Few rows at a time: images of several megabytes are held in memory.
-    merged = files.select(numbers).remove_columns(columns.captions)
+    merged = undecoded(rows).select(numbers).remove_columns(columns.captions)
     merged = merged.flatten_indices(writer_batch_size=100, num_proc=num_proc)
     merged = merged.add_column(columns.caption, captions, feature=datasets.List(TEXT)).add_column(ROW_COLUMN, numbers)
     return merged.cast_column(columns.image, rows.features[columns.image])
 
 
 def hold_out(rows: Dataset, columns: Columns, seed: int) -> tuple[Dataset, Dataset]:
-    """The images to train on and those held out, drawn by `seed`; rows that share an id stay together."""
+    """The images to train on and those held out, drawn by `seed` among those with captions; rows that share an id stay
+    together."""
     ids = list(range(len(rows)))
     if columns.image_id and len(set(names := rows[columns.image_id][:]) - {None}) > 1:
         ids = [number if name is None else f"id {name}" for number, name in enumerate(names)]
-    unique = list(dict.fromkeys(ids))
+    captions = rows.select_columns(columns.captions)
+    unique = list(dict.fromkeys(name for name, row in zip(ids, captions) if usable_captions(row.values())))
     if len(unique) < 2:
-        raise ValueError(f"expected at least 2 images, one of them to be held out for validation, got {len(unique)}")
+        raise ValueError(
+            f"expected at least 2 captioned images, one of them to be held out for validation, got {len(unique)}"
+        )
     drawn = set(random.Random(seed).sample(unique, math.ceil(HELD_OUT * len(unique))))
     kept, held_out = ([row for row, name in enumerate(ids) if (name in drawn) == out] for out in (False, True))
     return rows.select(kept), rows.select(held_out)
