@@ -340,6 +340,15 @@ def test_a_stream_leaves_out_the_images_it_is_told_to():
     assert len(set(ids_of(islice(endless(known=known), 24)))) == 8
 
 
+@pytest.mark.parametrize("required, kept", [(True, 3), (False, 5)])
+def test_a_stream_keeps_images_without_captions_when_allowed(required, kept):
+    rows = datasets.concatenate_datasets([rows_of(3), rows_of(2, 3, captioned=False)])
+    columns = replace(resolve_columns(rows), requires_captions=required)
+    options = {"columns": columns, "skipped": SkippedRows(), "split": "train", "captions_per_image": 1}
+    samples = list(StreamingCaptionDataset(rows.to_iterable_dataset(), 24, **options))
+    assert sorted(len(sample["references"]) for sample in samples) == [0] * (kept - 3) + [2] * 3
+
+
 def test_bad_rows_of_earlier_passes_do_not_add_up_to_too_many(monkeypatch):
     monkeypatch.setattr("tinycap.training.streaming.MIN_ROWS_TO_JUDGE", 5)
     rows = rows_of(20).cast_column("image", datasets.Image(decode=False))
@@ -411,12 +420,12 @@ def test_a_killed_run_with_them_resumes_to_the_same_weights(flags, unlabelled, t
 
 @pytest.mark.slow
 def test_two_processes_with_them_come_to_the_weights_of_one(flags, unlabelled, tmp_path):
-    # Four images in five have no captions, so that some batches of a process, and some steps, have none.
+    # Nine images in ten have no captions, so that some batches of a process, and some steps, have none.
     common = [*flags, "--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "20", "--learning_rate", "3e-3"]
-    common += ["--unlabelled_dataset_name", unlabelled, "--unlabelled_share", "0.8"]
+    common += ["--unlabelled_dataset_name", unlabelled, "--unlabelled_share", "0.9"]
     common += ["--gradient_accumulation_steps", "2"]
-    both = Ranks([*common, "--per_device_train_batch_size", "1"], tmp_path / "log", tmp_path / "seen")
-    train_distill.main([*common, "--per_device_train_batch_size", "2", "--output_dir", str(tmp_path / "one")])
+    both = Ranks([*common, "--per_device_train_batch_size", "2"], tmp_path / "log", tmp_path / "seen")
+    train_distill.main([*common, "--per_device_train_batch_size", "4", "--output_dir", str(tmp_path / "one")])
     both.finish()
     two, one = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "one"))
     for name in one:

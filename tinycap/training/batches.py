@@ -191,12 +191,13 @@ class CaptionCollator:
 
 
 def join_batches(first: dict, second: dict) -> dict:
-    """One batch of the images of two, with as many captions an image."""
+    """One batch of the images of two with as many captions an image."""
     length = max(batch["labels"].shape[1] for batch in (first, second))
-    joined = {}
-    for name, value in first.items():
-        parts = (value, second[name])
-        if name == "labels":
-            parts = [F.pad(labels, (0, length - labels.shape[1]), value=-100) for labels in parts]
-        joined[name] = torch.cat(parts) if isinstance(value, torch.Tensor) else [*parts[0], *parts[1]]
-    return joined
+    first, second = (
+        {**batch, "labels": F.pad(batch["labels"], (0, length - batch["labels"].shape[1]), value=-100)}
+        for batch in (first, second)
+    )
+    return {
+        name: torch.cat([value, second[name]]) if isinstance(value, torch.Tensor) else value + second[name]
+        for name, value in first.items()
+    }

@@ -81,9 +81,8 @@ class TrainBatches:
             self.loader.batch_sampler.set_position(epoch, first_batch)
         if not self.finished:
             for batch in self.loader:
-                if self.endless_loader is not None:
-                    batch = join_batches(batch, self._next_endless())
-                yield send_to_device(batch, self.device)
+                batch = send_to_device(batch, self.device)
+                yield batch if self.endless_loader is None else join_batches(batch, self._next_endless())
         # Until all processes have finished, see `optimizer_steps`: a checkpoint in between must not restart the epoch.
         self.finished = self.is_stream
 
@@ -95,7 +94,7 @@ class TrainBatches:
         if batch is None:
             split = self.endless_loader.dataset.split
             raise ValueError(f"split {split}: expected at least one usable image for each process, got none")
-        return batch
+        return send_to_device(batch, self.device)
 
     def state_dict(self) -> dict | None:
         """The position in a stream, as JSON; `None` for a data set, whose epoch and batch suffice."""
