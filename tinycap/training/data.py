@@ -200,7 +200,7 @@ def hold_out(rows: Dataset, columns: Columns, seed: int) -> tuple[Dataset, Datas
     unique = list(dict.fromkeys(name for name, row in zip(ids, captions) if usable_captions(row.values())))
     if len(unique) < 2:
         raise ValueError(
-            f"expected at least 2 captioned images, one of them to be held out for validation, got {len(unique)}"
+            f"expected at least 2 images with captions, one of them to be held out for validation, got {len(unique)}"
         )
     drawn = set(random.Random(seed).sample(unique, math.ceil(HELD_OUT * len(unique))))
     kept, held_out = ([row for row, name in enumerate(ids) if (name in drawn) == out] for out in (False, True))
