@@ -12,10 +12,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from tinycap.training import streaming
 from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
+from tinycap.training.captions import clean_captions
 from tinycap.training.data import (
     NoSplitError,
     SkippedRows,
-    clean_captions,
     content_fingerprint,
     decode_dataset,
     decoded_image,

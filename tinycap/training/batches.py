@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import datasets
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -36,8 +37,8 @@ class SampleMaker:
 
     def make_sample(self, row: dict, index: int | str, epoch: int, view: int) -> dict:
         """`pixels`, `gain`, `shift` (see `Augmentation`) follow from (seed, view, index), `captions` from (seed, epoch,
-        index); `references` are all captions."""
-        captions = list(row["captions"])
+        index); `references` are all captions. An image without captions has empty ones, and no references."""
+        captions = list(row["captions"]) or [""]
         if self.captions_per_image is not None:
             random.Random(f"{self.seed}/{epoch}/{index}").shuffle(captions)
             captions = [captions[i % len(captions)] for i in range(self.captions_per_image)]
@@ -84,7 +85,8 @@ class EpochBatchSampler(Sampler):
     What all processes take together in a step follows from (seed, epoch) and the step's size only: two processes with
     batches of 8 see what one sees with batches of 16. Every image comes exactly once an epoch, and the steps of an
     epoch differ by one image at most. `equal` drops what doesn't fill a batch of every process, for objectives that
-    compare a batch's images.
+    compare a batch's images. `order` returns the keys of an epoch's `num_rows` images in their order, where it isn't a
+    shuffled pass over all rows.
 
     Raises:
         ValueError: there are too few images for the processes.
@@ -96,6 +98,7 @@ class EpochBatchSampler(Sampler):
     process_index: int = 0
     num_processes: int = 1
     equal: bool = False
+    order: Callable[[int], list[tuple[int, int]]] | None = None
     epoch: int = 0
     first_batch: int = 0
 
@@ -121,13 +124,17 @@ class EpochBatchSampler(Sampler):
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = list(range(self.num_rows))
-        random.Random(f"{self.seed}/{self.epoch}/-1").shuffle(order)
+        keys = (self.order or self._shuffled)(self.epoch)
         shares = self.num_batches * self.num_processes
         for batch in range(self.first_batch, self.num_batches):
             share = batch * self.num_processes + self.process_index
             first, end = (self.used_rows * edge // shares for edge in (share, share + 1))
-            yield [(self.epoch, row) for row in order[first:end]]
+            yield keys[first:end]
+
+    def _shuffled(self, epoch: int) -> list[tuple[int, int]]:
+        rows = list(range(self.num_rows))
+        random.Random(f"{self.seed}/{epoch}/-1").shuffle(rows)
+        return [(epoch, row) for row in rows]
 
 
 @dataclass
@@ -141,8 +148,9 @@ class CaptionCollator:
 
     Returns (from a call):
         dict of `pixel_values` (B, 3, H, W) float32; `labels` (B * K, T) int64, the captions of an image in adjacent
-        rows, each with its end token and -100 as padding, all -100 for a mixed image; `references`, B lists of all
-        captions of an image; `image_ids`, B strings; `teacher_embeds` (B, embed_dim) where the samples carry them.
+        rows, each with its end token and -100 as padding, all -100 for an image that is mixed or has no captions;
+        `references`, B lists of all captions of an image; `image_ids`, B strings; `teacher_embeds` (B, embed_dim) where
+        the samples carry them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -162,7 +170,9 @@ class CaptionCollator:
         captions = [caption for sample in samples for caption in sample["captions"]]
         encoded = encode_captions(self.tokenizer, captions, self.max_caption_length, self.end_truncated)
         labels = pad_sequence([torch.tensor(ids) for ids in encoded], batch_first=True, padding_value=-100)
-        labels[torch.tensor([sample.get("mixed", False) for sample in samples for _ in sample["captions"]])] = -100
+        # No caption describes these images: only the teacher does.
+        ignored = [sample.get("mixed", False) or not sample["references"] for sample in samples]
+        labels[torch.tensor([image for image, sample in zip(ignored, samples) for _ in sample["captions"]])] = -100
         batch = {
             "pixel_values": pixels.mul_(gain[:, :, None, None]).add_(shift[:, :, None, None]).contiguous(),
             "labels": labels,
@@ -178,3 +188,16 @@ class CaptionCollator:
         pixels = torch.zeros(image_size, image_size, 3, dtype=torch.uint8)
         sample = {"pixels": pixels, "gain": [1.0] * 3, "shift": [0.0] * 3, "references": [], "image_id": ""}
         return self([{**sample, "captions": [""] * captions_per_image}])
+
+
+def join_batches(first: dict, second: dict) -> dict:
+    """One batch of the images of two with as many captions an image."""
+    length = max(batch["labels"].shape[1] for batch in (first, second))
+    first, second = (
+        {**batch, "labels": F.pad(batch["labels"], (0, length - batch["labels"].shape[1]), value=-100)}
+        for batch in (first, second)
+    )
+    return {
+        name: torch.cat([value, second[name]]) if isinstance(value, torch.Tensor) else value + second[name]
+        for name, value in first.items()
+    }

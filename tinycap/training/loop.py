@@ -25,9 +25,11 @@ from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
 from torch.utils.data import DataLoader
+from torchdata.stateful_dataloader import StatefulDataLoader
 from tqdm.auto import tqdm
 
 from tinycap.commands import run_command
+from tinycap.training.batches import join_batches
 from tinycap.training.checkpoints import seed_step
 from tinycap.training.run_folder import RunFolder
 from tinycap.training.streaming import StreamingCaptionDataset
@@ -60,10 +62,14 @@ class TrainBatches:
 
     Not prepared by accelerate, which repeats or drops images to give every process equally many batches: the loader's
     `EpochBatchSampler`, or its stream, selects this process's share.
+
+    Args:
+        endless_loader: of an `EndlessStream`, one of whose batches joins each batch of the stream.
     """
 
-    def __init__(self, loader: DataLoader, device: torch.device):
+    def __init__(self, loader: DataLoader, device: torch.device, endless_loader: StatefulDataLoader | None = None):
         self.loader, self.device = loader, device
+        self.endless_loader, self.endless_batches = endless_loader, None
         self.is_stream = isinstance(loader.dataset, StreamingCaptionDataset)
         self.finished = False
 
@@ -75,21 +81,37 @@ class TrainBatches:
             self.loader.batch_sampler.set_position(epoch, first_batch)
         if not self.finished:
             for batch in self.loader:
-                yield send_to_device(batch, self.device)
+                batch = send_to_device(batch, self.device)
+                yield batch if self.endless_loader is None else join_batches(batch, self._next_endless())
         # Until all processes have finished, see `optimizer_steps`: a checkpoint in between must not restart the epoch.
         self.finished = self.is_stream
+
+    def _next_endless(self) -> dict:
+        if self.endless_batches is None:
+            # It goes on from epoch to epoch.
+            self.endless_batches = iter(self.endless_loader)
+        batch = next(self.endless_batches, None)
+        if batch is None:
+            split = self.endless_loader.dataset.split
+            raise ValueError(f"split {split}: expected at least one usable image for each process, got none")
+        return send_to_device(batch, self.device)
 
     def state_dict(self) -> dict | None:
         """The position in a stream, as JSON; `None` for a data set, whose epoch and batch suffice."""
         if not self.is_stream:
             return None
-        return {"finished": self.finished, "loader": None if self.finished else self.loader.state_dict()}
+        state = {"finished": self.finished, "loader": None if self.finished else self.loader.state_dict()}
+        if self.endless_loader is not None:
+            state["endless_loader"] = self.endless_loader.state_dict()
+        return state
 
     def load_state_dict(self, state: dict | None) -> None:
         if state is not None:
             self.finished = state["finished"]
             if not self.finished:
                 self.loader.load_state_dict(state["loader"])
+            if self.endless_loader is not None:
+                self.endless_loader.load_state_dict(state["endless_loader"])
 
 
 @dataclass

@@ -10,7 +10,8 @@ from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tinycap.training.batches import SampleMaker
-from tinycap.training.data import Columns, cache_size, decode_row, undecoded
+from tinycap.training.columns import Columns
+from tinycap.training.data import cache_size, decode_row, image_key, undecoded
 from tinycap.training.folders import UNREADABLE
 from tinycap.training.skipped_rows import SkippedRows
 
@@ -31,6 +32,7 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
         columns: of `rows`.
         skipped: counts bad rows; each worker counts its own.
         split: the split's name, for the report.
+        known: `image_key`s of images to leave out.
         process_index, num_processes: which share of the stream is this process's.
         shuffle_block: rows that are shuffled together.
 
@@ -41,6 +43,7 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
     columns: Columns
     skipped: SkippedRows
     split: str
+    known: frozenset[str] = frozenset()
     process_index: int = 0
     num_processes: int = 1
     shuffle_block: int = 1000
@@ -51,7 +54,7 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
         # Only the order of the shards: a buffer of one row holds nothing that a state would have to save.
         rows = undecoded(self.rows).shuffle(self.seed, buffer_size=1, max_buffer_input_shards=1)
         self.rows = split_dataset_by_node(rows, rank=self.process_index, world_size=self.num_processes)
-        self.epoch = 0
+        self.epoch = self.num_seen = 0
         self.position = self.resumed = None
 
     def set_epoch(self, epoch: int) -> None:
@@ -90,11 +93,39 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
                 self.position = {**start, "given": place + 1}
                 index = start["block"] * self.shuffle_block + order[place]
                 name = f"{share}/{index}"
+                if self.known and image_key(rows[order[place]], index, self.columns)["key"] in self.known:
+                    continue
+                self.num_seen += 1
                 decoded = decode_row(rows[order[place]], name, self.columns, cache_size(self.image_size))
                 if not decoded["reason"]:
                     yield self.make_sample(decoded, name, self.epoch, self.epoch)
                     continue
                 self.skipped.add(self.split, None, decoded["image_id"], decoded["reason"])
-                if index >= MIN_ROWS_TO_JUDGE:
-                    self.skipped.check(self.split, index + 1)
+                if self.num_seen > MIN_ROWS_TO_JUDGE:
+                    self.skipped.check(self.split, self.num_seen)
             start = {"block": start["block"] + 1, "given": 0, "stream": copy.deepcopy(self.rows.state_dict())}
+
+
+class EndlessStream(StreamingCaptionDataset):
+    """A stream that begins another pass where one ends; the pass is its epoch, and part of its position."""
+
+    def state_dict(self) -> dict | None:
+        position = super().state_dict()
+        return position and {"pass": self.epoch, **position}
+
+    def __iter__(self) -> Iterator[dict]:
+        # The workers of a loader share a stream's epoch, in shared memory; each has passes of its own.
+        self.rows = copy.deepcopy(self.rows)
+        is_whole = self.resumed is None
+        if not is_whole:
+            self.set_epoch(self.resumed["pass"])
+        while True:
+            is_empty = True
+            for sample in super().__iter__():
+                is_empty = False
+                yield sample
+            # A worker without shards, or without a usable row.
+            if is_whole and is_empty:
+                return
+            self.set_epoch(self.epoch + 1)
+            is_whole = True
