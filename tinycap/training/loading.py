@@ -15,12 +15,14 @@ from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.captions import usable_captions
 from tinycap.training.data import Columns, content_fingerprint, decode_dataset, load_splits, resolve_columns
-from tinycap.training.loop import TrainBatches, init_worker, main_process_first
+from tinycap.training.device_images import DevicePixels, augments_on, load_images
+from tinycap.training.loop import init_worker, main_process_first
 from tinycap.training.scenes import scene_splits
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.streaming import StreamingCaptionDataset
 from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
+from tinycap.training.train_batches import TrainBatches
 
 
 # Arguments of `load_splits`.
@@ -107,8 +109,10 @@ def create_loaders(
         contrastive: every image is compared with those of all processes, so that all have batches of one size; and
             retrieval is measured with five captions an image, as is usual, or with as many as there are.
     """
-    augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter, getattr(args, "mixup", 0.0))
-    variation = (image_size, augmentation, args.captions_per_image, args.seed)
+    mixing = (getattr(args, name, 0.0) for name in ("mixup", "cutmix"))
+    augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter, *mixing)
+    pixels = DevicePixels(image_size) if augments_on(accelerator.device) else None
+    variation = (image_size, augmentation, args.captions_per_image, args.seed, pixels is not None)
     process = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     batch_size, captions_per_image = args.per_device_train_batch_size, args.captions_per_image
     options = {
@@ -117,27 +121,33 @@ def create_loaders(
         "pin_memory": accelerator.device.type == "cuda",
     }
     image_bytes, eval_batch_size = 4 * 3 * image_size**2, args.per_device_eval_batch_size
+    dataset = None if data.train is None else CaptionDataset(data.train, *variation)
+    train_bytes = image_bytes
+    if pixels and dataset and (loaded := load_images(data.train, accelerator.device)):
+        # Batches hold labels and numbers only.
+        (pixels.images, dataset.offsets), train_bytes = loaded, 4096
     workers, eval_workers = (
-        usable_workers(args.dataloader_num_workers, size * image_bytes, in_use)
-        for size, in_use in ((batch_size, args.gradient_accumulation_steps), (eval_batch_size, 1))
+        usable_workers(args.dataloader_num_workers, num_bytes, in_use)
+        for num_bytes, in_use in (
+            (batch_size * train_bytes, args.gradient_accumulation_steps),
+            (eval_batch_size * image_bytes, 1),
+        )
     )
-    if data.stream is not None:
+    if dataset is None:
         source = {"columns": data.columns, "skipped": skipped, "split": args.train_split}
         stream = StreamingCaptionDataset(data.stream, *variation, **source, **process)
         # Workers are started anew each epoch, since they get the epoch when they start.
         train_loader = StatefulDataLoader(stream, batch_size, num_workers=workers, **options)
     else:
-        dataset = CaptionDataset(data.train, *variation)
         if contrastive:
             batch_size = min(batch_size, len(dataset) // accelerator.num_processes)
             captions_per_image = min(5, max(map(len, data.validation["captions"])))
         sampler = EpochBatchSampler(len(dataset), batch_size, args.seed, **process, equal=contrastive)
-        persistent = {"num_workers": workers, "persistent_workers": workers > 0}
-        train_loader = DataLoader(dataset, batch_sampler=sampler, **options, **persistent)
+        train_loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, **options)
     validation = CaptionDataset(data.validation, image_size, Augmentation(), captions_per_image, args.seed)
     persistent = {"num_workers": eval_workers, "persistent_workers": eval_workers > 0}
     validation_loader = DataLoader(validation, eval_batch_size, **options, **persistent)
-    return TrainBatches(train_loader, accelerator.device), accelerator.prepare(validation_loader)
+    return TrainBatches(train_loader, accelerator.device, pixels), accelerator.prepare(validation_loader)
 
 
 def cache_teacher_embeddings(
