@@ -46,7 +46,7 @@ from tinycap.train_distill import joint_losses, teacher_embeddings
 from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset
 from tinycap.training.data import Columns, cache_size, decode_dataset
-from tinycap.training.device_images import DevicePixels
+from tinycap.training.device_images import DevicePixels, augments_on, load_images
 from tinycap.training.loop import Step, train_step
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor
@@ -111,7 +111,7 @@ class Setup:
         """The folder of a teacher with random weights, of the format that `train_teacher.py` writes."""
         folder, size = self.folder / "teacher", self.sizes["image_size"]
         config = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "hidden_act": "relu6"}
-        config |= {"num_block_repeats": [1], "depthwise_padding": []} if self.is_smoke else {}
+        config |= {"num_block_repeats": [1] * 7, "width_coefficient": 0.25} if self.is_smoke else {}
         torch.manual_seed(0)
         tower = EfficientNetForImageClassification(EfficientNetConfig(**config, image_size=size, num_labels=768))
         tower.save_pretrained(folder)
@@ -119,12 +119,16 @@ class Setup:
         save_file({"text_projection.weight": torch.zeros(768, 4)}, folder / TEXT_HEAD_FILE)
         return folder
 
-    def dataset(self) -> CaptionDataset:
-        """The training images for the device, with a caption each."""
+    def dataset(self) -> tuple[CaptionDataset, DevicePixels]:
+        """A batch of training images with a caption each, which lie on the device if it is a GPU."""
         rows = datasets.Dataset.from_parquet(str(self.data / "train.parquet"), cache_dir=str(self.folder / "cache"))
         rows, size = rows.select(range(min(self.sizes["batch"], len(rows)))), self.sizes["image_size"]
         rows = decode_dataset(rows, Columns("image", "captions"), size, SkippedRows(), "train")
-        return CaptionDataset(rows, size, Augmentation(**AUGMENTATION), 1, 0, on_device=True)
+        dataset = CaptionDataset(rows, size, Augmentation(**AUGMENTATION), 1, on_device=True)
+        pixels = DevicePixels(size)
+        if augments_on(self.device):
+            pixels.images, dataset.offsets = load_images(rows, self.device)
+        return dataset, pixels
 
     def model(self) -> TinyCapForConditionalGeneration:
         torch.manual_seed(0)
@@ -176,10 +180,10 @@ def seconds_of(call: Callable[[], object], device: torch.device, repeats: int) -
     return (time.perf_counter() - started) / repeats
 
 
-def on_device(batch: dict, setup: Setup) -> dict:
+def on_device(batch: dict, pixels: DevicePixels, device: torch.device) -> dict:
     """A collated batch with its pixels, on the device."""
-    moved = send_to_device(batch, setup.device)
-    return {**moved, "pixel_values": DevicePixels(setup.sizes["image_size"])(moved["views"])}
+    moved = send_to_device(batch, device)
+    return {**moved, "pixel_values": pixels(moved["views"])}
 
 
 # --- parts ------------------------------------------------------------------------------------------------------------
@@ -187,9 +191,9 @@ def on_device(batch: dict, setup: Setup) -> dict:
 
 def measure_numerics(setup: Setup) -> dict:
     """Grey levels between the device's crops and Pillow's; losses of a step; captions in half precision."""
-    dataset, count = setup.dataset(), min(64, setup.sizes["batch"])
-    batch = on_device(setup.collator([dataset[row] for row in range(count)]), setup)
-    dataset.on_device = False
+    (dataset, pixels), count = setup.dataset(), min(64, setup.sizes["batch"])
+    batch = on_device(setup.collator([dataset[row] for row in range(count)]), pixels, setup.device)
+    dataset = dataset.in_size(dataset.image_size)
     expected = setup.collator([dataset[row] for row in range(count)])
     difference = 255 * (batch["pixel_values"].cpu() - expected["pixel_values"]) * setup.collator.image_std.view(3, 1, 1)
     results = {"grey_levels_mean": difference.abs().mean().item(), "grey_levels_max": difference.abs().max().item()}
@@ -251,14 +255,15 @@ def measure_teacher(setup: Setup) -> dict:
 def measure_step(setup: Setup) -> dict:
     """Photos a second of augmentation alone, of the loader's work in one process, and of optimizer steps; on a GPU also
     how often a step waits for it."""
-    sizes, dataset, teacher = setup.sizes, setup.dataset(), setup.teacher()
+    sizes, (dataset, pixels), teacher = setup.sizes, setup.dataset(), setup.teacher()
     rows = range(len(dataset))
     started = time.perf_counter()
-    batch = setup.collator([dataset[row] for row in rows])
+    collated = setup.collator([dataset[row] for row in rows])
     results = {"loader_photos_per_second": len(dataset) / (time.perf_counter() - started)}
-    seconds = seconds_of(lambda: on_device(batch, setup), setup.device, sizes["repeats"])
+    place = (pixels, setup.device)
+    seconds = seconds_of(lambda: on_device(collated, *place), setup.device, sizes["repeats"])
     results["augmentation_photos_per_second"] = len(dataset) / seconds
-    batch = on_device(batch, setup)
+    batch = on_device(collated, *place)
     model = setup.model()
     optimizer = create_optimizer(model, 1e-3, 0.05, OPTIMIZER)
     model, optimizer = setup.accelerator.prepare(model, optimizer)
@@ -289,36 +294,34 @@ def measure_step(setup: Setup) -> dict:
     return results
 
 
-def summarize_log(path: Path, batches_per_epoch: int) -> dict:
+def summarize_log(path: Path, images: int, batch: int) -> dict:
     """Photos a second and the share of waiting, from the second row of a run's log on: the first has the start-up.
 
-    `waiting_at_epochs` is that of the rows in which an epoch begins.
+    `waiting_at_epochs` is that of the rows in which an epoch of `images` begins.
     """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows = [row for row in rows if "images_per_second" in row]
+    rows, epoch = [row for row in rows if "waiting_share" in row], -(-images // batch)
+    spans = [(row["step"], later["step"]) for row, later in zip(rows, rows[1:])]
     seconds = [later["elapsed_seconds"] - row["elapsed_seconds"] for row, later in zip(rows, rows[1:])]
-    photos = sum(row["images_per_second"] * time for row, time in zip(rows[1:], seconds))
-    steps = [(row["step"], later["step"]) for row, later in zip(rows, rows[1:])]
-    begins = [first // batches_per_epoch < last // batches_per_epoch for first, last in steps]
-    at_epochs = [row["waiting_share"] for row, begin in zip(rows[1:], begins) if begin]
+    waiting = [row["waiting_share"] for row in rows[1:]]
+    at_epochs = [share for share, (before, last) in zip(waiting, spans) if (before - 1) // epoch < (last - 1) // epoch]
     return {
-        "photos_per_second": photos / sum(seconds),
-        "waiting_share": sum(row["waiting_share"] * time for row, time in zip(rows[1:], seconds)) / sum(seconds),
+        "photos_per_second": (spans[-1][1] - spans[0][0]) * images / epoch / sum(seconds),
+        "waiting_share": sum(map(float.__mul__, waiting, seconds)) / sum(seconds),
         "waiting_at_epochs": sum(at_epochs) / max(1, len(at_epochs)),
     }
 
 
 def measure_training(setup: Setup) -> dict:
     """`train_distill.py` itself, over whole epochs."""
-    batches = -(-setup.sizes["images"] // setup.sizes["batch"])
-    return summarize_log(setup.train("training") / "metrics.jsonl", batches)
+    out = setup.train("training", "--checkpointing_steps", 10**6)
+    return summarize_log(out / "metrics.jsonl", setup.sizes["images"], setup.sizes["batch"])
 
 
 def measure_inductor(setup: Setup) -> dict:
     """The same, compiled by accelerate."""
-    batches = -(-setup.sizes["images"] // setup.sizes["batch"])
-    out = setup.train("inductor", launch=("--dynamo_backend", "inductor"))
-    return summarize_log(out / "metrics.jsonl", batches)
+    out = setup.train("inductor", "--checkpointing_steps", 10**6, launch=("--dynamo_backend", "inductor"))
+    return summarize_log(out / "metrics.jsonl", setup.sizes["images"], setup.sizes["batch"])
 
 
 def measure_generate(setup: Setup) -> dict:
