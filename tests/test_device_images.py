@@ -106,9 +106,12 @@ def test_images_lie_on_the_device_only_where_they_fit(room):
     assert load_images(rows, CPU) is None
 
 
-def test_chunks_of_crops_give_the_pixels_of_all_at_once(collator, monkeypatch):
-    views = collator([CaptionDataset(pictures(7), 24, VARIED, 1, 5, True)[(1, row)] for row in range(7)])["views"]
+@pytest.mark.parametrize("augmentation", [Augmentation(), VARIED])
+def test_chunks_of_crops_give_the_pixels_of_all_at_once(augmentation, collator, monkeypatch):
+    dataset = CaptionDataset(pictures(7), 24, augmentation, 1, 5, on_device=True)
+    views = collator([dataset[(1, row)] for row in range(7)])["views"]
     whole = DevicePixels(24)(views)
+    assert whole.shape == (7, 3, 24, 24) and bool(len(views["mixed"])) == (augmentation.mixup > 0)
     monkeypatch.setattr(device_images, "CHUNK", 3)
     torch.testing.assert_close(DevicePixels(24)(views), whole, atol=1e-5, rtol=0)
 

@@ -80,7 +80,7 @@ def pack_views(views: Sequence[View], image_size: int) -> dict:
         "mirrored": torch.tensor([crop.mirrored for crop in crops]),
         "mixed": torch.tensor(mixed, dtype=torch.int64),
         "weight": torch.tensor([views[number].weight for number in mixed]),
-        "region": torch.tensor([views[number].region_pixels(image_size) for number in mixed]).view(-1, 4),
+        "region": torch.tensor([views[number].region_pixels(image_size) for number in mixed]).view(len(mixed), 4),
         "window": tuple(map(max, zip(*sizes))),
     }
     if "offset" in crops[0].row:
