@@ -86,7 +86,8 @@ def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dead_in_steps", "more"), [([4, 6], []), ([4], ["--optimizer", "muon"]), ([4], ["--mixup", "0.9"])]
+    ("dead_in_steps", "more"),
+    [([4, 6], []), ([4], ["--optimizer", "muon"]), ([4], ["--mixup", "0.9", "--cutmix", "0.4"])],
 )
 @pytest.mark.slow
 def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monkeypatch, dead_in_steps, more):
@@ -325,7 +326,7 @@ def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
         (["--length_penalty", "0.5", "--num_beams", "1"], ["--length_penalty", "--num_beams"]),
         (["--mixup", "1"], ["--mixup", "[0, 1)"]),
         (["--mixup", "0.5", "--distill_weight", "0"], ["--mixup", "--distill_weight 0"]),
-        (["--mixup", "0.5", "--streaming", "--dataset_name", "x"], ["--mixup", "--streaming"]),
+        (["--cutmix", "0.5"], ["--cutmix", "needs --mixup"]),
         (["--mixup", "0.5", "--objective", "scst", "--model_name_or_path", "m"], ["--mixup", "--objective scst"]),
         (["--teacher_feature", "cls"], ["--teacher_feature", "pooled"]),
     ],
