@@ -220,7 +220,7 @@ def test_processes_share_an_epoch_with_a_share_as_one_would():
     def batches(batch_size: int, process: int = 0, processes: int = 1, first: int = 0) -> list:
         sampler = EpochBatchSampler(len(order), batch_size, 4, process, processes, order=order)
         sampler.set_position(2, first)
-        return list(sampler)
+        return list(islice(sampler, len(sampler) - first))
 
     together = [sum(step, []) for step in zip(*(batches(4, process, 2) for process in range(2)), strict=True)]
     assert together == batches(8) and sum(together, []) == order(2)
