@@ -148,14 +148,14 @@ def undecoded(rows: AnyDataset) -> AnyDataset:
 
 
 def image_key(row: dict, number: int, columns: Columns) -> dict[str, str]:
-    """An equal `key` for rows of the same image: a hash of its file's bytes, else its path, else the row number."""
+    """An equal `key` for rows of the same image: a hash of its file's bytes, else its path, else its row."""
     try:
         content = columns.image_of(row)
     except ValueError:
         content = None
     if isinstance(content, str):
         content = Path(content).read_bytes() if os.path.isfile(content) else None
-    name = path_of(row[columns.image]) or f"row {number}"
+    name = path_of(row[columns.image]) or f"row {number} of {columns.root}"
     return {"key": hashlib.blake2b(content, digest_size=16).hexdigest() if content else name}
 
 
@@ -200,7 +200,7 @@ def hold_out(rows: Dataset, columns: Columns, seed: int) -> tuple[Dataset, Datas
     unique = list(dict.fromkeys(name for name, row in zip(ids, captions) if usable_captions(row.values())))
     if len(unique) < 2:
         raise ValueError(
-            f"expected at least 2 captioned images, one of them to be held out for validation, got {len(unique)}"
+            f"expected at least 2 images with captions, one of them to be held out for validation, got {len(unique)}"
         )
     drawn = set(random.Random(seed).sample(unique, math.ceil(HELD_OUT * len(unique))))
     kept, held_out = ([row for row, name in enumerate(ids) if (name in drawn) == out] for out in (False, True))

@@ -69,8 +69,8 @@ def load_unlabelled(
         first.setdefault(key, number)
     kept = [number for key, number in first.items() if key not in known]
     if len(kept) < len(rows):
-        dropped = (len(rows) - len(kept), dataset_name, len(first) - len(kept))
-        logger.info("%d rows of %s are left out as copies, %d of their images are captioned ones", *dropped)
+        copies = (len(rows) - len(first), len(first) - len(kept))
+        logger.info("%s: left out %d copies within the set and %d of captioned images", dataset_name, *copies)
     if not kept:
         raise ValueError(
             f"--unlabelled_dataset_name {dataset_name}: expected images that aren't among the captioned ones, "
