@@ -159,13 +159,14 @@ def create_loaders(
     }
     image_bytes, eval_batch_size = 4 * 3 * image_size**2, args.per_device_eval_batch_size
     dataset = None if data.train is None else CaptionDataset(data.train, **variation)
-    train_bytes = image_bytes
-    if pixels and dataset and (loaded := load_images(data.train, accelerator.device)):
-        # Batches hold labels and numbers only.
-        (pixels.images, dataset.offsets), train_bytes = loaded, 4096
+    loaded = None if pixels is None or dataset is None else load_images(data.train, accelerator.device)
+    if loaded is not None:
+        pixels.images, dataset.offsets = loaded
+    # Where the images lie on the device, batches hold labels and numbers only.
+    train_bytes = image_bytes if loaded is None else 4096
     workers, eval_workers = (
-        usable_workers(args.dataloader_num_workers, num_bytes, in_use)
-        for num_bytes, in_use in (
+        usable_workers(args.dataloader_num_workers, size, in_use)
+        for size, in_use in (
             (batch_size * train_bytes, args.gradient_accumulation_steps),
             (eval_batch_size * image_bytes, 1),
         )
