@@ -12,7 +12,6 @@ from benchmarks.reference import Floor, ReferenceCaptioner, as_pairs, reference_
 from tinycap import train_distill
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import joint_losses
-from tinycap.training.logs import write_json
 
 
 def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
