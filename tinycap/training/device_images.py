@@ -158,7 +158,7 @@ class DevicePixels:
         across = bicubic_weights(box[:, 0], box[:, 2], size[:, 1], width, side)
         across = torch.where(mirrored[:, None, None], across.flip(1), across)
         down = bicubic_weights(box[:, 1], box[:, 3], size[:, 0], height, side)
-        # Across first and rounded in between, as Pillow does it.
+        # Across first and rounded in between, as Pillow does it; Pillow 13 takes tall images the other way round.
         pixels = torch.bmm(pixels.reshape(-1, height * 3, width), across.transpose(1, 2)).round_().clamp_(0, 255)
         pixels = torch.bmm(down, pixels.view(-1, height, 3 * side)).round_().clamp_(0, 255)
         return pixels.view(-1, side, 3, side).transpose(1, 2)
