@@ -147,8 +147,7 @@ def resolve_columns(
     if not (kind is None or _is_value(kind, "string") or _holds_files(kind)):
         raise ValueError(f"image_column: expected images, bytes of image files or paths in {image!r}, got {kind}")
     image_id = next((name for name in ID_COLUMNS if name in names and name not in (caption, image)), None)
-    # `read_folder` names the files that it found.
-    follow_links = dataset.info.builder_name == "generator"
+    follow_links = dataset.info.builder_name == "generator"  # By `read_folder`, which found the files.
     return Columns(image, caption, image_id, tuple(more), captions, root, follow_links, allow_remote_images)
 
 

@@ -55,7 +55,7 @@ def load_unlabelled(
         ValueError: it can't be read, has no such split, no column of images, or no image that isn't known.
     """
     try:
-        rows = load_split(dataset_name, split, streaming=streaming, all_images=True)
+        rows = load_split(dataset_name, split, None, streaming, allow_remote_images, all_images=True)
         source = {"root": dataset_name, "allow_remote_images": allow_remote_images}
         columns = resolve_columns(rows, captions=False, **source)
     except ValueError as error:
