@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DynamoBackend, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -75,12 +75,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator, run: RunFolder, image_processor) -> Teacher | None:
-    """The teacher on its device, trained first where scenes have none; `None` with `--distill_weight 0`."""
+    """The teacher on its device, trained first where scenes have none; `None` with `--distill_weight 0`.
+
+    It is compiled if accelerate is configured to compile models, as `prepare` does with the student.
+    """
     if args.distill_weight == 0:
         return None
     name_or_path = args.teacher_name_or_path or train_scene_teacher(args, accelerator, run)
     statistics = (image_processor.image_mean, image_processor.image_std)
-    return Teacher.from_pretrained(name_or_path, args.teacher_feature, *statistics).to(accelerator.device)
+    teacher = Teacher.from_pretrained(name_or_path, args.teacher_feature, *statistics).to(accelerator.device)
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        teacher.compile(**accelerator.state.dynamo_plugin.to_kwargs())
+    return teacher
 
 
 def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, run: RunFolder) -> Path:

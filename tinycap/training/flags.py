@@ -102,7 +102,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "teacher_cache_dir", None, "store teacher embeddings here once; computed in each step if not given"
         ),
         DistillFlag("teacher_views", 8, "differently cropped views of an image in the cache", POSITIVE),
-        DistillFlag("mixup", 0.0, "share of images blended with another, trained by distillation alone", SHARE),
+        DistillFlag("mixup", 0.0, "share of images mixed with another, trained by distillation alone", SHARE),
+        DistillFlag("cutmix", 0.0, "share of those with a box of the other image in place of a blend", "[0, 1]"),
     ),
     "choose the caption objective": (
         DistillFlag("objective", "cross_entropy", "scst: the CIDEr of sampled captions", ("cross_entropy", "scst")),
@@ -183,8 +184,8 @@ RULES = (
     *((name, "contradicts", "image_model_name_or_path", "which brings its own") for name in IMAGE_TOWER),
     *((name, "contradicts", "text_model_name_or_path", "which brings its own") for name in TEXT_TOWER),
     ("teacher_cache_dir", "contradicts", "streaming", "whose images are not stored"),
-    ("mixup", "contradicts", "streaming", "which has no other image to blend with"),
     ("mixup", "contradicts", "objective scst", "whose reward needs the captions of every image"),
+    ("cutmix", "needs", "mixup", "the share of mixed images"),
     ("unlabelled_dataset_name", "contradicts", "objective scst", "whose reward needs the captions of every image"),
     ("allow_missing_captions", "contradicts", "objective scst", "whose reward needs the captions of every image"),
     ("label_smoothing", "contradicts", "objective scst", "whose loss has no labels to smooth"),

@@ -17,12 +17,14 @@ from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatch
 from tinycap.training.captions import usable_captions
 from tinycap.training.columns import AnyDataset, Columns, resolve_columns
 from tinycap.training.data import content_fingerprint, decode_dataset, image_keys, load_splits
-from tinycap.training.loop import TrainBatches, init_worker, main_process_first
+from tinycap.training.device_images import DevicePixels, augments_on, load_images
+from tinycap.training.loop import init_worker, main_process_first
 from tinycap.training.scenes import scene_splits
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.streaming import EndlessStream, StreamingCaptionDataset
 from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
+from tinycap.training.train_batches import TrainBatches
 from tinycap.training.unlabelled import SharedOrder, Unlabelled, load_unlabelled
 
 
@@ -143,8 +145,10 @@ def create_loaders(
         contrastive: every image is compared with those of all processes, so that all have batches of one size; and
             retrieval is measured with five captions an image, as is usual, or with as many as there are.
     """
-    augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter, getattr(args, "mixup", 0.0))
-    variation = {"image_size": image_size, "augmentation": augmentation}
+    mixing = (getattr(args, name, 0.0) for name in ("mixup", "cutmix"))
+    augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter, *mixing)
+    pixels = DevicePixels(image_size) if augments_on(accelerator.device) else None
+    variation = {"image_size": image_size, "augmentation": augmentation, "on_device": pixels is not None}
     variation |= {"captions_per_image": args.captions_per_image, "seed": args.seed}
     process = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     batch_size, captions_per_image = args.per_device_train_batch_size, args.captions_per_image
@@ -154,12 +158,21 @@ def create_loaders(
         "pin_memory": accelerator.device.type == "cuda",
     }
     image_bytes, eval_batch_size = 4 * 3 * image_size**2, args.per_device_eval_batch_size
+    dataset = None if data.train is None else CaptionDataset(data.train, **variation)
+    loaded = None if pixels is None or dataset is None else load_images(data.train, accelerator.device)
+    if loaded is not None:
+        pixels.images, dataset.offsets = loaded
+    # Where the images lie on the device, batches hold labels and numbers only.
+    train_bytes = image_bytes if loaded is None else 4096
     workers, eval_workers = (
-        usable_workers(args.dataloader_num_workers, size * image_bytes, in_use)
-        for size, in_use in ((batch_size, args.gradient_accumulation_steps), (eval_batch_size, 1))
+        usable_workers(args.dataloader_num_workers, size, in_use)
+        for size, in_use in (
+            (batch_size * train_bytes, args.gradient_accumulation_steps),
+            (eval_batch_size * image_bytes, 1),
+        )
     )
     endless_loader = None
-    if data.stream is not None:
+    if dataset is None:
         loader, source = partial(StatefulDataLoader, num_workers=workers, **options), {"skipped": skipped, **process}
         if data.unlabelled_stream is not None:
             size = data.unlabelled_stream.batch_size(batch_size, args.unlabelled_share)
@@ -169,7 +182,7 @@ def create_loaders(
         # Workers are started anew each epoch, since they get the epoch when they start.
         train_loader = loader(StreamingCaptionDataset(**main, **variation, **source), batch_size)
     else:
-        dataset, order = CaptionDataset(data.train, **variation), None
+        order = None
         if contrastive:
             batch_size = min(batch_size, len(dataset) // accelerator.num_processes)
             captions_per_image = min(5, max(map(len, data.validation["captions"])))
@@ -178,12 +191,12 @@ def create_loaders(
             order = SharedOrder(captioned, data.unlabelled, share, args.seed)
         rows = order or dataset
         sampler = EpochBatchSampler(len(rows), batch_size, args.seed, **process, equal=contrastive, order=order)
-        persistent = {"num_workers": workers, "persistent_workers": workers > 0}
-        train_loader = DataLoader(dataset, batch_sampler=sampler, **options, **persistent)
+        train_loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, **options)
     validation = CaptionDataset(data.validation, image_size, Augmentation(), captions_per_image, args.seed)
     persistent = {"num_workers": eval_workers, "persistent_workers": eval_workers > 0}
     validation_loader = DataLoader(validation, eval_batch_size, **options, **persistent)
-    return TrainBatches(train_loader, accelerator.device, endless_loader), accelerator.prepare(validation_loader)
+    batches = TrainBatches(train_loader, accelerator.device, pixels, endless_loader)
+    return batches, accelerator.prepare(validation_loader)
 
 
 def cache_teacher_embeddings(
