@@ -31,12 +31,7 @@ START_FILES = (ARGS_FILE, SKIPPED_FILE)
 # What a run leaves beside the model, which is overwritten at the end.
 RUN_FILES = (*START_FILES, "metrics.jsonl", "eval_results.json", "curves.png", "samples.png", BEST_FILE)
 LEFTOVERS = (*RUN_FILES, "checkpoint-*", ".checkpoint-*", TEACHER_FOLDER)
-# What accelerate and `save_checkpoint` write into a checkpoint; transformers' Trainer writes other files too.
-CHECKPOINT_FILE = (
-    r"\.?checkpoint-\d+/(trainer_state\.json|process_state_\d+\.json|model[^/]*\.safetensors"
-    r"|(optimizer|scheduler|sampler)[^/]*\.bin|scaler\.pt|random_states_\d+\.pkl)"
-)
-TEACHER_FILE = rf"{TEACHER_FOLDER}/({CHECKPOINT_FILE}|[^/]+\.(jsonl?|safetensors))"
+TEACHER_FILE = rf"{TEACHER_FOLDER}/({checkpoints.CHECKPOINT_FILE}|[^/]+\.(jsonl?|safetensors))"
 
 # Arguments that a resumed run may change: none of them affects the weights.
 FREE_ON_RESUME = {
@@ -85,6 +80,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
             if self.args.resume_from_checkpoint is None and not self.is_open:
                 clear_output_dir(self.path)
+            checkpoints.clear_unfinished(self.path)
             write_json(self.path / ARGS_FILE, run_args(self.args))
         self.is_open = True
 
@@ -221,7 +217,7 @@ def run_leftovers(folder: Path) -> list[Path]:
     """What an earlier run left; an error where something has the name of it, but no run has written all of it."""
     earlier, known = read_run_args(folder), [*START_FILES]
     if earlier is not None:
-        known += [*RUN_FILES, CHECKPOINT_FILE]
+        known += [*RUN_FILES, checkpoints.CHECKPOINT_FILE]
         # Only a run on drawn scenes trains its own teacher.
         is_own = earlier.get("dataset_name") is None and earlier.get("teacher_name_or_path") is None
         known += [TEACHER_FILE] if is_own and read_run_args(folder / TEACHER_FOLDER) is not None else []
