@@ -14,6 +14,8 @@ from transformers import (
     CLIPVisionModelWithProjection,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
@@ -104,6 +106,16 @@ def classifier(tmp_path_factory) -> str:
     config = MobileNetV2Config(image_size=24, depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, num_labels=7)
     MobileNetV2ForImageClassification(config).save_pretrained(folder)
     CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def resnet(tmp_path_factory) -> str:
+    """A folder with a tiny classifier whose configuration has no image size, and which has no image processor."""
+    folder = tmp_path_factory.mktemp("resnet")
+    torch.manual_seed(3)
+    sizes = {"embedding_size": 6, "hidden_sizes": [10, 14], "depths": [1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes, num_labels=5)).save_pretrained(folder)
     return str(folder)
 
 

@@ -38,7 +38,7 @@ FREE_ON_RESUME = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config_file", "report_to", "logging_steps"),
     *("evaluation_steps", "checkpointing_steps", "checkpoints_total_limit", "load_best_model_at_end", "push_to_hub"),
     *("hub_model_id", "num_beams", "length_penalty", "per_device_eval_batch_size", "dataloader_num_workers"),
-    *("preprocessing_num_workers", "gradient_checkpointing", "on_bad_row"),
+    *("preprocessing_num_workers", "gradient_checkpointing", "on_bad_row", "feature_cache_dir"),
     # Checked through the `max_train_steps` that follow from it.
     "num_train_epochs",
 }
@@ -194,8 +194,9 @@ def check_output_dir(args: argparse.Namespace) -> None:
     if folder.resolve() == REPOSITORY or (folder / "train_distill.py").exists():
         raise ValueError(f"--output_dir: expected a folder other than the code's own, got {folder}")
     for name in ("model_name_or_path", "teacher_name_or_path", "image_model_name_or_path", "dataset_name"):
-        source = getattr(args, name, None)
-        if source is not None and Path(source).is_dir() and Path(source).resolve() == folder.resolve():
+        value = getattr(args, name, None)
+        folders = [Path(source).resolve() for source in (value if isinstance(value, list) else [value]) if source]
+        if folder.exists() and folder.resolve() in folders:
             raise ValueError(f"--output_dir: expected a folder other than --{name}, got {folder} for both")
     if getattr(args, "resume_from_checkpoint", None) is not None or not folder.exists():
         return
