@@ -34,8 +34,8 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from PIL import Image
-from safetensors.torch import load_file, save_file
-from transformers import EfficientNetConfig, EfficientNetForImageClassification, EfficientNetImageProcessor
+from safetensors.torch import load_file
+from transformers import EfficientNetConfig, EfficientNetForImageClassification
 
 from benchmarks.reference import Floor
 from benchmarks.results import benchmark_parser, markdown_table, save_results
@@ -54,7 +54,7 @@ from tinycap.training.repository import create_image_processor
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.teacher import Teacher
 from tinycap.training.tokenizer import load_tokenizer
-from tinycap.training.towers import TEXT_HEAD_FILE
+from tinycap.training.towers import ImageTowers, PretrainedImageTower
 
 
 FULL = {"images": 8192, "image_size": 224, "batch": 512, "epochs": 5, "workers": 8, "repeats": 8, "captions": 64}
@@ -75,7 +75,7 @@ def draw_photo(seed: int, width: int, height: int) -> Image.Image:
 
 
 class Setup:
-    """Synthetic data, a teacher with random weights and sizes of EfficientNet-Lite0, tokenizer and device."""
+    """Synthetic data, a teacher of two towers of EfficientNet-Lite0's and Lite2's sizes, tokenizer and device."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.sizes, self.folder, self.is_smoke = SMOKE if args.smoke else FULL, folder, args.smoke
@@ -109,15 +109,17 @@ class Setup:
             rows.to_parquet(self.data / f"{split}.parquet")
 
     def save_teacher(self) -> Path:
-        """The folder of a teacher with random weights, of the format that `train_teacher.py` writes."""
-        folder, size = self.folder / "teacher", self.sizes["image_size"]
-        config = {"width_coefficient": 1.0, "depth_coefficient": 1.0, "hidden_dim": 1280, "hidden_act": "relu6"}
-        config |= {"num_block_repeats": [1] * 7} if self.is_smoke else {}
+        """The folder of two towers with random weights, in the format that `train_teacher.py` writes."""
+        folder, towers = self.folder / "teacher", []
         torch.manual_seed(0)
-        tower = EfficientNetForImageClassification(EfficientNetConfig(**config, image_size=size, num_labels=768))
-        tower.save_pretrained(folder)
-        EfficientNetImageProcessor(include_top=False).save_pretrained(folder)
-        save_file({"text_projection.weight": torch.zeros(768, 4)}, folder / TEXT_HEAD_FILE)
+        for width, depth, hidden_dim in ((1.0, 1.0, 1280), (1.1, 1.2, 1408)):
+            sizes = {"width_coefficient": width, "depth_coefficient": depth, "hidden_dim": hidden_dim}
+            sizes |= {"image_size": self.sizes["image_size"], "num_labels": 768}
+            sizes |= {"num_block_repeats": [1] * 7} if self.is_smoke else {}
+            classifier = EfficientNetForImageClassification(EfficientNetConfig(hidden_act="relu6", **sizes))
+            towers.append(PretrainedImageTower(classifier, ([0.5] * 3, [0.5] * 3)))
+        teacher = ImageTowers(towers)
+        teacher.save_pretrained(folder, teacher.state_dict())
         return folder
 
     def dataset(self) -> tuple[CaptionDataset, DevicePixels]:
