@@ -19,6 +19,7 @@ from tiny import draw_picture, png_bytes, tiny_model
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, pipeline
 
 from tinycap import REPOSITORY
+from tinycap.deploy import cli
 from tinycap.deploy.export import DecoderGraph, EncoderGraph, export_onnx
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
@@ -31,16 +32,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def exported(repository, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exported")
-    paths = export_onnx(repository, folder, quantize=True)
-    assert all(path.is_file() for path in paths.values()) and len(paths) == 4
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(repository):
-    return AutoModelForImageTextToText.from_pretrained(repository, trust_remote_code=True)
+def model(exported_repository):
+    return AutoModelForImageTextToText.from_pretrained(exported_repository, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +41,8 @@ def captioner(exported) -> OnnxCaptioner:
     return OnnxCaptioner.from_pretrained(exported, num_threads=1)
 
 
-def test_the_captions_are_the_pipelines(repository, captioner, pictures):
-    pipe = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
+def test_the_captions_are_the_pipelines(exported_repository, captioner, pictures):
+    pipe = pipeline("image-to-text", model=str(exported_repository), trust_remote_code=True)
     for options in ({}, {"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"prompt": "A brown "}):
         expected = [[found["generated_text"] for found in row] for row in pipe(pictures, **options)]
         assert [[found.text for found in row] for row in captioner(pictures, **options)] == expected
@@ -133,7 +126,8 @@ def test_memory_of_patches_is_exported_too(tokenizer, tmp_path, pictures):
     processor = create_image_processor(24)
     save_repository(tmp_path / "patches", model, tokenizer, processor)
     # Into the repository itself, which already has the small files.
-    export_onnx(tmp_path / "patches", tmp_path / "patches", quantize=False)
+    folder = str(tmp_path / "patches")
+    assert cli.main(["export", "--model", folder, "--output", folder, "--no-quantize"]) == 0
     assert not list((tmp_path / "patches" / "onnx").glob("*quantized*"))
     assert json.loads((tmp_path / "patches" / "config.json").read_text())["model_type"] == "tinycap"
     captioner = OnnxCaptioner.from_pretrained(tmp_path / "patches")

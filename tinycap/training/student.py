@@ -118,7 +118,8 @@ def resolve_lengths(args: argparse.Namespace, config: TinyCapConfig) -> None:
 def distillation_problems(args: argparse.Namespace) -> Iterator[str]:
     """A message for each contradiction to `--distill_weight`, given or the configuration's."""
     if args.distill_weight == 0:
-        for name in ("teacher_name_or_path", "teacher_cache_dir", "mixup"):
+        names = ("teacher_name_or_path", "teacher_cache_dir", "mixup")
+        for name in (*names, "unlabelled_dataset_name", "allow_missing_captions"):
             if getattr(args, name):
                 yield f"--{name}: contradicts --distill_weight 0, with which there is no teacher"
     elif args.dataset_name is not None and not args.teacher_name_or_path:
