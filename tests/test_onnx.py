@@ -70,15 +70,17 @@ def test_transformers_js_captions_with_the_exported_folder(exported, captioner, 
         assert found[name] == [row[0].text for row in each(images, num_beams=1)]
 
 
-def test_the_exported_config_has_stock_names_and_older_exports_still_load(repository, exported, captioner, pictures):
-    config, own = (json.loads((folder / "config.json").read_text()) for folder in (exported, repository))
+def test_the_exported_config_has_stock_names_and_older_exports_load(
+    exported_repository, exported, captioner, pictures, tmp_path
+):
+    config, own = (json.loads((folder / "config.json").read_text()) for folder in (exported, exported_repository))
     assert config["model_type"] == "vision-encoder-decoder" and not {"auto_map", "custom_pipelines"} & set(config)
     text = own["text_config"]
     assert config["decoder"]["model_type"] == "trocr" and config["decoder"]["d_model"] == text["hidden_size"]
     assert config["decoder"]["decoder_layers"] == text["num_hidden_layers"]
     assert config["decoder"]["decoder_attention_heads"] == text["num_attention_heads"]
-    older = Path(shutil.copytree(exported, exported.with_name("older")))
-    shutil.copy(repository / "config.json", older / "config.json")
+    older = Path(shutil.copytree(exported, tmp_path / "older"))
+    shutil.copy(exported_repository / "config.json", older / "config.json")
     found = OnnxCaptioner.from_pretrained(older, num_threads=1)
     assert found.max_positions == captioner.max_positions == text["max_position_embeddings"]
     assert found(pictures) == captioner(pictures)
