@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -49,6 +50,42 @@ def test_the_captions_are_the_pipelines(exported_repository, captioner, pictures
         assert alone == expected, "batches change nothing"
 
 
+NPM = os.environ.get("TINYCAP_NPM", "")
+HAS_TRANSFORMERS_JS = Path(NPM, "node_modules/@huggingface/transformers").is_dir() and shutil.which("node") is not None
+
+
+@pytest.mark.skipif(
+    not NPM or not HAS_TRANSFORMERS_JS,
+    reason="needs node, and TINYCAP_NPM, a folder where npm installed @huggingface/transformers",
+)
+def test_transformers_js_captions_with_the_exported_folder(exported, captioner, tmp_path):
+    """Greedily, in both precisions, from images of the model's size: its resize isn't Pillow's."""
+    images = [str(tmp_path / f"{seed}.png") for seed in range(6)]
+    for seed, path in enumerate(images):
+        draw_picture(seed, (24, 24)).save(path)
+    script = Path(__file__).with_name("slow") / "transformers_js.mjs"
+    found = json.loads(subprocess.check_output(["node", script, NPM, exported, *images], text=True))
+    quantized = OnnxCaptioner.from_pretrained(exported, quantized=True, num_threads=1)
+    for name, each in (("fp32", captioner), ("q8", quantized)):
+        assert found[name] == [row[0].text for row in each(images, num_beams=1)]
+
+
+def test_the_exported_config_has_stock_names_and_older_exports_load(
+    exported_repository, exported, captioner, pictures, tmp_path
+):
+    config, own = (json.loads((folder / "config.json").read_text()) for folder in (exported, exported_repository))
+    assert config["model_type"] == "vision-encoder-decoder" and not {"auto_map", "custom_pipelines"} & set(config)
+    text = own["text_config"]
+    assert config["decoder"]["model_type"] == "trocr" and config["decoder"]["d_model"] == text["hidden_size"]
+    assert config["decoder"]["decoder_layers"] == text["num_hidden_layers"]
+    assert config["decoder"]["decoder_attention_heads"] == text["num_attention_heads"]
+    older = Path(shutil.copytree(exported, tmp_path / "older"))
+    shutil.copy(exported_repository / "config.json", older / "config.json")
+    found = OnnxCaptioner.from_pretrained(older, num_threads=1)
+    assert found.max_positions == captioner.max_positions == text["max_position_embeddings"]
+    assert found(pictures) == captioner(pictures)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.4}])
 def test_scores_are_the_log_probabilities_that_the_model_gives_the_tokens(model, captioner, pictures, options):
     pixel_values = torch.from_numpy(captioner.preprocessor(pictures))
@@ -94,6 +131,7 @@ def test_memory_of_patches_is_exported_too(tokenizer, tmp_path, pictures):
     folder = str(tmp_path / "patches")
     assert cli.main(["export", "--model", folder, "--output", folder, "--no-quantize"]) == 0
     assert not list((tmp_path / "patches" / "onnx").glob("*quantized*"))
+    assert json.loads((tmp_path / "patches" / "config.json").read_text())["model_type"] == "tinycap"
     captioner = OnnxCaptioner.from_pretrained(tmp_path / "patches")
     sequences = model.generate(processor(pictures, return_tensors="pt").pixel_values)
     expected = [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
