@@ -13,6 +13,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
 from tinycap.training.augmentation import Augmentation
 from tinycap.training.tokenizer import encode_captions
@@ -50,10 +51,12 @@ class CaptionDataset(SampleMaker, Dataset):
     """Samples of decoded rows, drawn anew in every epoch; see `SampleMaker`.
 
     A key is `(epoch, row)`, so that workers need not know the epoch, or a row of epoch 0. With a `TeacherCache`, epochs
-    cycle through its views, and samples carry `teacher_embeds`, the teacher's embedding of their view.
+    cycle through its views, and samples carry `teacher_embeds`, the teacher's embedding of their view; `image_embeds`
+    instead where it is a frozen student's (`caches_student`).
     """
 
     teacher_cache: Callable[[int, int], torch.Tensor] | None = None
+    caches_student: bool = False
 
     def in_size(self, image_size: int) -> "CaptionDataset":
         """The same crops of the same images, resized to another side (pixels), without a teacher cache."""
@@ -73,7 +76,7 @@ class CaptionDataset(SampleMaker, Dataset):
             mixed = torch.lerp(sample["pixels"].float(), other.float(), rng.uniform(0.0, 0.5))
             sample.update(pixels=mixed.round_().to(torch.uint8), mixed=True)
         if self.teacher_cache is not None:
-            sample["teacher_embeds"] = self.teacher_cache(view, index)
+            sample["image_embeds" if self.caches_student else "teacher_embeds"] = self.teacher_cache(view, index)
         return sample
 
 
@@ -142,7 +145,8 @@ class CaptionCollator:
     Returns (from a call):
         dict of `pixel_values` (B, 3, H, W) float32; `labels` (B * K, T) int64, the captions of an image in adjacent
         rows, each with its end token and -100 as padding, all -100 for a mixed image; `references`, B lists of all
-        captions of an image; `image_ids`, B strings; `teacher_embeds` (B, embed_dim) where the samples carry them.
+        captions of an image; `image_ids`, B strings; `teacher_embeds` or `image_embeds` (B, embed_dim) where the
+        samples carry them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -169,8 +173,8 @@ class CaptionCollator:
             "references": [sample["references"] for sample in samples],
             "image_ids": [sample["image_id"] for sample in samples],
         }
-        if "teacher_embeds" in samples[0]:
-            batch["teacher_embeds"] = torch.stack([sample["teacher_embeds"] for sample in samples])
+        for name in {"teacher_embeds", "image_embeds"} & samples[0].keys():
+            batch[name] = torch.stack([sample[name] for sample in samples])
         return batch
 
     def dummy_batch(self, image_size: int, captions_per_image: int) -> dict:
@@ -178,3 +182,10 @@ class CaptionCollator:
         pixels = torch.zeros(image_size, image_size, 3, dtype=torch.uint8)
         sample = {"pixels": pixels, "gain": [1.0] * 3, "shift": [0.0] * 3, "references": [], "image_id": ""}
         return self([{**sample, "captions": [""] * captions_per_image}])
+
+
+def image_inputs(batch: dict) -> dict:
+    """What a model captions, by the names of its arguments: pixels, or a frozen student's embeddings of them."""
+    if "image_embeds" in batch:
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=batch["image_embeds"].unsqueeze(1))}
+    return {"pixel_values": batch["pixel_values"]}

@@ -87,7 +87,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         DistillFlag("teacher_feature", "pooled", "target: before the visual projection, or image_embeds", FEATURES),
         DistillFlag("distill_weight", 1.0, "weight of the distillation loss; 0: no teacher", NOT_NEGATIVE),
         DistillFlag(
-            "teacher_cache_dir", None, "store teacher embeddings here once; computed in each step if not given"
+            "teacher_cache_dir", None, "store a teacher's or frozen student's embeddings here; else asked in each step"
         ),
         DistillFlag("teacher_views", 8, "differently cropped views of an image in the cache", POSITIVE),
         DistillFlag("mixup", 0.0, "share of images blended with another, trained by distillation alone", SHARE),

@@ -16,6 +16,7 @@ from pycocoevalcap.cider.cider_scorer import CiderScorer
 from transformers import PreTrainedTokenizerFast
 
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
+from tinycap.training.batches import image_inputs
 
 
 # Scored like a word: otherwise a truncated caption would cost nothing.
@@ -103,7 +104,7 @@ class SelfCriticalObjective:
         was_training = unwrapped.training
         # Sampled without dropout; `generate` computes no gradients.
         unwrapped.eval()
-        sequences = unwrapped.generate(batch["pixel_values"], do_sample=True, num_beams=1, top_k=0, **options)
+        sequences = unwrapped.generate(**image_inputs(batch), do_sample=True, num_beams=1, top_k=0, **options)
         unwrapped.train(was_training)
         labels = labels_of(sequences, self.tokenizer.eos_token_id)
         captions = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
@@ -112,7 +113,7 @@ class SelfCriticalObjective:
         rewards = self.reward(captions, references, ended).to(labels.device)
         advantage = self_critical_advantage(rewards.view(-1, self.num_samples)).flatten()
         # Not as labels, for which the model would compute an unused loss.
-        inputs = {"pixel_values": batch["pixel_values"], "decoder_input_ids": sequences[:, :-1]}
+        inputs = {**image_inputs(batch), "decoder_input_ids": sequences[:, :-1]}
         output = model(**inputs, teacher_embeds=teacher_embeds, use_cache=False)
         loss = self_critical_loss(output.logits, labels, advantage)
         losses = {"loss": loss, "scst_loss": loss, "reward": rewards.mean()}
