@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from pycocoevalcap.cider.cider_scorer import CiderScorer
+from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 from transformers import PreTrainedTokenizerFast
 
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
@@ -46,9 +46,12 @@ class CiderReward(CiderScorer):
         self, captions: Sequence[str], references: Sequence[Sequence[str]], ended: Sequence[bool]
     ) -> torch.Tensor:
         """CIDEr, (N,) float32 from 0 to 10, of N captions; `ended`: whether each has its end token."""
-        self.crefs, self.ctest = [], []
-        for caption, human, whole in zip(captions, references, ended):
-            self.cook_append(with_end(caption) if whole else ptb_tokenize(caption), list(map(with_end, human)))
+        # The samples of an image share its references, whose words are counted once.
+        counted = {tuple(human): cook_refs(list(map(with_end, human))) for human in set(map(tuple, references))}
+        self.crefs = [counted[tuple(human)] for human in references]
+        self.ctest = [
+            cook_test(with_end(text) if whole else ptb_tokenize(text)) for text, whole in zip(captions, ended)
+        ]
         return torch.tensor(self.compute_cider(), dtype=torch.float32)
 
 
