@@ -2,8 +2,8 @@
 
     python -m tinycap.training.soup --models outputs/flickr8k-a outputs/flickr8k-b --output_dir outputs/flickr8k
 
-With `--weights 2 1`, the first model counts twice. The runs must have started from the same checkpoint: weights of different initialisations don't correspond. The soup
-isn't scored here: evaluate it before you keep it.
+With `--weights 2 1`, the first model counts twice. The runs must have started from the same checkpoint: weights of
+different initialisations don't correspond. The soup isn't scored here: evaluate it before you keep it.
 """
 
 import argparse
