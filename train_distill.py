@@ -135,7 +135,8 @@ def create_objective(args: argparse.Namespace, data: Data, tokenizer):
         return joint_losses
     logger.info("Counting the words of the training captions, for their CIDEr.")
     reward = CiderReward(data.train["captions"])
-    return SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
+    sizes = (args.scst_samples, args.max_caption_length)
+    return SelfCriticalObjective(tokenizer, reward, *sizes, args.cross_entropy_weight)
 
 
 def compute_losses(

@@ -61,6 +61,26 @@ def test_the_loss_makes_better_samples_likelier_and_worse_ones_less_likely():
     assert not logits.grad[0, 2].any(), "padding has no say"
 
 
+def test_the_human_captions_loss_counts_by_its_weight(tokenizer):
+    model = tiny_repository_model(tokenizer).eval()
+    labels = torch.tensor([[5, 7, 2, -100], [9, 2, -100, -100], [4, 4, 4, 2], [6, 2, -100, -100]])
+    batch = {"pixel_values": torch.randn(2, 3, 24, 24), "references": [["one"], ["two"]], "labels": labels}
+    found = {}
+    for weight in (0.0, 0.25):
+        torch.manual_seed(3)
+        objective = SelfCriticalObjective(tokenizer, lambda *given: torch.arange(6.0), 3, 5, weight)
+        found[weight] = objective(model, model, batch, None)
+    assert "cross_entropy" not in found[0.0] and found[0.0]["loss"] == found[0.0]["scst_loss"]
+    mixed, expected = found[0.25], model(pixel_values=batch["pixel_values"], labels=labels).caption_loss
+    torch.testing.assert_close(mixed["cross_entropy"], expected)
+    torch.testing.assert_close(mixed["scst_loss"], found[0.0]["scst_loss"])
+    torch.testing.assert_close(mixed["loss"], mixed["scst_loss"] + 0.25 * expected)
+    embeds = model.get_image_features(batch["pixel_values"]).pooler_output
+    torch.manual_seed(3)
+    cached = objective(model, model, {**batch, "pixel_values": None, "image_embeds": embeds}, None)
+    torch.testing.assert_close(cached["loss"], mixed["loss"])
+
+
 @pytest.mark.slow
 def test_training_on_a_reward_raises_it(tokenizer):
     """On a model that is small enough to train in seconds."""

@@ -95,6 +95,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "choose the caption objective": (
         DistillFlag("objective", "cross_entropy", "scst: the CIDEr of sampled captions", ("cross_entropy", "scst")),
         DistillFlag("scst_samples", 5, "captions sampled for an image with scst", "[2, inf)"),
+        DistillFlag("cross_entropy_weight", 0.0, "weight of the human captions' loss with scst", NOT_NEGATIVE),
         DistillFlag("label_smoothing", 0.0, "label smoothing of the caption loss", SHARE),
         Flag("captions_per_image", {"distill": 5, "teacher": 1}, "captions of an image in a step", POSITIVE),
     ),
@@ -161,6 +162,7 @@ RULES = (
     ("image_model_name_or_path", "needs", "text_model_name_or_path", "a sentence encoder to learn against"),
     ("teacher_views", "needs", "teacher_cache_dir", ""),
     ("objective scst", "needs", "model_name_or_path", "a model whose captions are worth comparing"),
+    ("cross_entropy_weight", "needs", "objective scst", "beside whose reward it counts"),
     ("load_best_model_at_end", "needs", "evaluation_steps", "validations to choose from"),
     ("hub_model_id", "needs", "push_to_hub", ""),
     ("config_name", "contradicts", "model_name_or_path", "which brings its own configuration"),

@@ -70,7 +70,8 @@ def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
 
 
 def self_critical_loss(logits: torch.Tensor, labels: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens of advantage x negative log-likelihood (REINFORCE; Williams, 1992).
+    """Mean over the tokens of advantage x negative log-likelihood (REINFORCE; Williams, 1992); with an advantage of 1,
+    the cross-entropy.
 
     Args:
         logits: (N, T, vocab_size); labels: (N, T), -100 is ignored; advantage: (N,).
@@ -81,17 +82,27 @@ def self_critical_loss(logits: torch.Tensor, labels: torch.Tensor, advantage: to
     return (losses * advantage.repeat_interleave(rows.sum(dim=1))).mean()
 
 
+def beside(sampled: torch.Tensor, human: torch.Tensor, num_images: int, padding: int) -> torch.Tensor:
+    """(B * S, T) samples and (B * K, U) human captions to (B, S + K, the longer of T and U); K may be 0."""
+    groups = [rows.reshape(num_images, len(rows) // num_images, rows.shape[1]) for rows in (sampled, human)]
+    length = max(sampled.shape[1], human.shape[1])
+    return torch.cat([F.pad(rows, (0, length - rows.shape[2]), value=padding) for rows in groups], dim=1)
+
+
 @dataclass
 class SelfCriticalObjective:
     """The losses of one step of self-critical training, with at least 2 samples an image.
 
-    `reward` scores N captions, given the references of each and whether each has its end token.
+    `reward` scores N captions, given the references of each and whether each has its end token. The loss of the batch's
+    human captions has `cross_entropy_weight` beside it, as in Paulus et al. (2018, https://arxiv.org/abs/1705.04304):
+    the reward alone prefers the same few captions for many images.
     """
 
     tokenizer: PreTrainedTokenizerFast
     reward: Callable[..., torch.Tensor]
     num_samples: int
     max_new_tokens: int
+    cross_entropy_weight: float = 0.0
 
     def __call__(self, model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
         """Samples captions of the batch's images and rewards those above average.
@@ -101,7 +112,8 @@ class SelfCriticalObjective:
             teacher_embeds: (B, projection_dim) for the distillation loss.
 
         Returns:
-            `loss`, `scst_loss`, `distill_loss` where there is a teacher, and `reward`, the mean CIDEr of the samples.
+            `loss`, `scst_loss`, `reward`, the mean CIDEr of the samples, and where they are part of the loss,
+            `cross_entropy` and `distill_loss`.
         """
         options = {"num_return_sequences": self.num_samples, "max_new_tokens": self.max_new_tokens}
         was_training = unwrapped.training
@@ -115,12 +127,25 @@ class SelfCriticalObjective:
         ended = (labels == self.tokenizer.eos_token_id).any(dim=1).tolist()
         rewards = self.reward(captions, references, ended).to(labels.device)
         advantage = self_critical_advantage(rewards.view(-1, self.num_samples)).flatten()
+        human = batch["labels"] if self.cross_entropy_weight > 0 else labels[:0]
+        num_images = len(batch["references"])
+        labels = beside(labels, human, num_images, -100)
         # Not as labels, for which the model would compute an unused loss.
-        inputs = {**image_inputs(batch), "decoder_input_ids": sequences[:, :-1]}
+        starts = unwrapped.prepare_decoder_input_ids_from_labels(human)
+        tokens = beside(sequences[:, :-1], starts, num_images, unwrapped.config.pad_token_id)
+        inputs = {**image_inputs(batch), "decoder_input_ids": tokens.flatten(0, 1)}
         output = model(**inputs, teacher_embeds=teacher_embeds, use_cache=False)
-        loss = self_critical_loss(output.logits, labels, advantage)
+        logits = output.logits.unflatten(0, labels.shape[:2])
+        sampled, human = (
+            (logits[:, part].flatten(0, 1), labels[:, part].flatten(0, 1))
+            for part in (slice(self.num_samples), slice(self.num_samples, None))
+        )
+        loss = self_critical_loss(*sampled, advantage)
         losses = {"loss": loss, "scst_loss": loss, "reward": rewards.mean()}
+        if self.cross_entropy_weight > 0:
+            losses["cross_entropy"] = self_critical_loss(*human, torch.ones_like(human[1][:, 0], dtype=torch.float32))
+            losses["loss"] = losses["loss"] + self.cross_entropy_weight * losses["cross_entropy"]
         if output.distill_loss is not None:
             losses["distill_loss"] = output.distill_loss
-            losses["loss"] = loss + unwrapped.config.distill_weight * output.distill_loss
+            losses["loss"] = losses["loss"] + unwrapped.config.distill_weight * output.distill_loss
         return losses
