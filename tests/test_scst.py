@@ -8,9 +8,10 @@ from tinycap.training.scst import (
     END_WORD,
     CiderReward,
     SelfCriticalObjective,
+    TokenDraw,
     labels_of,
     self_critical_advantage,
-    self_critical_loss,
+    self_critical_losses,
 )
 
 
@@ -54,8 +55,8 @@ def test_labels_end_with_the_first_end_token():
 
 def test_the_loss_makes_better_samples_likelier_and_worse_ones_less_likely():
     logits = torch.zeros(2, 3, 5, requires_grad=True)
-    labels = torch.tensor([[1, 2, -100], [3, 4, 4]])
-    self_critical_loss(logits, labels, torch.tensor([2.0, -1.0])).backward()
+    labels = torch.tensor([[[1, 2, -100], [3, 4, 4]]])
+    self_critical_losses(logits, labels, torch.tensor([[2.0, -1.0]]))[0].backward()
     assert logits.grad[0, 0, 1] < 0 and logits.grad[0, 1, 2] < 0, "descent raises them"
     assert logits.grad[1, 0, 3] > 0 and logits.grad[1, 2, 4] > 0
     assert not logits.grad[0, 2].any(), "padding has no say"
@@ -106,3 +107,13 @@ def test_training_on_a_reward_raises_it(tokenizer):
         optimizer.zero_grad()
         rewards.append(losses["reward"].item())
     assert sum(rewards[:5]) < 4 and sum(rewards[-5:]) > 4.5, rewards
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    torch.manual_seed(0)
+    scores = torch.tensor([[0.0, -torch.inf, 2.0, 1.0, -torch.inf]]).expand(20_000, -1)
+    left = TokenDraw()(None, scores)
+    assert ((left == 0).sum(dim=1) == 1).all() and (left == -torch.inf).sum() == 4 * 20_000
+    shares = (left == 0).float().mean(dim=0)
+    torch.testing.assert_close(shares, scores[0].softmax(dim=0), atol=0.01, rtol=0)
+    assert shares[1] == shares[4] == 0

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
-from transformers import PreTrainedTokenizerFast
+from transformers import LogitsProcessor, LogitsProcessorList, PreTrainedTokenizerFast
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
 from tinycap.training.batches import image_inputs
@@ -69,17 +70,24 @@ def self_critical_advantage(rewards: torch.Tensor) -> torch.Tensor:
     return (rewards - rewards.mean(dim=1, keepdim=True)) * num_samples / (num_samples - 1)
 
 
-def self_critical_loss(logits: torch.Tensor, labels: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
-    """Mean over the tokens of advantage x negative log-likelihood (REINFORCE; Williams, 1992); with an advantage of 1,
-    the cross-entropy.
+def self_critical_losses(logits: torch.Tensor, labels: torch.Tensor, advantage: torch.Tensor) -> torch.Tensor:
+    """The losses of each of B images' S samples and K human captions: the samples' mean over the tokens of advantage x
+    negative log-likelihood (REINFORCE; Williams, 1992); the human captions' mean cross-entropy.
 
     Args:
-        logits: (N, T, vocab_size); labels: (N, T), -100 is ignored; advantage: (N,).
+        logits: (B * (S + K), T, vocab_size); labels: (B, S + K, T), -100 is ignored; advantage: (B, S).
+
+    Returns:
+        Both, (2,) float32; the second is NaN with K = 0.
     """
     # Half of the positions are padding, and each has a row of `vocab_size` logits.
-    rows = labels != -100
-    losses = F.cross_entropy(logits[rows].float(), labels[rows], reduction="none")
-    return (losses * advantage.repeat_interleave(rows.sum(dim=1))).mean()
+    wanted = labels != -100
+    losses = F.cross_entropy(logits[wanted.flatten(0, 1)].float(), labels[wanted], reduction="none")
+    weights = F.pad(advantage, (0, labels.shape[1] - advantage.shape[1]), value=1.0)
+    is_human = torch.arange(labels.shape[1], device=labels.device) >= advantage.shape[1]
+    weights, is_human = (values[..., None].expand_as(labels)[wanted] for values in (weights, is_human))
+    losses = losses * weights
+    return torch.stack([losses[~is_human].mean(), losses[is_human].mean()])
 
 
 def beside(sampled: torch.Tensor, human: torch.Tensor, num_images: int, padding: int) -> torch.Tensor:
@@ -87,6 +95,20 @@ def beside(sampled: torch.Tensor, human: torch.Tensor, num_images: int, padding:
     groups = [rows.reshape(num_images, len(rows) // num_images, rows.shape[1]) for rows in (sampled, human)]
     length = max(sampled.shape[1], human.shape[1])
     return torch.cat([F.pad(rows, (0, length - rows.shape[2]), value=padding) for rows in groups], dim=1)
+
+
+class TokenDraw(LogitsProcessor):
+    """Leaves one token, drawn by the inverse of the distribution function.
+
+    `torch.multinomial` draws a random number for each token of the vocabulary, half of the sampling's time on a CPU.
+    """
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        cumulative = scores.float().softmax(dim=-1).cumsum(dim=-1)
+        draws = torch.rand_like(cumulative[:, :1]) * cumulative[:, -1:]
+        # Rounding may make a draw as large as the sum.
+        tokens = torch.searchsorted(cumulative, draws, right=True).clamp(max=scores.shape[1] - 1)
+        return torch.full_like(scores, -math.inf).scatter(1, tokens, 0.0)
 
 
 @dataclass
@@ -115,18 +137,13 @@ class SelfCriticalObjective:
             `loss`, `scst_loss`, `reward`, the mean CIDEr of the samples, and where they are part of the loss,
             `cross_entropy` and `distill_loss`.
         """
-        options = {"num_return_sequences": self.num_samples, "max_new_tokens": self.max_new_tokens}
-        was_training = unwrapped.training
-        # Sampled without dropout; `generate` computes no gradients.
-        unwrapped.eval()
-        sequences = unwrapped.generate(**image_inputs(batch), do_sample=True, num_beams=1, top_k=0, **options)
-        unwrapped.train(was_training)
+        sequences = self.sample(unwrapped, image_inputs(batch))
         labels = labels_of(sequences, self.tokenizer.eos_token_id)
         captions = self.tokenizer.batch_decode(sequences, skip_special_tokens=True)
         references = [human for human in batch["references"] for _ in range(self.num_samples)]
         ended = (labels == self.tokenizer.eos_token_id).any(dim=1).tolist()
         rewards = self.reward(captions, references, ended).to(labels.device)
-        advantage = self_critical_advantage(rewards.view(-1, self.num_samples)).flatten()
+        advantage = self_critical_advantage(rewards.view(-1, self.num_samples))
         human = batch["labels"] if self.cross_entropy_weight > 0 else labels[:0]
         num_images = len(batch["references"])
         labels = beside(labels, human, num_images, -100)
@@ -135,17 +152,28 @@ class SelfCriticalObjective:
         tokens = beside(sequences[:, :-1], starts, num_images, unwrapped.config.pad_token_id)
         inputs = {**image_inputs(batch), "decoder_input_ids": tokens.flatten(0, 1)}
         output = model(**inputs, teacher_embeds=teacher_embeds, use_cache=False)
-        logits = output.logits.unflatten(0, labels.shape[:2])
-        sampled, human = (
-            (logits[:, part].flatten(0, 1), labels[:, part].flatten(0, 1))
-            for part in (slice(self.num_samples), slice(self.num_samples, None))
-        )
-        loss = self_critical_loss(*sampled, advantage)
+        loss, cross_entropy = self_critical_losses(output.logits, labels, advantage)
         losses = {"loss": loss, "scst_loss": loss, "reward": rewards.mean()}
         if self.cross_entropy_weight > 0:
-            losses["cross_entropy"] = self_critical_loss(*human, torch.ones_like(human[1][:, 0], dtype=torch.float32))
-            losses["loss"] = losses["loss"] + self.cross_entropy_weight * losses["cross_entropy"]
+            losses["cross_entropy"] = cross_entropy
+            losses["loss"] = loss + self.cross_entropy_weight * cross_entropy
         if output.distill_loss is not None:
             losses["distill_loss"] = output.distill_loss
             losses["loss"] = losses["loss"] + unwrapped.config.distill_weight * output.distill_loss
         return losses
+
+    @torch.no_grad()
+    def sample(self, model, inputs: dict) -> torch.Tensor:
+        """(B * num_samples, 1 + T) sampled tokens, start token in front, those of an image next to each other; without
+        dropout."""
+        was_training = model.training
+        model.eval()
+        encoded = inputs.get("encoder_outputs") or model.get_encoder()(**inputs, return_dict=True)
+        # `num_return_sequences` would need `do_sample`.
+        encoded = {name: states.repeat_interleave(self.num_samples, dim=0) for name, states in encoded.items()}
+        options = {"do_sample": False, "num_beams": 1, "max_new_tokens": self.max_new_tokens}
+        processors = LogitsProcessorList([TokenDraw()])
+        outputs = BaseModelOutputWithPooling(**encoded)
+        sequences = model.generate(encoder_outputs=outputs, logits_processor=processors, **options)
+        model.train(was_training)
+        return sequences
