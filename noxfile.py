@@ -1,7 +1,7 @@
 """Runs tests/test_versions.py with each supported release of transformers and torch, in separate virtual environments.
 
-    nox                                                              every session, then docs/versions.md
-    nox -s "matrix(transformers='5.17.0', torchvision=True)"         one of them
+    nox                                                                             every session, then docs/versions.md
+    nox -s "matrix(transformers='5.17.0', torch='2.13.0', torchvision=True)"        one of them
 
 `--default-venv-backend uv` is quicker, where uv is installed.
 """
@@ -19,6 +19,9 @@ import nox
 TRANSFORMERS = ("4.57.1", "4.57.6", "5.0.0", "5.2.0", "5.3.0", "5.4.0", "5.10.4", "5.16.1", "5.17.0", "5.24.0")
 # torchvision by torch.
 TORCHVISION = {"2.13.0": "0.28.0", "2.14.1": "0.29.1"}
+# Each with and without torchvision; the oldest and the newest torch with the newest transformers.
+VERSIONS = [(transformers, "2.13.0", torchvision) for transformers in TRANSFORMERS for torchvision in (False, True)]
+VERSIONS += [(TRANSFORMERS[-1], "2.6.0", False), (TRANSFORMERS[-1], "2.14.1", True)]
 TESTS = ("tests/test_golden_captions.py", "tests/test_versions.py")
 RESULTS = Path(".nox", "results")
 DECLARE_OPERATORS = """
@@ -30,21 +33,8 @@ library.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
 
 
 @nox.session
-@nox.parametrize("torchvision", [False, True])
-@nox.parametrize("transformers", TRANSFORMERS)
-def matrix(session: nox.Session, transformers: str, torchvision: bool) -> None:
-    """A release of transformers, with or without torchvision."""
-    check(session, transformers, "2.13.0", torchvision)
-
-
-@nox.session
-@nox.parametrize("torch, torchvision", [("2.6.0", False), ("2.14.1", True)])
-def torch_bounds(session: nox.Session, torch: str, torchvision: bool) -> None:
-    """The oldest and the newest torch with the newest transformers."""
-    check(session, TRANSFORMERS[-1], torch, torchvision)
-
-
-def check(session: nox.Session, transformers: str, torch: str, torchvision: bool) -> None:
+@nox.parametrize("transformers, torch, torchvision", VERSIONS)
+def matrix(session: nox.Session, transformers: str, torch: str, torchvision: bool) -> None:
     """Installs the releases and runs `TESTS`, leaving a JUnit file in `RESULTS`."""
     session.install(f"torch=={torch}", f"transformers=={transformers}", "pillow", "scikit-learn", "pytest")
     if torchvision:

@@ -27,11 +27,7 @@ def embed_patches(embeddings: nn.Module, pixel_values: torch.Tensor) -> torch.Te
 
 
 class Floor:
-    """A greedy captioner of a fixed number of tokens.
-
-    Args:
-        model: the `TinyCapForConditionalGeneration` (memory "embedding") whose weights to use.
-    """
+    """A greedy captioner of a fixed number of tokens, with the weights of a `model` with memory "embedding"."""
 
     def __init__(self, model):
         self.start = model.config.decoder_start_token_id
@@ -113,11 +109,7 @@ def torch_layer(layer: nn.Module, config, layer_class: type[nn.Module]) -> nn.Mo
 
 
 class ReferenceCaptioner(nn.Module):
-    """TinyCap's architecture assembled from torch's own layers.
-
-    Args:
-        model: the `TinyCapForConditionalGeneration` (memory "embedding") to copy; its dropout must be 0.
-    """
+    """TinyCap's architecture assembled from torch's own layers: a copy of a `model` with memory "embedding"."""
 
     def __init__(self, model):
         super().__init__()
@@ -159,11 +151,8 @@ class ReferenceCaptioner(nn.Module):
 
 
 def as_pairs(batch: dict, limit: int | None = None) -> dict[str, torch.Tensor]:
-    """`pixel_values` and `labels` of a `CaptionCollator`'s batch, each image repeated for each of its captions.
-
-    Args:
-        limit: keep only the first so many pairs.
-    """
+    """`pixel_values` and `labels` of a `CaptionCollator`'s batch, each image repeated for each of its captions; the
+    first `limit` pairs."""
     pixel_values, labels = batch["pixel_values"], batch["labels"]
     pixel_values = pixel_values.repeat_interleave(len(labels) // len(pixel_values), dim=0)
     return {"pixel_values": pixel_values[:limit], "labels": labels[:limit]}
@@ -172,12 +161,7 @@ def as_pairs(batch: dict, limit: int | None = None) -> dict[str, torch.Tensor]:
 def reference_losses(
     model: ReferenceCaptioner, teacher, pairs: dict, start_token_id: int, pad_token_id: int
 ) -> dict[str, torch.Tensor]:
-    """`loss`, `caption_loss` and `distill_loss` of a batch of pairs; `distill_weight` is 1.
-
-    Args:
-        teacher: embeds (N, 3, H, W) to (N, projection_dim), unit norm.
-        pairs: `pixel_values` (N, 3, H, W) and `labels` (N, T), -100 on padding; see `as_pairs`.
-    """
+    """`loss`, `caption_loss` and `distill_loss` of a batch of pairs, see `as_pairs`; `distill_weight` is 1."""
     labels = pairs["labels"]
     target = teacher(pairs["pixel_values"])
     image_embeds = model.encode(pairs["pixel_values"])

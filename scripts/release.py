@@ -1,6 +1,6 @@
 """Copies a trained model to the repository's root, and its metrics to `model_card.md`.
 
-    python scripts/release.py --model_name_or_path outputs/flickr8k --dataset_name flickr8k \\
+    python scripts/release.py --model_name_or_path outputs/flickr8k \\
         --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher \\
         --stages outputs/flickr8k-112px outputs/flickr8k-112px-mixed outputs/flickr8k-224px outputs/flickr8k-decoder \\
         outputs/flickr8k-cider \\
@@ -25,19 +25,15 @@ import transformers
 from PIL import Image
 
 from tinycap import REPOSITORY
-from tinycap.evaluation.__main__ import main as run_evaluation
+from tinycap.deploy.export import COMPANIONS
 from tinycap.evaluation.failures import FAILURES
 from tinycap.evaluation.reports import plot_curves
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.logs import hours_of, read_json
-from tinycap.training.teacher import FEATURES
 
 
 ROOT = REPOSITORY
-RELEASED = (
-    *("config.json", "generation_config.json", "model.safetensors"),
-    *("preprocessor_config.json", "tokenizer.json", "tokenizer_config.json"),
-)
+RELEASED = ("model.safetensors", *COMPANIONS)
 # Captions that the card quotes: of each failure, and of all.
 NUM_EXAMPLES, NUM_SAMPLES = 3, 8
 
@@ -47,22 +43,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_name_or_path", required=True, type=Path, help="output folder of train_distill.py or a soup")
     add("--evaluation", required=True, type=Path, help="folder of tinycap.evaluation --baselines --failures")
-    add("--dataset_name", help="evaluate on its validation split first, and write that to --evaluation")
     add("--teacher", required=True, type=Path, help="output folder of train_teacher.py")
-    add("--teacher_feature", choices=FEATURES, default="projected", help="the distilled embedding")
     add("--earlier_teachers", nargs="*", default=[], help="teachers of earlier stages, for the compute")
     add("--agreement", required=True, type=Path, help="output folder of benchmarks/tokenizer_agreement.py")
     add("--latency", required=True, type=Path, help="output folder of benchmarks/caption_latency.py")
     add("--stages", nargs="+", required=True, type=Path, help="output folders of the training runs, in order")
     return parser.parse_args(argv)
-
-
-def evaluate(args: argparse.Namespace) -> None:
-    flags = {"model_name_or_path": args.model_name_or_path, "dataset_name": args.dataset_name, "split": "validation"}
-    flags |= {"teacher_name_or_path": args.teacher, "teacher_feature": args.teacher_feature}
-    flags["output_dir"] = args.evaluation
-    given = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
-    run_evaluation([*given, "--baselines", "--failures", "--overwrite_output_dir"])
 
 
 def draw_captions(evaluation: Path) -> dict[str, list]:
@@ -80,11 +66,7 @@ def draw_captions(evaluation: Path) -> dict[str, list]:
 
 
 def fill_card(args: argparse.Namespace) -> str:
-    """The text of `model_card.md`.
-
-    Raises:
-        ValueError: a file or a value that the template names is missing.
-    """
+    """The text of `model_card.md`; `ValueError` where a file or a value that the template names is missing."""
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
     values = {
         "evaluation": read_json(args.evaluation / "eval_results.json"),
@@ -130,8 +112,6 @@ def main(argv: list[str] | None = None) -> None:
     """Fills the card first: a missing value leaves the root unchanged."""
     args = parse_args(argv)
     source, ood_images = args.model_name_or_path, args.evaluation / "unlike_photos.png"
-    if args.dataset_name is not None:
-        evaluate(args)
     card = fill_card(args)
     missing = [str(path) for path in (*(source / name for name in RELEASED), ood_images) if not path.is_file()]
     if missing:

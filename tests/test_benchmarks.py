@@ -1,15 +1,11 @@
-import os
-
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
 
-from benchmarks import compare_runs
 from benchmarks.peers import PEERS
 from benchmarks.reference import Floor, ReferenceCaptioner, as_pairs, reference_losses
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import joint_losses
-from tinycap.training.logs import write_json
 
 
 def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
@@ -59,42 +55,3 @@ def test_peers_have_their_published_sizes(name, millions):
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in peer.model_class(peer.config()).parameters())
     assert parameters / 1e6 == pytest.approx(millions, rel=0.01)
-
-
-def write_run(folder, evaluated=None, cider=5.0, **arguments) -> str:
-    folder.mkdir(parents=True)
-    write_json(folder / "train_args.json", {"seed": 1, "distill_weight": 1.0, "output_dir": str(folder), **arguments})
-    write_json(folder / "eval_results.json", {"cider": cider, "rouge_l": 30.0})
-    (folder / "metrics.jsonl").write_text('{"elapsed_seconds": 90}\n')
-    if evaluated is not None:
-        (folder / "evaluation").mkdir()
-        write_json(folder / "evaluation" / "eval_results.json", evaluated)
-    return str(folder)
-
-
-def test_runs_that_differ_by_their_seed_become_one_row(tmp_path, capsys):
-    none = write_run(tmp_path / "a", distill_weight=0, cider=9.0)
-    pair = [
-        write_run(tmp_path / "b", {"cider": 7.0, "fidelity": {"recall_at_5": 2.0}}, seed=1),
-        write_run(tmp_path / "c", {"cider": 8.0, "fidelity": {"recall_at_5": 3.0}}, seed=2),
-    ]
-    out = str(tmp_path / "out")
-    runs = ["--runs", f"none={none}", f"weight = 1={','.join(pair)}"]
-    compare_runs.main([*runs, "--plot_over", "distill_weight", "--output_dir", out])
-    table = capsys.readouterr().out.splitlines()
-    assert table[0] == "| recipe | seeds | CIDEr | ROUGE-L | R@5 | minutes |"
-    assert table[2:] == [
-        "| none | 1 | 9.0 | 30.0 | - | 1.5 |",
-        "| weight = 1 | 2 | 7.5 ± 0.5 | 30.0 ± 0.0 | 2.5 ± 0.5 | 1.5 ± 0.0 |",
-    ]
-    assert {"compare_runs.json", "compare_runs.md", "compare_runs.png"} == set(os.listdir(out))
-
-
-def test_runs_of_one_row_that_differ_by_a_flag_are_an_error(tmp_path):
-    pair = f"{write_run(tmp_path / 'a')},{write_run(tmp_path / 'b', seed=2, dropout=0.2)}"
-    with pytest.raises(ValueError, match=r"same: .*differ by their seed, they do by \['dropout'\]"):
-        compare_runs.main(["--runs", f"same={pair}"])
-    with pytest.raises(ValueError, match="train_args.json: no such file"):
-        compare_runs.main(["--runs", f"none={tmp_path / 'none'}"])
-    with pytest.raises(ValueError, match="--plot_over: expected a flag with numbers, warmth"):
-        compare_runs.main(["--runs", f"one={tmp_path / 'a'}", "--plot_over", "warmth"])

@@ -266,7 +266,8 @@ def synthetic(count: int, seed: int = 0):
 def test_fitting_finds_the_probabilities_that_made_the_captions_right():
     features, truth, right = synthetic(4000)
     entry = confidence.fit_calibration(features[:2000], right[:2000], num_beams=1)
-    predicted = confidence.calibrated(entry, features[2000:])
+    calibration = ConfidenceCalibration({"calibrations": [entry]})
+    predicted = np.array([calibration(mean * tokens, round(tokens)) for mean, tokens in features[2000:]])
     assert np.abs(predicted - truth[2000:]).mean() < 0.03
     judged = confidence.calibration_metrics(predicted, right[2000:], seed=0)
     assert judged["ece"] < 0.04 and judged["brier"] < judged["brier_of_base_rate"]

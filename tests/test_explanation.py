@@ -29,21 +29,21 @@ def generated_tokens(model, pixel_values, **options) -> list[list[int]]:
 def test_token_probabilities_are_the_decoders(pixel_values, memory):
     model = tiny_model(memory=memory)
     found = token_probabilities(model, pixel_values, TOKENS)
-    assert [[token.token_id for token in caption] for caption in found] == TOKENS
-    sums = torch.tensor([sum(torch.tensor(token.probability).log() for token in caption) for caption in found])
+    assert [[token for token, _, _ in caption] for caption in found] == TOKENS
+    sums = torch.tensor([sum(torch.tensor(probability).log() for _, probability, _ in caption) for caption in found])
     torch.testing.assert_close(sums, log_probabilities(model, pixel_values), rtol=1e-4, atol=1e-4)
     for caption in found:
-        for token in caption:
-            shares = [share for _, share in token.alternatives]
-            assert shares == sorted(shares, reverse=True) and token.probability <= shares[0] + 1e-6
-            assert all(share != token.probability or other == token.token_id for other, share in token.alternatives)
+        for token, probability, alternatives in caption:
+            shares = [share for _, share in alternatives]
+            assert shares == sorted(shares, reverse=True) and probability <= shares[0] + 1e-6
+            assert all(share != probability or other == token for other, share in alternatives)
 
 
 def test_the_likeliest_alternative_is_what_greedy_decoding_takes(model, pixel_values):
     tokens = generated_tokens(model, pixel_values, max_new_tokens=6)
     assert len({len(caption) for caption in tokens}) > 1 or len(tokens[0]) == 6
     for caption in token_probabilities(model, pixel_values, tokens):
-        assert [token.alternatives[0][0] for token in caption] == [token.token_id for token in caption]
+        assert [alternatives[0][0] for _, _, alternatives in caption] == [token for token, _, _ in caption]
 
 
 @pytest.mark.parametrize("memory", ["embedding", "patches"])

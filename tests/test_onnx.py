@@ -21,7 +21,7 @@ from tinycap import REPOSITORY
 from tinycap.deploy.export import DecoderGraph, EncoderGraph, export_onnx
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
-from tinycap.deploy.token_search import beam_search, greedy_search
+from tinycap.deploy.token_search import beam_search
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 
@@ -145,12 +145,12 @@ def test_beam_search_is_that_of_transformers(pixel_values):
             expected = model.generate(
                 pixel_values, max_new_tokens=7, return_dict_in_generate=True, output_scores=True, **search
             )
-            found = beam_search(decoding_step(model, pixel_values), np.ones((3, 1), np.int64), [2], 7, **search)
-            rows = [tokens for image in found.tokens for tokens in image]
+            found, scores = beam_search(decoding_step(model, pixel_values), np.ones((3, 1), np.int64), [2], 7, **search)
+            rows = [tokens for image in found for tokens in image]
             for tokens, row in zip(rows, expected.sequences[:, 1:].tolist(), strict=True):
                 assert tokens == row[: len(tokens)] and set(row[len(tokens) :]) <= {0, 2}, "then only padding"
             counts = np.array([len(tokens) for tokens in rows])
-            scores = torch.from_numpy(found.scores.flatten() / counts**length_penalty)
+            scores = torch.from_numpy(scores.flatten() / counts**length_penalty)
             torch.testing.assert_close(scores.float(), expected.sequences_scores, atol=1e-5, rtol=1e-5)
             lengths |= set(counts)
     assert len(lengths) > 3, "captions of many lengths were compared"
@@ -161,9 +161,10 @@ def test_greedy_search_is_that_of_transformers(pixel_values):
     lengths = set()
     for bias, suppressed in ((-1.0, []), (1.0, []), (1.0, [3, 17, 21]), (3.5, [])):
         model = model_with_end(bias)
-        found = greedy_search(decoding_step(model, pixel_values), np.ones((5, 1), np.int64), [2], 9, suppressed)
+        prompt, options = np.ones((5, 1), np.int64), {"num_beams": 1, "suppress_tokens": suppressed}
+        found, _ = beam_search(decoding_step(model, pixel_values), prompt, [2], 9, **options)
         expected = model.generate(pixel_values, max_new_tokens=9, suppress_tokens=suppressed or None)[:, 1:].tolist()
-        for (tokens,), row in zip(found.tokens, expected):
+        for (tokens,), row in zip(found, expected):
             assert tokens == row[: len(tokens)] and not any(row[len(tokens) :])
             lengths.add(len(tokens))
     assert len(lengths) > 1, "captions of several lengths were compared"

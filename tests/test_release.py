@@ -6,7 +6,6 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from scripts import release
-from tinycap.evaluation.__main__ import parse_args
 from tinycap.evaluation.failures import analyse
 
 
@@ -100,7 +99,7 @@ def flags(folders) -> list[str]:
         *("--model_name_or_path", str(folders / "model"), "--evaluation", str(folders / "evaluation")),
         *("--teacher", str(folders / "teacher"), "--agreement", str(folders / "agreement")),
         *("--latency", str(folders / "latency")),
-        *("--stages", str(folders / "first"), str(folders / "model"), "--teacher_feature", "pooled"),
+        *("--stages", str(folders / "first"), str(folders / "model")),
         *("--earlier_teachers", str(folders / "first_teacher")),
     ]
 
@@ -187,21 +186,6 @@ def test_an_evaluation_without_failures_is_an_error(folders):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     with pytest.raises(ValueError, match="--failures"):
         release.main(flags(folders))
-
-
-def test_one_command_evaluates_and_fills_the_card(folders, monkeypatch):
-    shutil.move(folders / "evaluation", folders / "made")
-
-    def run_evaluation(argv):
-        args = parse_args(argv)
-        assert (args.model_name_or_path, args.dataset_name) == (str(folders / "model"), "my_photos")
-        assert (args.teacher_name_or_path, args.teacher_feature) == (str(folders / "teacher"), "pooled")
-        assert args.baselines and args.failures
-        shutil.move(folders / "made", args.output_dir)
-
-    monkeypatch.setattr(release, "run_evaluation", run_evaluation)
-    release.main([*flags(folders), "--dataset_name", "my_photos"])
-    assert "value: 21.46" in read_card(folders)
 
 
 def test_an_evaluation_without_baselines_is_an_error(folders):

@@ -8,6 +8,7 @@ stubs say so to editors and type checkers. In a wheel the same files, and the ch
 from pathlib import Path
 
 
+__version__ = "0.1.0"
 _PACKAGE = Path(__file__).resolve().parent
 
 # The model repository: model files, training scripts and the released checkpoint.

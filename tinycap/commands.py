@@ -82,6 +82,11 @@ def say(name: str, text: str) -> None:
         print(f"{name}: {text}", file=sys.stderr, flush=True)
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error message, without the hints that libraries append."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def run_command(name: str, main: Callable[[], object], resume: str = "start it again") -> int:
     """Runs a command and returns its exit status: that of `main` if it is an int.
 

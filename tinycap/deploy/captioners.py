@@ -6,18 +6,15 @@ them, `captioner.embed(images)` embeds them. Each library is imported only when 
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from tinycap import REPOSITORY
 from tinycap.checks_tinycap import check_generation
+from tinycap.commands import first_line
 from tinycap.confidence_tinycap import ConfidenceCalibration
 from tinycap.deploy.inputs import run_batches
-
-
-# The released checkpoint's folder: the repository's root in a clone, the package's folder in a wheel.
-RELEASED_MODEL = REPOSITORY
 
 
 def check_model(model: str) -> str:
@@ -29,7 +26,7 @@ def check_model(model: str) -> str:
 
 def extra_missing(reason: str, extra: str, error: ImportError) -> ImportError:
     """An error with the command that installs one of this package's extras, in a clone or by name."""
-    is_clone = (RELEASED_MODEL / "pyproject.toml").is_file()
+    is_clone = (REPOSITORY / "pyproject.toml").is_file()
     command = f'pip install -e ".[{extra}]"' if is_clone else f'pip install "tinycap[{extra}]"'
     return ImportError(f"{reason}: {command} ({error})")
 
@@ -64,9 +61,9 @@ class CaptionOptions:
     def generation(self) -> dict[str, int]:
         """The given arguments of `generate()`."""
         given = {"num_beams": self.num_beams, "max_new_tokens": self.max_new_tokens}
+        given = {name: value for name, value in given.items() if value is not None}
         # Given even if it is 1: a model's own default would be other rows than asked for.
-        given["num_return_sequences"] = self.num_captions
-        return {name: value for name, value in given.items() if value is not None}
+        return {**given, "num_return_sequences": self.num_captions}
 
     def resolve_num_beams(self, models_num_beams: int | None) -> int:
         """The number of beams; `ValueError` if more captions than beams are requested, or more than memory holds."""
@@ -79,29 +76,23 @@ class CaptionOptions:
         return num_beams
 
 
-def first_line(error: Exception) -> str:
-    """The first line of an error message, without the hints that libraries append."""
-    return str(error).strip().partition("\n")[0] or type(error).__name__
-
-
 class Captioner:
-    """The captioners' base class: embeds images in batches, by `embed_batch`."""
+    """The captioners' base class."""
 
-    options: CaptionOptions
+    def _run(self, run: Callable[[list], Iterable[dict]], images: Sequence[str]) -> Iterator[ImageResult]:
+        """An `ImageResult` for each image, with the fields that `run` gives for each opened image of a batch."""
+        for image, found in run_batches(run, images, self.options.batch_size, self.options.num_workers):
+            yield ImageResult(image, **({"error": str(found)} if isinstance(found, Exception) else found))
 
     def embed(self, images: Sequence[str]) -> Iterator[ImageResult]:
-        options = self.options
-        for image, found in run_batches(self.embed_batch, images, options.batch_size, options.num_workers):
-            is_error = isinstance(found, Exception)
-            yield ImageResult(image, error=str(found)) if is_error else ImageResult(image, embedding=found)
+        return self._run(lambda batch: ({"embedding": row} for row in self.embed_batch(batch)), images)
 
 
 class TorchCaptioner(Captioner):
     """The `image-to-text` pipeline.
 
-    Raises:
-        ValueError: the model can't be loaded, has no `confidence.json` if confidence is requested, or the device isn't
-            available.
+    Raises `ValueError` where the model can't be loaded, has no `confidence.json` if confidence is requested, or the
+    device isn't available.
     """
 
     def __init__(self, options: CaptionOptions):
@@ -119,8 +110,8 @@ class TorchCaptioner(Captioner):
         try:
             torch.empty(1, device=device)
         except (RuntimeError, AssertionError) as error:
-            # AssertionError: PyTorch was built without this device. Hints follow the first line.
-            raise ValueError(f"--device {device}: {str(error).partition(chr(10))[0]}") from error
+            # AssertionError: PyTorch was built without this device.
+            raise ValueError(f"--device {device}: {first_line(error)}") from error
         # The command line has a progress bar of its own.
         logging.disable_progress_bar()
         model, tokenizer, processor = load_repository(options.model, "--model")
@@ -162,10 +153,8 @@ class TorchCaptioner(Captioner):
 class OnnxRuntimeCaptioner(Captioner):
     """`OnnxCaptioner` over many images: neither PyTorch nor transformers is imported.
 
-    Raises:
-        ValueError: the folder wasn't written by `tinycap export`, or has no `confidence.json` if confidence is
-            requested.
-        ImportError: onnxruntime isn't installed.
+    Raises `ValueError` where the folder wasn't written by `tinycap export`, or has no `confidence.json` if confidence
+    is requested; `ImportError` without onnxruntime.
     """
 
     def __init__(self, options: CaptionOptions):
@@ -186,17 +175,14 @@ class OnnxRuntimeCaptioner(Captioner):
         self.embed_batch = self.captioner.get_image_features
 
     def __call__(self, images: Sequence[str]) -> Iterator[ImageResult]:
-        def caption(opened: list) -> list:
-            return self.captioner(opened, **self.options.generation())
+        return self._run(self.caption_batch, images)
 
-        for image, found in run_batches(caption, images, self.options.batch_size, self.options.num_workers):
-            if isinstance(found, Exception):
-                yield ImageResult(image, error=str(found))
-                continue
-            confidence = None
+    def caption_batch(self, images: list) -> Iterator[dict]:
+        for found in self.captioner(images, **self.options.generation()):
+            result = {"captions": [caption.text for caption in found]}
             if self.calibration is not None:
-                confidence = self.calibration(found[0].score, found[0].num_tokens, self.num_beams)
-            yield ImageResult(image, [caption.text for caption in found], confidence)
+                result["confidence"] = self.calibration(found[0].score, found[0].num_tokens, self.num_beams)
+            yield result
 
 
 BACKENDS = {"torch": TorchCaptioner, "onnx": OnnxRuntimeCaptioner}

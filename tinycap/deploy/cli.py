@@ -1,17 +1,11 @@
-"""The command line: `tinycap caption photo.jpg`.
-
-    tinycap caption     captions of images, to the screen, to one file, or to a text file beside each image
-    tinycap embed       image embeddings for search
-    tinycap export      ONNX files for `--backend onnx`
-    tinycap trim-vocab  a smaller model from one with a big vocabulary
+"""The command line `tinycap`: `caption`, `embed`, `export` and `trim-vocab`.
 
 Large libraries are imported when a command needs them: `--help` answers at once, and `--backend onnx` never imports
-PyTorch. `STATUS` lists the exit statuses.
+PyTorch.
 """
 
 import argparse
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -19,8 +13,9 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from tinycap import REPOSITORY, __version__
 from tinycap.commands import BAD_IMAGES, DONE, run_command, say
-from tinycap.deploy.captioners import BACKENDS, RELEASED_MODEL, CaptionOptions, ImageResult, check_model, extra_missing
+from tinycap.deploy.captioners import BACKENDS, CaptionOptions, ImageResult, check_model, extra_missing
 from tinycap.deploy.inputs import UNREADABLE, LeftOut, list_images, read_lines
 from tinycap.deploy.outputs import FORMATS, CaptionRows, Output, RowFile, Screen, Sidecars
 
@@ -30,9 +25,6 @@ run with these arguments; 3, the output can't be written; 130, interrupted; 143,
 same command resumes."""
 # Unreadable files named on standard error if the output file lists all of them.
 MAX_NAMED = 20
-
-
-# --- the arguments ----------------------------------------------------------------------------------------------------
 
 
 def number(convert: Callable, low: float, high: float = float("inf")) -> Callable[[str], float]:
@@ -69,15 +61,13 @@ def add(parser, name: str, help: str, **options) -> None:
 def add_inputs(parser: argparse.ArgumentParser) -> None:
     add(parser, "images", "files, folders, patterns, http(s) addresses; - reads a list from standard input", nargs="*")
     add(parser, "--input-list", "a file with more of them, one a line", metavar="FILE")
-    model = "a TinyCap repository, local or, with PyTorch, by its name on the Hub (default: the released checkpoint)"
-    add(parser, "--model", model, metavar="FOLDER")
+    add(parser, "--model", "a repository, local or (PyTorch) on the Hub (default: the released one)", metavar="FOLDER")
     add(parser, "--backend", "inference library", choices=BACKENDS, default="torch")
     add(parser, "--batch-size", "images in a batch", type=POSITIVE, default=8)
     add(parser, "--device", "PyTorch's name of the device (default: the first GPU, else cpu)")
     add(parser, "--quantized", "with --backend onnx: the int8 files", action="store_true")
     add(parser, "--num-threads", "threads of an operation (default: one a core)", type=POSITIVE)
-    workers = "open images ahead: processes, threads with --backend onnx and in embed"
-    add(parser, "--num-workers", workers, type=number(int, 0), default=0)
+    add(parser, "--num-workers", "processes, or threads (onnx, embed), that read ahead", type=number(int, 0), default=0)
     add(parser, "--overwrite", "start from the beginning instead of resuming", action="store_true")
     add(parser, "--quiet", "no progress bar and no summary", action="store_true")
 
@@ -86,18 +76,16 @@ def add_caption(parser: argparse.ArgumentParser) -> None:
     add_inputs(parser)
     where = parser.add_mutually_exclusive_group()
     add(where, "--output", "a .jsonl or .csv file of rows, resumed if it exists (default: the screen)", metavar="FILE")
-    sidecar = "write photo.txt beside photo.jpg; images that have one are skipped"
-    add(where, "--sidecar", sidecar, action="store_true")
-    part = "caption the K-th of N parts of the images; captions.jsonl becomes captions.K-of-N.jsonl"
-    add(parser, "--shard", part, type=shard, metavar="K/N")
-    kind = 'text, or alt="..." attributes for HTML; on the screen also rows as jsonl or csv (default: text)'
-    add(parser, "--format", kind, choices=FORMATS)
+    add(where, "--sidecar", "write photo.txt beside photo.jpg, unless it exists", action="store_true")
+    add(parser, "--shard", "the K-th of N parts of the images, to captions.K-of-N.jsonl", type=shard, metavar="K/N")
+    add(
+        parser, "--format", 'text, alt="..." for HTML; on the screen also jsonl or csv (default: text)', choices=FORMATS
+    )
     add(parser, "--num-beams", "beams (default: the model's own number)", type=POSITIVE)
     add(parser, "--num-captions", "captions of each image", type=POSITIVE, default=1)
     add(parser, "--max-new-tokens", "longest caption in tokens (default: the model's own)", type=POSITIVE)
     add(parser, "--confidence", "also give the probability that the first caption is right", action="store_true")
-    low = "leave out captions with a lower confidence"
-    add(parser, "--min-confidence", low, type=number(float, 0, 1), metavar="P")
+    add(parser, "--min-confidence", "leave out captions of a lower confidence", type=number(float, 0, 1), metavar="P")
 
 
 def add_embed(parser: argparse.ArgumentParser) -> None:
@@ -109,8 +97,7 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
 def add_export(parser: argparse.ArgumentParser) -> None:
     add(parser, "--model", "a TinyCap repository (default: the released checkpoint)", metavar="FOLDER")
     add(parser, "--output", "folder for the files", metavar="FOLDER", required=True)
-    int8 = "also write int8 files, unless --no-quantize"
-    parser.add_argument("--quantize", action=argparse.BooleanOptionalAction, default=True, help=int8)
+    add(parser, "--quantize", "write int8 files too", action=argparse.BooleanOptionalAction, default=True)
 
 
 def add_trim(parser: argparse.ArgumentParser) -> None:
@@ -119,27 +106,19 @@ def add_trim(parser: argparse.ArgumentParser) -> None:
     add(parser, "--output", "folder for the smaller one", metavar="FOLDER", required=True)
     add(parser, "--dataset-name", "captioned images as well: a name on the Hub, a folder of parquet, an imagefolder")
     add(parser, "--split", "split whose images are captioned", default="validation")
-    corpus = "texts whose tokens to keep, one a line; repeatable"
-    add(parser, "--corpus", corpus, action="append", default=[], metavar="FILE")
-    splits = "another split of the data set whose captions' tokens to keep; repeatable"
-    add(parser, "--corpus-split", splits, action="append", default=[], metavar="SPLIT")
+    several = {"action": "append", "default": []}
+    add(parser, "--corpus", "texts whose tokens to keep, one a line; repeatable", **several, metavar="FILE")
+    add(
+        parser, "--corpus-split", "another split whose captions' tokens to keep; repeatable", **several, metavar="SPLIT"
+    )
     add(parser, "--max-samples", "caption only the first so many images", type=POSITIVE)
-    add(parser, "--batch-size", "images run together", type=POSITIVE, default=16)
-
-
-def installed_version() -> str:
-    """The package's version; that of `pyproject.toml` in a clone that isn't installed."""
-    try:
-        return importlib.metadata.version("tinycap")
-    except importlib.metadata.PackageNotFoundError:
-        text = (RELEASED_MODEL / "pyproject.toml").read_text(encoding="utf-8")
-        return re.search(r'^version = "(.+)"$', text, re.MULTILINE)[1]
+    add(parser, "--batch-size", "images in a batch", type=POSITIVE, default=16)
 
 
 def create_parser() -> argparse.ArgumentParser:
     description = "Captions images on this machine, offline."
     parser = argparse.ArgumentParser(prog="tinycap", description=description, epilog=STATUS, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"tinycap {installed_version()}")
+    parser.add_argument("--version", action="version", version=f"tinycap {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     embeds = "write image embeddings for search: (N, D) float32, unit norm, so that a dot product is the similarity"
     trims = "drop the tokens that a corpus never uses; reports how many captions change"
@@ -163,9 +142,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("KMP_BLOCKTIME", "0")
     return run_command(args.prog, lambda: args.run(args), "the same command goes on from here")
-
-
-# --- tinycap caption, tinycap embed -----------------------------------------------------------------------------------
 
 
 def find_inputs(args: argparse.Namespace) -> tuple[list[str], LeftOut]:
@@ -198,7 +174,7 @@ def check_arguments(args: argparse.Namespace) -> CaptionOptions:
     if args.quantized and args.backend != "onnx":
         raise ValueError("--quantized is an option of --backend onnx")
     options = {name: value for name, value in vars(args).items() if name in CaptionOptions.__dataclass_fields__}
-    options["model"] = check_model(args.model or str(RELEASED_MODEL))
+    options["model"] = check_model(args.model or str(REPOSITORY))
     if args.command == "caption":
         options["confidence"] = args.confidence or args.min_confidence is not None
         if args.format in ("jsonl", "csv") and (args.sidecar or args.output is not None):
@@ -293,11 +269,8 @@ def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed
         say(args.prog, f"{pending - len(bad) - len(failed)} of {total} images done{kept}{unread}{unwritten}")
 
 
-# --- tinycap export, tinycap trim-vocab -------------------------------------------------------------------------------
-
-
 def run_export(args: argparse.Namespace) -> int:
-    model = check_model(args.model or str(RELEASED_MODEL))
+    model = check_model(args.model or str(REPOSITORY))
     from tinycap.deploy.export import export_onnx
 
     paths = export_onnx(model, args.output, args.quantize)

@@ -20,9 +20,6 @@ class EmbeddingRows:
     def __init__(self, model: str):
         self.model = model
 
-    def head(self, kind: str) -> str:
-        return ""
-
     def line(self, result: ImageResult, kind: str) -> str:
         row = {"image": result.image, "model": self.model}
         if result.error is not None:
@@ -38,10 +35,8 @@ class EmbeddingRows:
 class EmbeddingFile(Output):
     """A file of embeddings: `.safetensors` (tensor `image_embeds`; `ids`, a JSON list, in its metadata) or `.npy`.
 
-    A run collects rows in `<name>.partial.jsonl`, from which the next run with the same `model` resumes.
-
-    Raises:
-        ValueError: the extension is another one, or the file exists; names it.
+    A run collects rows in `<name>.partial.jsonl`, from which the next run with the same `model` resumes. Raises
+    `ValueError` where the extension is another one, or the file exists.
     """
 
     def __init__(self, path: str | Path, model: str, overwrite: bool):

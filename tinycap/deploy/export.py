@@ -86,7 +86,6 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
     """Writes the ONNX graphs of a checkpoint, and copies its configs and tokenizer.
 
     Args:
-        model_name_or_path: a TinyCap repository, local or on the Hub.
         output_dir: gets `onnx/` and the small files; may be the repository itself.
         quantize: write the int8 graphs too.
 
@@ -204,6 +203,7 @@ def _export(
     module: nn.Module, inputs: dict, path: Path, input_names: list[str], output_names: list[str], shapes: dict
 ) -> None:
     """Exports a module; `RuntimeError` if the graph's outputs for the example inputs differ from the module's."""
+    import onnx
     import onnxruntime
 
     names = {"input_names": input_names, "output_names": output_names, "dynamic_shapes": shapes}
@@ -211,9 +211,12 @@ def _export(
         # Inputs share axes intentionally.
         warnings.filterwarnings("ignore", message="# The axis name")
         warnings.filterwarnings("ignore", category=FutureWarning)
-        options = {"dynamo": True, "external_data": False, "verbose": False}
-        torch.onnx.export(module.eval(), kwargs=inputs, f=path, **names, **options)
-    _strip_source(path)
+        model = torch.onnx.export(module.eval(), kwargs=inputs, **names, dynamo=True, verbose=False).model_proto
+    graph = model.graph
+    for part in (model, graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
+        # The exporter's metadata about source files contains paths of this machine.
+        del part.metadata_props[:]
+    onnx.save(model, path)
     flat = [tensor for value in inputs.values() for tensor in (value if isinstance(value, list) else [value])]
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     outputs = session.run(output_names, {name: tensor.numpy() for name, tensor in zip(input_names, flat)})
@@ -221,14 +224,3 @@ def _export(
         difference = (torch.from_numpy(output) - expected).abs().max().item()
         if not difference <= TOLERANCE:
             raise RuntimeError(f"{path.name}: expected the model's {name}, got one that differs by {difference:.2g}")
-
-
-def _strip_source(path: Path) -> None:
-    """Removes the exporter's metadata about source files, which contains paths of this machine."""
-    import onnx
-
-    model = onnx.load(path)
-    graph = model.graph
-    for part in (model, graph, *graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output):
-        del part.metadata_props[:]
-    onnx.save(model, path)

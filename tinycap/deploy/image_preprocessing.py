@@ -3,9 +3,6 @@
 It equals `CLIPImageProcessor` on Pillow (transformers' choice if torchvision isn't installed).
 """
 
-import json
-from pathlib import Path
-
 import numpy as np
 from PIL import Image
 
@@ -22,13 +19,9 @@ ANY_VALUE = {
 
 
 class ImagePreprocessor:
-    """RGB images -> pixel values, by the settings of a `preprocessor_config.json`.
+    """RGB images -> pixel values, by the content of a `preprocessor_config.json`.
 
-    Args:
-        config: the content of that file.
-
-    Raises:
-        ValueError: a setting isn't supported; names it.
+    Raises `ValueError` where a setting isn't supported; names it.
     """
 
     DEFAULTS = {"size": {"shortest_edge": 224}, "crop_size": 224, "rescale_factor": 1 / 255}
@@ -58,10 +51,6 @@ class ImagePreprocessor:
         scaled = (np.arange(256, dtype=np.float64) * config["rescale_factor"]).astype(np.float32)
         means, stds = (np.broadcast_to(np.float32(config[name]), 3) for name in ("image_mean", "image_std"))
         self.values = [(scaled - mean) / std for mean, std in zip(means, stds)]
-
-    @classmethod
-    def from_pretrained(cls, folder: str | Path) -> "ImagePreprocessor":
-        return cls(json.loads((Path(folder) / "preprocessor_config.json").read_text(encoding="utf-8")))
 
     def __call__(self, images: list[Image.Image]) -> np.ndarray:
         """RGB images of any sizes -> (B, 3, crop height, crop width), float32."""

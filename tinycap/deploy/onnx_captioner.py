@@ -9,6 +9,7 @@ The folder is written by `tinycap.deploy.export`. Captions equal those of `gener
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from numbers import Integral
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,10 @@ import onnxruntime
 from tokenizers import Tokenizer
 
 from tinycap.checks_tinycap import MAX_INTEGER, check_generation, check_number, check_pixels, read_json
+from tinycap.commands import first_line
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.inputs import run_batches
-from tinycap.deploy.token_search import beam_search, greedy_search
+from tinycap.deploy.token_search import beam_search
 from tinycap.processing_tinycap import load_image
 
 
@@ -32,6 +34,8 @@ SIZES = {
     "text_config": ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size"),
 }
 
+# Those of a search that neither generation config nor caller give, as in transformers.
+DEFAULTS = {"num_beams": 1, "length_penalty": 1.0, "max_length": 20, "early_stopping": False, "suppress_tokens": []}
 # Supported settings of a generation config, and those that affect neither greedy nor beam search.
 ANY_VALUE = {
     *("num_beams", "max_new_tokens", "max_length", "length_penalty", "early_stopping", "suppress_tokens"),
@@ -51,13 +55,8 @@ NEUTRAL = {
 
 @dataclass
 class Caption:
-    """One caption of one image.
-
-    Args:
-        text: the caption; `None` for an unreadable image.
-        score: sum of the log-probabilities of its `num_tokens` tokens, with the end token, without the prompt's.
-        error: why the image can't be read.
-    """
+    """One caption of one image: its text, and the sum of the log-probabilities of its `num_tokens` tokens, with the end
+    token, without the prompt's; or why the image can't be read."""
 
     text: str | None
     score: float = 0.0
@@ -66,11 +65,8 @@ class Caption:
 
 
 def load_graph(path: Path, options: onnxruntime.SessionOptions, shapes: dict[str, tuple]):
-    """A session of a graph whose inputs and outputs have these shapes, the batch's axis and trailing sides left out.
-
-    Raises:
-        ValueError: the file isn't such a graph, or refers to other files; names it.
-    """
+    """A session of a graph whose inputs and outputs have shapes that end in these; `ValueError` names a file that isn't
+    such a graph, or refers to other files."""
     # The key of a tensor's external data; `tinycap export` writes none.
     if b"location" in path.read_bytes():
         raise ValueError(f"{path}: expected a graph with its weights, got one with external data")
@@ -78,7 +74,7 @@ def load_graph(path: Path, options: onnxruntime.SessionOptions, shapes: dict[str
         session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
     except Exception as error:
         # onnxruntime's errors share no base class of their own.
-        raise ValueError(f"{path}: expected an ONNX graph: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"{path}: expected an ONNX graph: {first_line(error)}") from error
     found = {item.name: tuple(item.shape[1:]) for item in (*session.get_inputs(), *session.get_outputs())}
     for name, shape in shapes.items():
         if name not in found or found[name][len(found[name]) - len(shape) :] != shape:
@@ -91,25 +87,16 @@ def run_graph(session: onnxruntime.InferenceSession, outputs: list[str] | None, 
     try:
         found = session.run(outputs, inputs)
     except Exception as error:
-        raise ValueError(f"the graph of {next(iter(inputs))} fails: {str(error).partition(chr(10))[0]}") from error
+        raise ValueError(f"the graph of {next(iter(inputs))} fails: {first_line(error)}") from error
     if not np.isfinite(found[0]).all():
         raise ValueError(f"the graph of {next(iter(inputs))}: expected finite outputs, got NaN or infinite ones")
     return found
 
 
-def load_tokenizer(path: Path) -> Tokenizer:
-    try:
-        return Tokenizer.from_file(os.fspath(path))
-    except Exception as error:
-        # `tokenizers` raises plain `Exception`.
-        raise ValueError(f"{path}: expected a tokenizer, got {error}") from error
-
-
 class OnnxCaptioner:
-    """A TinyCap as two ONNX graphs, written by `export_onnx`.
+    """A TinyCap as two ONNX graphs, in a folder that `export_onnx` wrote.
 
     Args:
-        folder: with `onnx/`, the tokenizer and the configs.
         quantized: use the int8 graphs.
         num_threads: of onnxruntime; its default if not given.
 
@@ -123,14 +110,15 @@ class OnnxCaptioner:
         for path in (*paths, folder / "tokenizer.json", folder / "preprocessor_config.json"):
             if not path.is_file():
                 raise ValueError(f"expected a folder that `tinycap export` wrote, got {folder} without {path.name}")
-        places = {name: folder / f"{name}.json" for name in ("tokenizer_config", "generation_config")}
         tokenizer_config, generation_config = (
-            read_json(path) if os.path.lexists(path) else {} for path in places.values()
+            read_json(folder / name) if os.path.lexists(folder / name) else {}
+            for name in ("tokenizer_config.json", "generation_config.json")
         )
         if tokenizer_config.get("clean_up_tokenization_spaces"):
             raise ValueError("tokenizer config: clean_up_tokenization_spaces isn't supported without transformers")
+        generation_config = {name: value for name, value in generation_config.items() if value is not None}
         for name, value in generation_config.items():
-            if name not in ANY_VALUE and value is not None and (name not in NEUTRAL or value != NEUTRAL[name]):
+            if name not in ANY_VALUE and (name not in NEUTRAL or value != NEUTRAL[name]):
                 raise ValueError(f"generation config: {name}={value!r} isn't supported without transformers")
         config, sizes = read_json(folder / "config.json"), {}
         for part, names in SIZES.items():
@@ -141,11 +129,15 @@ class OnnxCaptioner:
         # Number of the decoder's positions.
         self.max_positions = sizes["max_position_embeddings"]
         ids = {name: config.get(name) for name in ("decoder_start_token_id", "eos_token_id")}
-        self.generation_config = {**ids, **generation_config}
-        check_generation(self.generation_config, os.fspath(places["generation_config"]), sizes["vocab_size"])
+        self.generation_config = {**DEFAULTS, **ids, **generation_config}
+        check_generation(self.generation_config, f"{folder / 'generation_config.json'}", sizes["vocab_size"])
         self.start_token_id, eos = (self.generation_config[name] for name in ids)
         self.eos_token_ids = [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
-        self.tokenizer = load_tokenizer(folder / "tokenizer.json")
+        try:
+            self.tokenizer = Tokenizer.from_file(os.fspath(folder / "tokenizer.json"))
+        except Exception as error:
+            # `tokenizers` raises plain `Exception`.
+            raise ValueError(f"{folder / 'tokenizer.json'}: expected a tokenizer, got {error}") from error
         path = folder / "preprocessor_config.json"
         pixels = {**ImagePreprocessor.DEFAULTS, **read_json(path)}
         check_pixels(pixels, sizes["image_size"], sizes["num_channels"], os.fspath(path))
@@ -202,21 +194,19 @@ class OnnxCaptioner:
         """
         images = images if isinstance(images, (list, tuple)) else [images]
         given = {"num_beams": num_beams, "max_new_tokens": max_new_tokens, "length_penalty": length_penalty}
-        settings = {name: self.generation_config.get(name) if value is None else value for name, value in given.items()}
-        settings["num_return_sequences"] = num_return_sequences
-        if settings["num_beams"] is None:
-            settings["num_beams"] = 1
+        given = {name: value for name, value in given.items() if value is not None}
+        settings = {**self.generation_config, **given, "num_return_sequences": num_return_sequences}
         check_generation(settings, "arguments")
         if num_return_sequences > settings["num_beams"]:
             at_most = f"{settings['num_beams']} (num_beams)"
             raise ValueError(f"num_return_sequences: expected at most {at_most}, got {num_return_sequences}")
-        prompt_ids = self._prompt_ids(prompt)
-
-        captions = []
-
-        def run(opened: list) -> list[list[Caption]]:
-            return self._caption(opened, prompt_ids, **settings)
-
+        # A trailing space would be a separate token; in captions it is part of the next word.
+        prompt_ids = self.tokenizer.encode(prompt.rstrip()).ids if prompt else []
+        if prompt_ids[:1] != [self.start_token_id]:
+            prompt_ids = [self.start_token_id, *prompt_ids]
+        if len(prompt_ids) >= self.max_positions:
+            raise ValueError(f"prompt: expected fewer than {self.max_positions} tokens, got {len(prompt_ids)}")
+        captions, run = [], partial(self._caption, prompt_ids, settings)
         for _, found in run_batches(run, images, batch_size or len(images) or 1):
             if isinstance(found, Exception) and len(images) == 1:
                 raise found
@@ -224,11 +214,7 @@ class OnnxCaptioner:
         return captions
 
     def get_image_features(self, images: list) -> np.ndarray:
-        """The student's embeddings of a list of images: (B, projection_dim), unit norm.
-
-        Raises:
-            ValueError: an image can't be read; names it.
-        """
+        """The student's embeddings of B images, (B, projection_dim), unit norm; `ValueError` if one can't be read."""
         return self.encode(self.preprocessor([load_image(image) for image in images]))[1]
 
     def encode(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -260,35 +246,19 @@ class OnnxCaptioner:
 
         return step
 
-    def _prompt_ids(self, prompt: str | None) -> list[int]:
-        # A trailing space would be a separate token; in captions it is part of the next word.
-        ids = self.tokenizer.encode(prompt.rstrip()).ids if prompt else []
-        ids = ids if ids[:1] == [self.start_token_id] else [self.start_token_id, *ids]
-        if len(ids) >= self.max_positions:
-            raise ValueError(f"prompt: expected fewer than {self.max_positions} tokens, got {len(ids)}")
-        return ids
-
-    def _caption(
-        self, images: list, prompt_ids: list[int], num_beams: int, max_new_tokens: int | None, **settings
-    ) -> list[list[Caption]]:
-        """The captions of opened images, with the arguments of `__call__`."""
-        config = self.generation_config
-        limit = max_new_tokens or (config.get("max_length") or 20) - len(prompt_ids)
+    def _caption(self, prompt_ids: list[int], settings: dict, images: list) -> list[list[Caption]]:
+        """The captions of opened images, with the settings of `__call__`."""
+        limit = settings.get("max_new_tokens") or settings["max_length"] - len(prompt_ids)
         limit = max(1, min(limit, self.max_positions - len(prompt_ids)))
         step = self.decoding_step(self.encode(self.preprocessor(images))[0])
         prompt = np.tile(np.array(prompt_ids, np.int64), (len(images), 1))
-        arguments, suppressed = (step, prompt, self.eos_token_ids, limit), config.get("suppress_tokens") or []
-        if num_beams == 1:
-            found = greedy_search(*arguments, suppressed)
-        else:
-            settings["length_penalty"] = 1.0 if settings["length_penalty"] is None else settings["length_penalty"]
-            settings["early_stopping"] = config.get("early_stopping") or False
-            found = beam_search(*arguments, num_beams, suppress_tokens=suppressed, **settings)
+        search = {name: settings[name] for name in (*DEFAULTS, "num_return_sequences") if name != "max_length"}
+        found = beam_search(step, prompt, self.eos_token_ids, limit, **search)
 
         def decode(tokens: list[int]) -> str:
             return self.tokenizer.decode(prompt_ids + tokens, skip_special_tokens=True).strip()
 
         return [
             [Caption(decode(tokens), float(score), len(tokens)) for tokens, score in zip(*image)]
-            for image in zip(found.tokens, found.scores)
+            for image in zip(*found)
         ]

@@ -92,7 +92,7 @@ def alt_attribute(caption: str) -> str:
 
 
 class Output:
-    """Base class of the outputs; see the module."""
+    """Base class of the outputs."""
 
     def __enter__(self) -> "Output":
         return self
@@ -107,9 +107,6 @@ class Output:
         pass
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
 class CaptionRows:
     """The content of caption rows: image, captions, `confidence` and `alt` if requested, and error."""
 
@@ -119,8 +116,9 @@ class CaptionRows:
         captions = ["caption", *(f"caption_{number}" for number in range(2, num_captions + 1))]
         self.columns = ["image", *captions, *self.extra, "error"]
 
-    def head(self, kind: str) -> str:
-        return csv_line(self.columns) if kind == "csv" else ""
+    def head(self) -> str:
+        """The first line of a `csv` file."""
+        return csv_line(self.columns)
 
     def line(self, result: ImageResult, kind: str) -> str:
         """A row of a `csv` or `jsonl` file."""
@@ -190,7 +188,7 @@ class RowFile(Output):
             check_file(self.path)
             retried, done = set(images), set()
             with replacing(self.path) as aside, open(aside, "w", encoding="utf-8", **AS_IT_IS) as file:
-                file.write(self.shape.head(self.kind))
+                file.write(self.shape.head() if self.kind == "csv" else "")
                 for text, row in () if overwrite else self.rows():
                     if not row.get("error") or row["image"] not in retried:
                         file.write(text)
@@ -272,14 +270,10 @@ class RowFile(Output):
                     yield number, text, dict(zip(columns, fields)), "" if is_row else f"{len(columns)} fields"
 
 
-# --- a file beside each image, the screen -----------------------------------------------------------------------------
-
-
 class Sidecars(Output):
     """`photo.txt` beside `photo.jpg`, with a caption a line, as "text" or "alt".
 
-    Raises:
-        ValueError: an image is a URL, or its sidecar is that of another image or an image itself; names them.
+    Raises `ValueError` where an image is a URL, or its sidecar is that of another image or an image itself.
     """
 
     def __init__(self, images: Sequence[str], format: str | None):
@@ -332,7 +326,7 @@ class Screen(Output):
         if self.stream is None:
             raise OutputError("cannot write to the standard output: it is closed")
         with writing("to the standard output"):
-            self.stream.write(self.shape.head(self.format))
+            self.stream.write(self.shape.head() if self.format == "csv" else "")
         return set()
 
     def append(self, results: Iterable[ImageResult]) -> list[tuple[str, str]]:

@@ -1,10 +1,9 @@
-"""Greedy and beam search over any function from tokens to logits, in numpy, as in transformers 5.24.
+"""Beam search over any function from tokens to logits, in numpy; greedy search with one beam.
 
-Results equal `GenerationMixin`'s greedy and beam search, including the order of ties; the tests compare them.
+Results equal those of `GenerationMixin` (transformers 5.24), including the order of ties; the tests compare them.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,51 +16,10 @@ NEVER = np.float32(-1.0e9)
 Step = Callable[[np.ndarray, np.ndarray | None], np.ndarray]
 
 
-@dataclass
-class Sequences:
-    """The R best token sequences for each of B images, best first.
-
-    Args:
-        tokens: (B, R) lists of token ids, with the end token if there is one, without the prompt.
-        scores: (B, R), the sum of their log-probabilities.
-    """
-
-    tokens: list[list[list[int]]]
-    scores: np.ndarray
-
-
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """(..., vocab_size) -> the same, log-probabilities."""
     shifted = logits - logits.max(axis=-1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
-
-
-def greedy_search(
-    step: Step, prompt: np.ndarray, eos_token_ids: list[int], max_new_tokens: int, suppress_tokens: Sequence[int] = ()
-) -> Sequences:
-    """Chooses the most probable token until the end token or the limit, never one of `suppress_tokens`.
-
-    `prompt` (B, L) is the start token and the beginning of the captions.
-    """
-    batch = len(prompt)
-    sequences, scores = [[] for _ in range(batch)], np.zeros((batch, 1), np.float32)
-    finished = np.zeros(batch, bool)
-    tokens = prompt
-    for _ in range(max_new_tokens):
-        logits = step(tokens, None)
-        log_probs = log_softmax(logits)
-        allowed = logits.copy()
-        allowed[:, list(suppress_tokens)] = -np.inf
-        best = allowed.argmax(axis=-1)
-        for row in np.flatnonzero(~finished):
-            sequences[row].append(int(best[row]))
-            scores[row] += log_probs[row, best[row]]
-        finished |= np.isin(best, eos_token_ids)
-        if finished.all():
-            break
-        # Finished rows get any input, since rows are independent.
-        tokens = best[:, None]
-    return Sequences([[row] for row in sequences], scores)
 
 
 def beam_search(
@@ -74,19 +32,26 @@ def beam_search(
     length_penalty: float = 1.0,
     early_stopping: bool | str = False,
     suppress_tokens: Sequence[int] = (),
-) -> Sequences:
-    """Keeps the `num_beams` best beginnings of each caption; returns the best finished ones.
+) -> tuple[list[list[list[int]]], np.ndarray]:
+    """Keeps the `num_beams` best beginnings of each caption; returns the R best finished ones, best first.
 
     Args:
         step: is called with B * num_beams rows, the beams of an image adjacent.
-        prompt, suppress_tokens: as in `greedy_search`.
+        prompt: (B, L), the start token and the beginning of the captions.
+        num_return_sequences: R, at most `num_beams`.
         length_penalty: finished captions are compared by log-probability / length ** length_penalty.
         early_stopping: `True` ends with the first `num_beams` finished captions, `False` when the running ones are no
-            longer better at their present length, `"never"` when they can't become better.
+            longer better at their present length, `"never"` when they can't become better. With one beam always `True`.
+        suppress_tokens: ids that are never generated.
+
+    Returns:
+        (B, R) lists of token ids, without the prompt, with the end token if there is one; (B, R) float32, the sums of
+        their log-probabilities.
     """
+    early_stopping, suppress_tokens = True if num_beams == 1 else early_stopping, list(suppress_tokens)
     batch, beams_to_keep = len(prompt), max(2, 1 + len(eos_token_ids)) * num_beams
     is_top = np.arange(beams_to_keep) < num_beams
-    rows = np.arange(batch)[:, None]
+    rows, end_tokens = np.arange(batch)[:, None], np.array(eos_token_ids, np.int64)
     running = np.zeros((batch, num_beams, max_new_tokens), np.int64)
     # In the first step all beams are equal, so that only the first one is used.
     running_scores = np.full((batch, num_beams), NEVER)
@@ -101,51 +66,50 @@ def beam_search(
     for length in range(1, max_new_tokens + 1):
         log_probs = log_softmax(step(tokens, order)).reshape(batch, num_beams, -1)
         vocab_size = log_probs.shape[-1]
-        log_probs[..., list(suppress_tokens)] = -np.inf
+        log_probs[..., suppress_tokens] = -np.inf
         candidates = (log_probs + running_scores[:, :, None]).reshape(batch, -1)
         top = _top_k(candidates, beams_to_keep)
         sums, beams = candidates[rows, top], top // vocab_size
         sequences = running[rows, beams]
         sequences[:, :, length - 1] = top % vocab_size
-        ended = np.isin(top % vocab_size, eos_token_ids) | (length == max_new_tokens)
+        ended = (sequences[:, :, length - 1, None] == end_tokens).any(axis=-1) | (length == max_new_tokens)
 
         # The running beams of the next step.
         open_scores = sums + ended * NEVER
         kept = _top_k(open_scores, num_beams)
         running, running_scores = sequences[rows, kept], open_scores[rows, kept]
-        order = (beams[rows, kept] + rows * num_beams).flatten()
+        order = (beams[rows, kept] + rows * num_beams).flatten() if num_beams > 1 else None
         tokens = running[:, :, length - 1].reshape(-1, 1)
 
         # Candidates after the first `num_beams` only serve to keep enough beams running.
         just_ended = ended & is_top
-        *_, is_finished = finished
-        is_full = is_finished.all(axis=1, keepdims=True) & (early_stopping is True)
-        excluded = is_full.astype(np.float32) + ~can_improve + ~just_ended
-        scores = sums / np.float32(length**length_penalty) + excluded * NEVER
-        new = (sequences, np.full_like(top, length), scores, sums, just_ended)
-        merged = [np.concatenate(pair, axis=1) for pair in zip(finished, new)]
-        best = _top_k(merged[2], num_beams)
-        finished = [part[rows, best] for part in merged]
+        if just_ended.any():
+            is_full = finished[-1].all(axis=1, keepdims=True) & (early_stopping is True)
+            excluded = is_full.astype(np.float32) + ~can_improve + ~just_ended
+            scores = sums / np.float32(length**length_penalty) + excluded * NEVER
+            new = (sequences, np.full_like(top, length), scores, sums, just_ended)
+            merged = [np.concatenate(pair, axis=1) for pair in zip(finished, new)]
+            best = _top_k(merged[2], num_beams)
+            finished = [part[rows, best] for part in merged]
         _, _, finished_scores, _, is_finished = finished
-
-        final_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
-        attainable = running_scores[:, :1] / np.float32(final_length**length_penalty)
-        worst = np.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
-        can_improve &= (attainable > worst).any(axis=1, keepdims=True)
-        if not can_improve.any() or ended.all() or (early_stopping is True and is_finished.all()):
-            break
+        if is_finished.any():
+            final_length = max_new_tokens if early_stopping == "never" and length_penalty > 0 else length
+            attainable = running_scores[:, :1] / np.float32(final_length**length_penalty)
+            worst = np.where(is_finished, finished_scores.min(axis=1, keepdims=True), NEVER)
+            can_improve &= (attainable > worst).any(axis=1, keepdims=True)
+            if not can_improve.any() or ended.all() or (early_stopping is True and is_finished.all()):
+                break
 
     tokens, lengths, _, log_probs, _ = (part[:, :num_return_sequences] for part in finished)
     captions = [[row[:length].tolist() for row, length in zip(*image)] for image in zip(tokens, lengths)]
-    return Sequences(captions, log_probs)
+    return captions, log_probs
 
 
 def _top_k(values: np.ndarray, k: int) -> np.ndarray:
     """Positions of the `k` largest values of each row, descending; ties in the order of positions."""
-    if values.shape[1] > 4 * k:
-        # Sorted, so that ties are in the order of positions.
-        part = np.sort(np.argpartition(-values, k - 1, axis=1)[:, :k], axis=1)
-    else:
-        part = np.broadcast_to(np.arange(values.shape[1]), values.shape)
-    order = np.argsort(-np.take_along_axis(values, part, axis=1), axis=1, kind="stable")[:, :k]
-    return np.take_along_axis(part, order, axis=1)
+    if values.shape[1] <= 4 * k:
+        return np.argsort(-values, axis=1, kind="stable")[:, :k]
+    rows = np.arange(len(values))[:, None]
+    # Sorted, so that ties are in the order of positions.
+    part = np.sort(np.argpartition(values, -k, axis=1)[:, -k:], axis=1)
+    return part[rows, np.argsort(-values[rows, part], axis=1, kind="stable")]

@@ -1,14 +1,9 @@
-"""Trims a model's vocabulary to the tokens that a corpus uses.
+"""Trims a model's vocabulary to the tokens that a corpus uses, GPT-2's 50,257 to a few thousand.
 
-GPT-2's 50,257 tokens take 12.9 of a TinyCap's 18.2 million parameters, and captions use a few thousand of them. Kept
-are the tokens of the corpus's texts, of the model's own captions of its images and of the configs, all 256 bytes, so
-that any text can still be encoded, and the merges that produce kept tokens, with their parts.
-
-The corpus is tokenised as before: byte-pair encoding repeatedly applies the first matching merge of its list. All
-merges that it applies to the corpus are kept in their order, so that the first match is always the same.
-
-Greedy captions don't change, since kept tokens keep their logits. Beam search compares sums of log-probabilities, which
-increase by the dropped tokens' share of the softmax: the report counts the captions that differ.
+Kept are the tokens of the corpus's texts, of the model's own captions of its images and of the configs, all 256 bytes,
+so that any text can still be encoded, and all merges that produce kept tokens, with their parts. Byte-pair encoding
+repeatedly applies the first matching merge of its list: with these merges in their order, the corpus is tokenised as
+before. Greedy captions don't change; beam search may: the report counts the captions that differ.
 """
 
 import json
@@ -48,18 +43,16 @@ def byte_pairs(tokenizer: PreTrainedTokenizerFast) -> dict:
 
 def closure(tokenizer: PreTrainedTokenizerFast, used: Iterable[int]) -> list[int]:
     """The used ids, those of all parts that their merges need, bytes and added tokens; ascending."""
-    content, used = byte_pairs(tokenizer), set(used)
-    vocab, parts = content["model"]["vocab"], {}
-    for first, second in content["model"]["merges"]:
+    content, used, size = byte_pairs(tokenizer), set(used), 0
+    vocab = content["model"]["vocab"]
+    kept = {token for token, number in vocab.items() if number in used}
+    kept |= vocab.keys() & set(pre_tokenizers.ByteLevel.alphabet())
+    while len(kept) > size:
+        size = len(kept)
         # Several merges may produce the same token, depending on the text; all are kept.
-        parts.setdefault(first + second, set()).update((first, second))
-    kept, waiting = set(), [token for token, number in vocab.items() if number in used]
-    waiting += [token for token in pre_tokenizers.ByteLevel.alphabet() if token in vocab]
-    while waiting:
-        token = waiting.pop()
-        if token not in kept:
-            kept.add(token)
-            waiting.extend(parts.get(token, ()))
+        for first, second in reversed(content["model"]["merges"]):
+            if first + second in kept:
+                kept |= {first, second}
     return sorted({vocab[token] for token in kept} | {entry["id"] for entry in content["added_tokens"]})
 
 
@@ -114,15 +107,15 @@ def map_ids(config: dict[str, Any], change: Callable[[int], Any]) -> dict[str, A
     def mapped(value: Any) -> Any:
         return [mapped(item) for item in value] if isinstance(value, (list, tuple)) else change(value)
 
-    config = (
-        {**config, "text_config": map_ids(config["text_config"], change)} if "text_config" in config else {**config}
-    )
+    result = dict(config)
     for name, value in config.items():
         if name in ("sequence_bias", "force_words_ids", "forced_decoder_ids") and value:
             raise ValueError(f"generation config: {name} can't be renumbered; expected it unset")
-        holds_ids = name.endswith(("_token_id", "suppress_tokens")) or name == "bad_words_ids"
-        config[name] = mapped(value) if holds_ids and value is not None else value
-    return config
+        if name == "text_config":
+            result[name] = map_ids(value, change)
+        elif value is not None and (name.endswith(("_token_id", "suppress_tokens")) or name == "bad_words_ids"):
+            result[name] = mapped(value)
+    return result
 
 
 def trim_model(model: TinyCapForConditionalGeneration, kept: Sequence[int]) -> TinyCapForConditionalGeneration:
@@ -215,12 +208,6 @@ def trim_repository(
         "images_unreadable": unreadable,
         "captions_checked": {str(n): len(found.captions) for n, found in before.items()},
         "captions_that_differ": {str(n): number for n, number in differ.items()},
-        "distinct_captions": {str(n): len(set(found.captions)) for n, found in before.items()},
-        "tokens": {
-            "used_by_texts": len(by_texts),
-            "used_by_captions_alone": len(by_captions - by_texts),
-            "kept": len(kept),
-        },
         "before": sizes(model, tokenizer, Path(model_name_or_path)),
     }
     with filling(output_dir) as aside:

@@ -42,7 +42,6 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--teacher_name_or_path", help="also compare the student's embeddings with this teacher's")
     add("--teacher_feature", choices=FEATURES, default="pooled", help="which of its embeddings")
     add("--baselines", **switch, help="what a constant, a shuffled, a human caption scores")
-    add("--baseline_split", help="split to choose the constant caption from; 'train' if there is one, else the same")
     add("--failures", **switch, help="find errors by English word lists of everyday photos; caption drawings")
     add("--report_photos", type=int, default=200, help="images in report.html, drawn by seed; 0: no report")
     add("--num_shown", type=int, default=16, help="images on the contact sheet")
@@ -52,8 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> dict:
     """Runs the evaluation; returns what it writes to `eval_results.json`.
 
-    Raises:
-        ValueError: the folder isn't empty, or model, data or teacher don't fit.
+    Raises `ValueError` where the folder isn't empty, or model, data or teacher don't fit.
     """
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
@@ -132,10 +130,6 @@ class Evaluation:
             {"image_id": ids[row], "caption": caption, "references": group, "cider": cider}
             for row, caption, group, cider in zip(captioned.rows, captioned.captions, self.references, ciders)
         ]
-        if captioned.teacher_embeds is not None:
-            cosines = (captioned.image_embeds * captioned.teacher_embeds).sum(dim=-1).tolist()
-            for record, cosine in zip(records, cosines):
-                record["teacher_cosine"] = cosine
         analysis = None
         if self.args.failures:
             analysis = failures.analyse(captioned.captions, self.references, ciders, self.seed)
@@ -189,17 +183,15 @@ class Evaluation:
 
 
 def training_references(args: argparse.Namespace) -> list[list[str]] | None:
-    """The human captions that the constant baseline is chosen from; `None` where there are none but the scored ones."""
-    split = args.baseline_split or "train"
-    if split == args.split:
+    """The captions of split "train", to choose the constant baseline from; `None` where it is scored or isn't there."""
+    if args.split == "train":
         return None
     columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "allow_remote_images")}
-    options = {"train_split": split, "seed": captioning.hold_out_seed(args), **columns}
     try:
-        dataset, _ = load_splits(args.dataset_name, args.dataset_config_name, **options)
+        dataset, _ = load_splits(
+            args.dataset_name, args.dataset_config_name, seed=captioning.hold_out_seed(args), **columns
+        )
     except ValueError:
-        if args.baseline_split is not None:
-            raise
         return None
     columns = resolve_columns(dataset, **columns)
     bad = uncaptioned(dataset, columns)

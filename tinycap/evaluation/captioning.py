@@ -54,8 +54,7 @@ def create_parser(module: str, description: str, output_dir: str) -> argparse.Ar
 def load_model_and_data(args: argparse.Namespace) -> tuple:
     """The model, its processor, the rows to caption and their `Columns`, as the flags of `create_parser` say.
 
-    Raises:
-        ValueError: there is no such folder, split or column, or the model isn't a TinyCap; names what there is.
+    Raises `ValueError` where there is no such folder, split or column, or the model isn't a TinyCap.
     """
     check_sources(args)
     source = (args.dataset_name, args.split, args.dataset_config_name, hold_out_seed(args))
@@ -135,10 +134,8 @@ def caption_dataset(
         processor: the `GitProcessor` of the same folder (image processor and tokenizer).
         dataset: rows of images: decoded, encoded, or paths.
         columns: of the images ("image" if not given), and which files their rows may name.
-        batch_size: images run through the model together.
         accelerator: whose device and processes to use.
         teacher: embeds the same pixels to (B, D), unit norm.
-        progress: show a bar.
         skip: rows to leave out, by number, with the reason.
         generate_kwargs: for `generate()`, over the model's generation config.
 

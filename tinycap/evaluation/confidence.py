@@ -19,6 +19,7 @@ import os
 import sys
 from pathlib import Path
 
+import jinja2
 import numpy as np
 import torch
 import transformers
@@ -30,7 +31,7 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 from tinycap.commands import run_command, write_text, writing
-from tinycap.confidence_tinycap import CONFIDENCE_NAME, FEATURES, ConfidenceCalibration, caption_features
+from tinycap.confidence_tinycap import CONFIDENCE_NAME, FEATURES, caption_features
 from tinycap.evaluation import captioning
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.reports import plot_reliability
@@ -42,18 +43,8 @@ THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 # Fewer captions are too few for a row of the table; a regression needs twice as many right ones, and wrong ones.
 MIN_CAPTIONS = 10
 FOLDS = 10
+# Jinja, filled by `report`.
 TEMPLATE = Path(__file__).with_name("confidence_template.md")
-METRICS_ROW = (
-    "| {num_beams} | {images} | {num_captions:,} | {share_right:.1%} | {ece:.3f} | {ece_by_chance:.3f} | {auc:.3f} "
-    "| {brier:.3f} | {brier_of_base_rate:.3f} |\n"
-)
-THRESHOLDS_HEAD = """
-## What a threshold brings, {beams}
-
-| `min_confidence` | captions left | their CIDEr | right among them |
-|---|---|---|---|
-"""
-THRESHOLDS_ROW = "| {min_confidence:.2f} | {share_left:.1%} | {cider:.1f} | {share_right:.1%} |\n"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -77,12 +68,6 @@ def fit_calibration(features: np.ndarray, right: np.ndarray, num_beams: int) -> 
     coefficients = regression.coef_[0] / scaler.scale_
     intercept = float(regression.intercept_[0] - float(coefficients @ scaler.mean_))
     return {"num_beams": num_beams, "intercept": intercept, "coefficients": dict(zip(FEATURES, coefficients.tolist()))}
-
-
-def calibrated(entry: dict, features: np.ndarray) -> np.ndarray:
-    """(N,) probabilities, by the code that the pipeline runs."""
-    calibration = ConfidenceCalibration({"calibrations": [entry]})
-    return np.array([calibration(mean * tokens, round(tokens), entry["num_beams"]) for mean, tokens in features])
 
 
 def reliability(predicted: np.ndarray, right: np.ndarray, num_bins: int = 10) -> list[dict[str, float]]:
@@ -144,16 +129,13 @@ def calibrate(captioned: captioning.Captions, ciders: np.ndarray, right: np.ndar
     half = logistic_regression().fit(features[fitted], right[fitted]).predict_proba(features[rest])[:, 1]
     folds = StratifiedKFold(FOLDS, shuffle=True, random_state=seed)
     crossed = cross_val_predict(logistic_regression(), features, right, cv=folds, method="predict_proba")[:, 1]
-    entry = fit_calibration(features, right, beams)
-    return entry, {
+    return fit_calibration(features, right, beams), {
         "num_beams": beams,
         "cider": float(ciders.mean()),
         "share_right": float(right.mean()),
         "half_against_half": calibration_metrics(half, right[rest], seed),
         "cross_validated": calibration_metrics(crossed, right, seed),
         "thresholds": threshold_table(crossed, right, ciders),
-        # How far the stored calibration is from the cross-validated ones.
-        "largest_difference_to_cross_validated": float(np.abs(calibrated(entry, features) - crossed).max()),
     }
 
 
@@ -210,20 +192,10 @@ def calibrate_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple
     return results, {"calibrations": entries, **origin, "weights_sha256": weights_sha256(args.model_name_or_path)}
 
 
-def name_beams(num_beams: int) -> str:
-    return f"{num_beams} beam{'s' * (num_beams > 1)}"
-
-
 def report(results: dict) -> str:
     """The Markdown of `confidence.md`."""
-    table, thresholds = "", ""
-    for metrics in results["decodings"]:
-        for name, images in (("half_against_half", "the other half"), ("cross_validated", f"{FOLDS} folds")):
-            table += METRICS_ROW.format(num_beams=metrics["num_beams"], images=images, **metrics[name])
-        thresholds += THRESHOLDS_HEAD.format(beams=name_beams(metrics["num_beams"]))
-        thresholds += "".join(THRESHOLDS_ROW.format(**row) for row in metrics["thresholds"])
-    beams = ", ".join(str(metrics["num_beams"]) for metrics in results["decodings"])
-    return TEMPLATE.read_text(encoding="utf-8").format(**results, beams=beams, metrics=table) + thresholds
+    template = jinja2.Template(TEMPLATE.read_text(encoding="utf-8"), trim_blocks=True, keep_trailing_newline=True)
+    return template.render(results, folds=FOLDS)
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -240,7 +212,7 @@ def main(argv: list[str] | None = None) -> dict:
     write_json(output_dir / "confidence_results.json", results)
     write_json(output_dir / CONFIDENCE_NAME, stored)
     write_text(output_dir / "confidence.md", text)
-    bins = {name_beams(metrics["num_beams"]): metrics["cross_validated"]["bins"] for metrics in results["decodings"]}
+    bins = {f"beams: {metrics['num_beams']}": metrics["cross_validated"]["bins"] for metrics in results["decodings"]}
     plot_reliability(bins, output_dir / "confidence.png")
     if args.save_to_model and os.path.isdir(args.model_name_or_path):
         write_json(Path(args.model_name_or_path) / CONFIDENCE_NAME, stored)

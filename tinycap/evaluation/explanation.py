@@ -1,7 +1,6 @@
 """The probability of each token of a caption, and the contribution of each part of the image to it."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -12,15 +11,6 @@ from torch.nn.utils.rnn import pad_sequence
 STEPS = 8
 # Images that run through the model together with gradients.
 CHUNK = 32
-
-
-class TokenProbability(NamedTuple):
-    """A token of a caption: the decoder's probability of it after the tokens before it, and the (token id, probability)
-    of the likeliest tokens at its place, likeliest first."""
-
-    token_id: int
-    probability: float
-    alternatives: list[tuple[int, float]]
 
 
 def _labels(tokens: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
@@ -39,21 +29,24 @@ def _log_probabilities(model, pixel_values: torch.Tensor, labels: torch.Tensor) 
 @torch.inference_mode()
 def token_probabilities(
     model, pixel_values: torch.Tensor, tokens: Sequence[Sequence[int]], num_alternatives: int = 3
-) -> list[list[TokenProbability]]:
-    """The decoder's probability of every token of N captions, however they were decoded.
+) -> list[list[tuple[int, float, list[tuple[int, float]]]]]:
+    """The decoder's probability of every token of N captions after the tokens before it, however they were decoded.
 
     Args:
         model: a TinyCap in eval mode.
         pixel_values: (N, C, H, W).
         tokens: N captions of at least one token, without the start token and padding.
         num_alternatives: likeliest tokens to list at each place.
+
+    Returns:
+        For each token its id, its probability, and the (id, probability) of the likeliest ones, likeliest first.
     """
     all_tokens, of_labels = _log_probabilities(model, pixel_values, _labels(tokens, pixel_values.device))
     values, indices = all_tokens.exp().topk(num_alternatives, dim=-1)
     captions = []
     for caption, *columns in zip(tokens, of_labels.exp().tolist(), indices.tolist(), values.tolist()):
         places = zip(caption, *columns)
-        captions.append([TokenProbability(token, own, list(zip(ids, best))) for token, own, ids, best in places])
+        captions.append([(token, own, list(zip(ids, best))) for token, own, ids, best in places])
     return captions
 
 

@@ -242,11 +242,10 @@ def analyse(captions: Sequence[str], references: Sequence[Sequence[str]], ciders
         seed: of the captions put at other images.
 
     Returns:
-        `failures` and `gender`, each with the rates of the `model` and of a `human` caption against the others of its
-        image, `failures` also of the model's captions at `other_photos`; `categories`, a row for each: `photos`, mean
-        `cider`, `named`, the share of its images whose caption names it, `named_in` captions of all images, `right`,
-        the share of those that a human caption supports, and the failure rates; and `photos`, for each image its
-        `failures` and `categories`.
+        `failures` and `gender`: rates of the `model`, of a `human` caption against the others of its image and, of the
+        failures, of the model's captions at `other_photos`; `categories`: a row for each, with `named`, the share of
+        its images whose caption names it, and `right`, the share of the captions naming it that a human one supports;
+        `photos`: the `failures` and `categories` of each image.
     """
     model = [parse_caption(caption) for caption in captions]
     humans = [[parse_caption(caption) for caption in group] for group in references]

@@ -1,15 +1,13 @@
 """Metrics: caption scores, baselines for them, and how well the student reproduces its teacher's embeddings."""
 
-import math
 import random
-from collections import Counter
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from pycocoevalcap.cider.cider_scorer import CiderScorer, cook_refs, cook_test
 
-from tinycap.evaluation.caption_metrics.caption_metrics import score_captions
+from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each, score_captions
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
 
 
@@ -58,33 +56,21 @@ def distillation_fidelity(student_embeds: torch.Tensor, teacher_embeds: torch.Te
 def most_typical_caption(references: Sequence[Sequence[str]], seed: int) -> str:
     """The human caption that scores best as the caption of every image.
 
-    Ranks all captions by their mean similarity to all others (the cosine of TF-IDF vectors of one to four words, as in
-    CIDEr, without its clipping and length penalty). Of the first `NUM_CANDIDATES`, returns the one with the best CIDEr
-    as the caption of `NUM_SCORED_IMAGES` images, drawn by `seed`.
+    Of the `NUM_CANDIDATES` that are the most similar to all others (mean cosine of the TF-IDF vectors of one to four
+    words), the one with the best CIDEr as the caption of `NUM_SCORED_IMAGES` images, drawn by `seed`.
     """
-    cooked = [cook_refs([ptb_tokenize(caption) for caption in group]) for group in references]
-    document_frequency = Counter(ngram for group in cooked for ngram in set().union(*group))
-    log_num_images = math.log(max(2, len(cooked)))
-    mean, vectors = Counter(), {}
-    for group, captions in zip(cooked, references):
-        for counts, caption in zip(group, captions):
-            weights = {ngram: n * (log_num_images - math.log(document_frequency[ngram])) for ngram, n in counts.items()}
-            squares = Counter()
-            for ngram, weight in weights.items():
-                squares[len(ngram)] += weight**2
-            vector = {ngram: weight / (math.sqrt(squares[len(ngram)]) or 1.0) for ngram, weight in weights.items()}
-            vectors.setdefault(caption, vector)
-            mean.update(vector)
-    typical = {text: sum(value * mean[ngram] for ngram, value in vector.items()) for text, vector in vectors.items()}
-    scorer = CiderScorer()
-    scorer.crefs = random.Random(seed).sample(cooked, min(NUM_SCORED_IMAGES, len(cooked)))
-    scorer.compute_doc_freq()
+    # Imported here: training needs this file, but not scikit-learn.
+    from sklearn.feature_extraction.text import TfidfVectorizer
 
-    def cider(caption: str) -> float:
-        scorer.ctest = [cook_test(ptb_tokenize(caption))] * len(scorer.crefs)
-        return sum(scorer.compute_cider())
-
-    return max(sorted(typical, key=typical.get, reverse=True)[:NUM_CANDIDATES], key=cider)
+    captions = [caption for group in references for caption in group]
+    # A caption without any word is a word itself.
+    words = {caption: ptb_tokenize(caption).split() or [caption] for caption in captions}
+    options = {"ngram_range": (1, 4), "token_pattern": None, "lowercase": False}
+    vectors = TfidfVectorizer(tokenizer=words.__getitem__, **options).fit_transform(captions)
+    order = np.argsort(-np.asarray(vectors @ vectors.mean(axis=0).T).ravel(), kind="stable")
+    candidates = list(dict.fromkeys(captions[index] for index in order))[:NUM_CANDIDATES]
+    scored = random.Random(seed).sample(list(references), min(NUM_SCORED_IMAGES, len(references)))
+    return max(candidates, key=lambda caption: sum(cider_of_each([caption] * len(scored), scored)))
 
 
 def captions_of_other_images(captions: list, seed: int) -> list:

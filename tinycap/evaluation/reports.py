@@ -1,4 +1,4 @@
-"""Plots: a contact sheet of images with their captions, the curves of a training run, bars, groups and reliability."""
+"""Plots: a contact sheet of images with their captions, the curves of a training run, and reliability."""
 
 import json
 import logging
@@ -147,17 +147,6 @@ def plot_curves(metrics: str | Path | Sequence[str | Path], path: str | Path) ->
     _save(figure, path, tight=True)
 
 
-def plot_bars(values: dict[str, float], path: str | Path, label: str) -> None:
-    """Draws a horizontal bar for each value, from top to bottom, to a PNG; `label`: of the axis."""
-    figure, [axes] = _subplots(7, 0.6 + 0.45 * len(values))
-    bars = axes.barh(list(values), list(values.values()), color="0.45")
-    axes.bar_label(bars, fmt="%.3g", padding=3, fontsize=8)
-    axes.invert_yaxis()
-    axes.set(xlabel=label)
-    axes.margins(x=0.12)
-    _save(figure, path, tight=True)
-
-
 def plot_reliability(bins: dict[str, list[dict[str, float]]], path: str | Path) -> None:
     """Draws the share of right captions against their confidence, with one binomial standard error, to a PNG.
 
@@ -172,20 +161,4 @@ def plot_reliability(bins: dict[str, list[dict[str, float]]], path: str | Path) 
     axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="confidence", ylabel="share of right captions")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    _save(figure, path, tight=True)
-
-
-def plot_groups(labels: Sequence[str], panels: dict[str, list[list[float]]], axis: str, path: str | Path) -> None:
-    """Draws groups of metrics to a PNG: each value a dot, a line through the means.
-
-    The groups' `labels` stand along the x axis, which is named `axis`; `panels` are each group's values by title.
-    """
-    figure, all_axes = _subplots(4 * len(panels), 3.2, columns=len(panels))
-    for axes, (title, groups) in zip(all_axes, panels.items()):
-        points = [(position, group) for position, group in enumerate(groups) if group]
-        axes.plot([position for position, _ in points], [sum(group) / len(group) for _, group in points])
-        for position, group in points:
-            axes.scatter([position] * len(group), group, color="C1", zorder=3)
-        axes.set_xticks(range(len(labels)), labels)
-        axes.set(xlabel=axis, title=title)
     _save(figure, path, tight=True)

@@ -11,6 +11,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap import REPOSITORY
 from tinycap.checks_tinycap import check_pixels
+from tinycap.commands import first_line
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.pipeline_tinycap import check_image_processor
@@ -74,9 +75,7 @@ def load_repository(
     except Exception as error:
         # transformers and `tokenizers` raise errors of many types on malformed files.
         where = "" if Path(name_or_path).is_dir() else "no such folder, and from the Hub: "
-        # Without the hints that libraries append.
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{source} {name_or_path}: {where}{reason}") from error
+        raise ValueError(f"{source} {name_or_path}: {where}{first_line(error)}") from error
 
 
 def save_repository(

@@ -7,6 +7,7 @@ Tokenisation is Penn Treebank style, in Python (`ptb_tokenizer.py`), so that Jav
 """
 
 import warnings
+from collections.abc import Callable
 
 import datasets
 import evaluate
@@ -33,7 +34,7 @@ def metric_caveats(references: list[list[str]]) -> list[str]:
     return caveats
 
 
-def _tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict, dict]:
+def _tokenize(predictions: list[str], references: list[list[str]], tokenize: Callable) -> tuple[dict, dict]:
     """Tokenised references and predictions as the scorers take them: dicts of lists, by number."""
     if len(predictions) != len(references) or not predictions:
         raise ValueError(
@@ -46,16 +47,19 @@ def _tokenize(predictions: list[str], references: list[list[str]]) -> tuple[dict
     for caveat in metric_caveats(references):
         warnings.warn(caveat, stacklevel=1)
     # A caption without any word is a word that no reference has.
-    candidates = {index: [ptb_tokenize(caption) or "<empty>"] for index, caption in enumerate(predictions)}
-    return {index: list(map(ptb_tokenize, captions)) for index, captions in enumerate(references)}, candidates
+    candidates = {index: [tokenize(caption) or "<empty>"] for index, caption in enumerate(predictions)}
+    return {index: list(map(tokenize, captions)) for index, captions in enumerate(references)}, candidates
 
 
-def score_captions(predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+def score_captions(
+    predictions: list[str], references: list[list[str]], tokenize: Callable[[str], str] = ptb_tokenize
+) -> dict[str, float]:
     """Scores N captions.
 
     Args:
         predictions: one caption of each image; may be empty strings.
         references: all human captions of each image.
+        tokenize: from a caption to its tokens, joined by spaces.
 
     Returns:
         `bleu_1` to `bleu_4`, `rouge_l` and `cider`, all times 100 as they are published, `distinct_captions` (how many
@@ -64,7 +68,7 @@ def score_captions(predictions: list[str], references: list[list[str]]) -> dict[
     Raises:
         ValueError: the lists don't match, or an image has no reference.
     """
-    truths, candidates = _tokenize(predictions, references)
+    truths, candidates = _tokenize(predictions, references, tokenize)
     scorer = BleuScorer(n=4)
     for index, captions in truths.items():
         scorer += (candidates[index][0], captions)
@@ -84,7 +88,7 @@ def cider_of_each(predictions: list[str], references: list[list[str]]) -> list[f
 
     Words are weighed by how many of these N images' references have them: a caption's score depends on the others'.
     """
-    return [100 * float(score) for score in Cider().compute_score(*_tokenize(predictions, references))[1]]
+    return [100 * float(score) for score in Cider().compute_score(*_tokenize(predictions, references, ptb_tokenize))[1]]
 
 
 class CaptionMetrics(evaluate.Metric):
