@@ -1,4 +1,5 @@
-"""Validation of an untrusted model folder: which weights are read, JSON files, settings of pixels and generation.
+"""Validation of an untrusted model folder: which weights are read, JSON files, settings of pixels and generation; and
+of image files that hold several images.
 
 `vision_tinycap.py` validates the weights themselves. Standard library only: the ONNX captioner runs without PyTorch.
 """
@@ -7,7 +8,8 @@ import json
 import os
 import re
 import reprlib
-from collections.abc import Callable, Mapping
+import struct
+from collections.abc import Callable, Iterator, Mapping
 from numbers import Integral, Real
 from typing import Any
 
@@ -33,6 +35,8 @@ TOKEN_IDS = (
 )
 # Shards lie beside their index.
 SHARD = r"[\w.-]+\.safetensors"
+# Bytes of metadata and colour profiles in memory.
+MAX_HEIF_COPIES = 2**28
 # Of image processors.
 PIXEL_SETTINGS = (
     *("do_resize", "do_center_crop", "do_pad", "do_rescale", "do_normalize", "size", "crop_size", "pad_size"),
@@ -173,3 +177,28 @@ def check_pixels(settings: Mapping, image_size: int, num_channels: int, place: s
     if settings.get("resample") is not None:
         # Pillow's filters.
         check_number(f"{place}: resample", settings["resample"], Integral, 0, 5)
+
+
+def icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
+    """Width and height of the PNG and BMP files in an icon, whose directory may tell others."""
+    for sides in re.findall(rb"IHDR(.{8})", data, re.DOTALL):
+        yield struct.unpack(">II", sides)
+    entries = data[6 : 6 + 16 * int.from_bytes(data[4:6], "little")]
+    for (start,) in struct.iter_unpack("<12xI", entries[: len(entries) // 16 * 16]):
+        if len(header := data[start : start + 12]) == 12 and not header.startswith(b"\x89PNG"):
+            # Headers of 12 bytes have sides of 16 bits. Rows may be stored from top to bottom: a negative height.
+            is_old = header.startswith(b"\x0c\0\0\0")
+            width, height = struct.unpack_from("<HH" if is_old else "<ii", header, 4)
+            yield abs(width), abs(height)
+
+
+def check_heif(data: bytes) -> None:
+    """Raises `ValueError` for a HEIF file whose metadata and colour profiles, which its images may share, would take
+    more memory than `MAX_HEIF_COPIES`: pillow-heif copies them for each image."""
+    # A reference from metadata to images has 12 bytes and 2 for each image; the metadata may be the whole file.
+    references = re.findall(rb"(\0...)cdsc", data, re.DOTALL)
+    copies = len(data) * sum((int.from_bytes(size, "big") - 12) // 2 for size in references)
+    profiles = re.findall(rb"(\0...)colr(?:prof|rICC)", data, re.DOTALL)
+    copies += data.count(b"infe") * int.from_bytes(max(profiles, default=b""), "big")
+    if copies > MAX_HEIF_COPIES:
+        raise ValueError(f"expected at most {MAX_HEIF_COPIES:,} bytes of metadata in a HEIF file, got up to {copies:,}")

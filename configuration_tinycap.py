@@ -14,6 +14,9 @@ MEMORIES = ("embedding", "patches")
 
 # What the Hub's loaders look for.
 CAPTIONER, IMAGE_TEXT = "modeling_tinycap.TinyCapForConditionalGeneration", "AutoModelForImageTextToText"
+ZERO_SHOT = {
+    "AutoModelForZeroShotImageClassification": "zero_shot_tinycap.TinyCapForZeroShotImageClassification",
+}
 LOADERS = {
     "auto_map": {
         "AutoConfig": "configuration_tinycap.TinyCapConfig",
@@ -68,11 +71,23 @@ def check_fields(config: PretrainedConfig, base_fields: dict) -> None:
             raise ValueError(f"{place}: expected a {whole} that {part} divides, got {got}")
 
 
-class TinyCapVisionConfig(PretrainedConfig):
-    """Configuration of the student ViT (`TinyCapVisionModel`); the defaults make 3,003,456 parameters.
+def set_fields(config: PretrainedConfig, kwargs: dict, token_ids: tuple[str, ...] = ()) -> dict:
+    """Sets the fields of a part's `DEFAULTS` from `kwargs`, checks them, and returns the other keywords.
 
-    Keywords are the fields of `DEFAULTS`, and those of `PretrainedConfig`.
+    Not by a base class: transformers 5 writes an `__init__` for a config class that doesn't have its own.
     """
+    others = {**kwargs}
+    for name, default in config.DEFAULTS.items():
+        setattr(config, name, others.pop(name, default))
+    check_fields(config, others)
+    for name in token_ids:
+        if others.get(name) is None:
+            others[name] = config.vocab_size - 1
+    return others
+
+
+class TinyCapVisionConfig(PretrainedConfig):
+    """Configuration of the student ViT (`TinyCapVisionModel`); the defaults make 3,003,456 parameters."""
 
     model_type = "tinycap_vision_model"
     base_config_key = "vision_config"
@@ -95,17 +110,14 @@ class TinyCapVisionConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs):
-        for name, default in self.DEFAULTS.items():
-            setattr(self, name, kwargs.pop(name, default))
-        check_fields(self, kwargs)
-        super().__init__(**kwargs)
+        super().__init__(**set_fields(self, kwargs))
 
 
 class TinyCapTextConfig(PretrainedConfig):
     """Configuration of the causal decoder; the defaults are GPT-2's vocabulary and two layers.
 
-    Keywords are the fields of `DEFAULTS`, those of `PretrainedConfig`, and `pad_token_id`, `bos_token_id` and
-    `eos_token_id`, each the vocabulary's last token unless given: GPT-2 has that one for all of them.
+    `pad_token_id`, `bos_token_id` and `eos_token_id` are each the vocabulary's last token unless given: GPT-2 has that
+    one for all of them.
     """
 
     model_type = "tinycap_text_model"
@@ -126,14 +138,31 @@ class TinyCapTextConfig(PretrainedConfig):
     }
 
     def __init__(self, **kwargs):
-        for name, default in self.DEFAULTS.items():
-            setattr(self, name, kwargs.pop(name, default))
-        check_fields(self, kwargs)
         # transformers 5 has no such fields in its base class, transformers 4 reads them from the keywords.
-        for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if kwargs.get(name) is None:
-                kwargs[name] = self.vocab_size - 1
-        super().__init__(**kwargs)
+        super().__init__(**set_fields(self, kwargs, ("pad_token_id", "bos_token_id", "eos_token_id")))
+
+
+class TinyCapTextEncoderConfig(PretrainedConfig):
+    """Configuration of `TinyCapTextModel`, which embeds texts for search; the defaults make 1,793,792 parameters."""
+
+    model_type = "tinycap_text_encoder"
+    base_config_key = "text_encoder_config"
+    DEFAULTS = {
+        "hidden_size": 256,  # width of the tokens, the decoder's: both share the token embedding
+        "num_hidden_layers": 2,  # number of pre-norm layers
+        "num_attention_heads": 4,  # heads of each attention; divides hidden_size
+        "intermediate_size": 1024,  # width of the MLPs
+        "hidden_act": "gelu",  # activation of the MLPs
+        "layer_norm_eps": 1e-5,  # epsilon of the layer norms
+        "max_position_embeddings": 64,  # rows of the position table: the longest text
+        "projection_dim": 768,  # width of text_embeds
+        "hidden_dropout_prob": 0.0,  # dropout after attentions and MLPs
+        "attention_probs_dropout_prob": 0.0,  # dropout of the attention weights
+        "initializer_range": 0.02,  # standard deviation of the initial weights
+    }
+
+    def __init__(self, **kwargs):
+        super().__init__(**set_fields(self, kwargs))
 
 
 class TinyCapConfig(PretrainedConfig):
@@ -142,6 +171,8 @@ class TinyCapConfig(PretrainedConfig):
     Args:
         vision_config (`dict` or `TinyCapVisionConfig`, *optional*): the student ViT.
         text_config (`dict` or `TinyCapTextConfig`, *optional*): the causal decoder.
+        text_encoder_config (`dict` or `TinyCapTextEncoderConfig`, *optional*): embeds texts for search; `None` for a
+            captioner without it.
         memory (`str`, default `"embedding"`): what the decoder attends to: `"embedding"`, the image embedding as one
             vector, or `"patches"`, all tokens of the student.
         memory_scale (`float`, *optional*): factor on the memory before its projection. `None` stands for
@@ -162,6 +193,7 @@ class TinyCapConfig(PretrainedConfig):
     """
 
     model_type = "tinycap"
+    # Without the text encoder's, since transformers 4 expects that none of them is `None`.
     sub_configs = {"vision_config": TinyCapVisionConfig, "text_config": TinyCapTextConfig}
 
     def __init__(
@@ -175,10 +207,18 @@ class TinyCapConfig(PretrainedConfig):
         label_smoothing=0.0,
         initializer_range=0.02,
         tie_word_embeddings=True,
+        text_encoder_config=None,
         **kwargs,
     ):
         self.vision_config = self._as_config(vision_config, TinyCapVisionConfig)
         self.text_config = self._as_config(text_config, TinyCapTextConfig)
+        self.text_encoder_config = None
+        if text_encoder_config is not None:
+            self.text_encoder_config = self._as_config(text_encoder_config, TinyCapTextEncoderConfig)
+            width, expected = self.text_encoder_config.hidden_size, self.text_config.hidden_size
+            if width != expected:
+                place = f"{type(self).__name__}.text_encoder_config.hidden_size"
+                raise ValueError(f"{place}: expected {expected}, the decoder's, got {width}")
         self.memory, self.memory_scale, self.memory_noise = memory, memory_scale, memory_noise
         self.distill_weight, self.label_smoothing = distill_weight, label_smoothing
         self.initializer_range = initializer_range
@@ -207,6 +247,8 @@ class TinyCapConfig(PretrainedConfig):
         self.text_config.tie_word_embeddings = tie_word_embeddings
         # A config made in Python names what a Hub user's loaders look for, as a downloaded one does.
         kwargs = {**copy.deepcopy(LOADERS), **kwargs, "is_encoder_decoder": True}
+        if text_encoder_config is not None:
+            kwargs["auto_map"] = {**kwargs["auto_map"], **ZERO_SHOT}
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @classmethod
@@ -229,4 +271,4 @@ TinyCapVisionConfig.register_for_auto_class()
 TinyCapConfig.register_for_auto_class()
 
 
-__all__ = ["TinyCapConfig", "TinyCapTextConfig", "TinyCapVisionConfig"]
+__all__ = ["TinyCapConfig", "TinyCapTextConfig", "TinyCapTextEncoderConfig", "TinyCapVisionConfig"]

@@ -30,15 +30,9 @@ from transformers.utils import ModelOutput
 
 from .checks_tinycap import check_generation
 from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig
-from .vision_tinycap import (
-    TinyCapAttention,
-    TinyCapMLP,
-    TinyCapPreTrainedModel,
-    TinyCapVisionModel,
-    TinyCapVisionOutput,
-    dropout_layer,
-    position_table,
-)
+from .layers_tinycap import TinyCapAttention, TinyCapMLP, dropout_layer
+from .text_tinycap import TextFeaturesMixin, TinyCapTextModel
+from .vision_tinycap import TinyCapPreTrainedModel, TinyCapVisionModel, TinyCapVisionOutput, position_table
 
 
 if TYPE_CHECKING:
@@ -46,6 +40,7 @@ if TYPE_CHECKING:
     from .confidence_tinycap import ConfidenceCalibration  # noqa: F401
     from .pipeline_tinycap import ImageToTextPipeline  # noqa: F401
     from .processing_tinycap import load_image  # noqa: F401
+    from .zero_shot_tinycap import TinyCapForZeroShotImageClassification  # noqa: F401
 
 
 # Rows of logits that exist at once when the caption loss is computed without returning logits.
@@ -280,8 +275,8 @@ def shift_tokens_right(labels: torch.Tensor, decoder_start_token_id: int, pad_to
     return shifted.masked_fill(shifted == -100, pad_token_id)
 
 
-class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
-    """Student, decoder and joint objective: `L = caption_loss + distill_weight * distill_loss`."""
+class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, TextFeaturesMixin, GenerationMixin):
+    """Student, decoder, joint objective `L = caption_loss + distill_weight * distill_loss`; may have a text encoder."""
 
     _tied_weights_keys = {"lm_head.weight": "decoder.embed_tokens.weight"}
     # The losses are means over the micro-batch, which `Trainer` scales for gradient accumulation.
@@ -297,6 +292,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, GenerationMixin):
         self.memory_width, scale = width, config.memory_scale or scale
         self.decoder = TinyCapDecoder._from_config(config.text_config, memory_width=width, memory_scale=scale)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.add_text_encoder(config)
         self.post_init()
 
     def get_encoder(self, modality: str | None = None) -> TinyCapVisionModel:
@@ -643,6 +639,7 @@ __all__ = [
     "TinyCapForConditionalGeneration",
     "TinyCapOutput",
     "TinyCapPreTrainedModel",
+    "TinyCapTextModel",
     "TinyCapVisionModel",
     "TinyCapVisionOutput",
     "position_table",

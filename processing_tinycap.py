@@ -9,7 +9,6 @@ import io
 import math
 import os
 import re
-import struct
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,8 @@ from itertools import product
 from typing import Any
 
 from PIL import Image, ImageChops, ImageCms
+
+from .checks_tinycap import check_heif, icon_sizes
 
 
 # Pillow opens more, but EPS starts Ghostscript, and rare decoders are the least tested.
@@ -29,14 +30,15 @@ IMAGE_ENDINGS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".heic", ".heif", ".hif"),
     *(".avif", ".jp2", ".j2k", ".mpo", ".apng", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".qoi", ".dib"),
 )
-# Decoded pixels at most: 510 MB and half a second for a PNG of two megabytes.
-MAX_IMAGE_PIXELS = 2**27
+# Decoded pixels at most: 470 MB and half a second for a PNG of two megabytes.
+MAX_IMAGE_PIXELS = 7 * 2**24
 # Pixels of a JPEG of one scan, which is decoded at a fraction of its size: phones write 200 million (0.4 s, 50 MB).
 MAX_JPEG_PIXELS = 2**28
-# Slower decoders that keep several copies. Phones write at most 50 million pixels in the first three (1 to 2 s, 380 to
-# 810 MB). An animated PNG (APNG) is composed frame upon frame.
+# Slower decoders that keep several copies: 12 to 17 bytes a pixel for AVIF and WebP, 7 to 9 for HEIF (phones write 50
+# million pixels) and up to 20 where it is deeper. An animated PNG (APNG) is composed frame upon frame.
+DEEP_HEIF = "HEIF of more than 8 bits"
 MAX_SLOW_IMAGE_PIXELS = {
-    **dict.fromkeys(("AVIF", "HEIF", "WEBP"), 8192 * 6144),
+    **{"AVIF": 2**25, "WEBP": 2**25, "HEIF": 8192 * 6144, DEEP_HEIF: 30_000_000},
     **{"JPEG2000": 2**24, "APNG": 2**25},
 }
 # By decoders written in Python: RLE BMP and QOI take a microsecond a pixel, PPM one for each of its values.
@@ -47,7 +49,7 @@ MAX_READS = 2**20
 # Strips or tiles of a TIFF, 11 microseconds each, and Exif segments of a JPEG, which Pillow joins one by one.
 MAX_TILES, MAX_EXIF_SEGMENTS = 2**16, 2**8
 # Bytes of a compressed TIFF's pixels with its largest strip or tile, which libtiff decodes as a whole.
-MAX_TIFF_BYTES = 2**29 + 2**26
+MAX_TIFF_BYTES = 2**29
 # Bytes of a file at most: it is read into memory, since decoding a mapped file that shrinks kills the process.
 MAX_FILE_SIZE = 2**29
 # A progressive JPEG is decoded once a scan; it usually has ten, but a small file may hold thousands.
@@ -56,8 +58,9 @@ MAX_SCANNED_PIXELS = 2**30
 MAX_COEFFICIENTS = 2**28
 # The middle of a longer image is kept: the image processor, which resizes the shorter side, would take gigabytes.
 MAX_ASPECT_RATIO = 4
-# Before its colours are converted, an image is reduced by a whole factor; its shorter side stays at least this long.
-LARGE_SIDE = 2048
+# Before its colours are converted, which takes up to 16 bytes a pixel, an image with twice this shorter side or more
+# than these pixels is reduced by a whole factor.
+LARGE_SIDE, LARGE_PIXELS = 2048, 2**24
 # Seconds for a URL as a whole, bytes of its answer and redirects at most; transformers limits none of them.
 URL_TIMEOUT, MAX_DOWNLOAD, MAX_REDIRECTS = 10.0, 2**28, 5
 
@@ -204,6 +207,8 @@ def _open(image: Any, timeout: float | None) -> "Image.Image":
         except ImportError:
             raise ValueError("HEIC: install pillow-heif (pip install pillow-heif)") from None
         register_heif_opener()
+    if head[4:8] == b"ftyp":
+        check_heif(data)
     if head[:2] in (b"P1", b"P2", b"P3"):
         # Pillow removes comments one by one, each time copying what is left.
         data = re.sub(rb"#[^\r\n]*", b"", data)
@@ -213,22 +218,9 @@ def _open(image: Any, timeout: float | None) -> "Image.Image":
         # `Image.open` would refuse 179 million pixels, although a JPEG needn't be decoded in full.
         return Image.OPEN["JPEG"][0](_BoundedFile(data))
     if head.startswith(b"\0\0\1\0"):
-        for width, height in _icon_sizes(data):
+        for width, height in icon_sizes(data):
             _check_pixels(width * height, MAX_PYTHON_PIXELS, (width, height), "ICO")
     return Image.open(_BoundedFile(data), formats=[name for name in FORMATS if name in Image.OPEN])
-
-
-def _icon_sizes(data: bytes) -> Iterator[tuple[int, int]]:
-    """Of the PNG and BMP files in an icon, whose directory may tell others."""
-    for sides in re.findall(rb"IHDR(.{8})", data, re.DOTALL):
-        yield struct.unpack(">II", sides)
-    entries = data[6 : 6 + 16 * int.from_bytes(data[4:6], "little")]
-    for (start,) in struct.iter_unpack("<12xI", entries[: len(entries) // 16 * 16]):
-        if len(header := data[start : start + 12]) == 12 and not header.startswith(b"\x89PNG"):
-            # Headers of 12 bytes have sides of 16 bits. Rows may be stored from top to bottom: a negative height.
-            is_old = header.startswith(b"\x0c\0\0\0")
-            width, height = struct.unpack_from("<HH" if is_old else "<ii", header, 4)
-            yield abs(width), abs(height)
 
 
 class _BoundedFile(io.BytesIO):
@@ -306,6 +298,8 @@ def _decode(image: "Image.Image", may_draft: bool) -> None:
     """Loads the pixels, after a look at the header."""
     width, height = image.size
     kind = "APNG" if image.format == "PNG" and getattr(image, "is_animated", False) else image.format
+    is_plain = image.info.get("bit_depth") == 8 or (image.info.get("chroma"), image.mode) == (420, "RGB")
+    kind = DEEP_HEIF if kind == "HEIF" and not is_plain else kind
     limit = MAX_SLOW_IMAGE_PIXELS.get(kind, MAX_IMAGE_PIXELS)
     tiles = getattr(image, "tile", None) or []
     if tiles and tiles[0][0] in Image.DECODERS:
@@ -320,7 +314,7 @@ def _decode(image: "Image.Image", may_draft: bool) -> None:
             expected = f"a TIFF of at most {MAX_TIFF_BYTES:,} bytes with its largest strip or tile"
             raise ValueError(f"expected {expected}, got {needed:,} ({width} x {height} pixels)")
     if kind in ("JPEG", "MPO"):
-        scans, shrinking = _count_scans(image), min(image.size) // LARGE_SIDE
+        scans, shrinking = _count_scans(image), _shrink_factor(image)
         if scans > 16 and scans * decoded > MAX_SCANNED_PIXELS:
             most = max(16, MAX_SCANNED_PIXELS // decoded)
             raise ValueError(f"expected at most {most} scans in a JPEG of {decoded:,} pixels, got {scans}")
@@ -404,9 +398,15 @@ def _has_transparency(image: "Image.Image") -> bool:
     return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
 
 
+def _shrink_factor(image: "Image.Image") -> int:
+    short = min(image.size)
+    pixels = min(image.width * image.height, MAX_ASPECT_RATIO * short**2)
+    return max(short // LARGE_SIDE, math.ceil(math.sqrt(pixels / LARGE_PIXELS)))
+
+
 def _shrink(image: "Image.Image") -> "Image.Image":
     """Averages a large image by blocks; strip by strip, since conversion before it takes memory."""
-    factor = min(image.size) // LARGE_SIDE
+    factor = _shrink_factor(image)
     if factor < 2:
         return image
     if image.mode.startswith("I"):
@@ -416,13 +416,11 @@ def _shrink(image: "Image.Image") -> "Image.Image":
     else:
         mode = {"1": "L", "P": "RGB"}.get(image.mode, image.mode)
     (width, height), step = image.size, 64 * factor
-    tops = range(0, height, step)
-    strips = [image.crop((0, top, width, min(height, top + step))).convert(mode).reduce(factor) for top in tops]
-    small = Image.new(mode, (strips[0].width, sum(strip.height for strip in strips)))
-    small.info = dict(strips[0].info)
-    for index, strip in enumerate(strips):
-        # All strips but the last have the same height.
-        small.paste(strip, (0, index * strips[0].height))
+    small = Image.new(mode, (math.ceil(width / factor), math.ceil(height / factor)))
+    for top in range(0, height, step):
+        strip = image.crop((0, top, width, min(height, top + step))).convert(mode).reduce(factor)
+        small.paste(strip, (0, top // factor))
+        small.info = dict(strip.info)
     return small
 
 

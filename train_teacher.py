@@ -13,6 +13,7 @@ import argparse
 import math
 import os
 from functools import partial
+from pathlib import Path
 
 
 # Read when torch loads OpenMP: threads that wait actively take the cores from the data loader.
@@ -33,6 +34,7 @@ from tinycap.commands import writing
 from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
+from tinycap.training.frozen_towers import FrozenTowers, cache_features, create_feature_loaders
 from tinycap.training.loading import create_loaders, load_data
 from tinycap.training.logs import write_json
 from tinycap.training.loop import StopSignals, create_accelerator, optimizer_steps, run_script, train_step
@@ -40,7 +42,7 @@ from tinycap.training.optimization import create_training
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.run_folder import RunFolder
 from tinycap.training.tokenizer import count_truncated, encode_captions, load_tokenizer, train_tokenizer
-from tinycap.training.towers import LockedTextModel, PretrainedImageTower, pixel_statistics
+from tinycap.training.towers import LockedTextModel, load_towers
 
 
 logger = get_logger(__name__)
@@ -49,6 +51,8 @@ logger = get_logger(__name__)
 MAX_LOGIT_SCALE = math.log(100.0)
 # Most text embeddings to cache: at 384 values they take 0.3 GB in each process, with the captions' ids.
 MAX_CACHED_CAPTIONS = 200_000
+# The folder of a frozen image model's features in the output folder.
+FEATURES_FOLDER = "features"
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -65,8 +69,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parse_flags("teacher", argv, __doc__.split("\n\n")[0], problems)
 
 
-def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextModel:
-    """A `CLIPModel` with fresh weights, or an image tower, fresh or pretrained, with a frozen sentence encoder."""
+def load_image_model(args: argparse.Namespace) -> torch.nn.Module | None:
+    """The pretrained image towers with a new head, and sets `image_size` to theirs; `None` for a new tower."""
+    if args.image_model_name_or_path is None:
+        return None
+    set_seed(args.seed)
+    towers = load_towers(args.image_model_name_or_path, args.projection_dim)
+    if "image_size" in args.given:
+        towers.set_image_size(args.image_size)
+    args.image_size = towers.config.image_size
+    return towers
+
+
+def build_model(args: argparse.Namespace, tokenizer, image_model=None) -> CLIPModel | LockedTextModel:
+    """A `CLIPModel` with fresh weights, or an image tower, fresh or a pretrained `image_model`, with a frozen sentence
+    encoder."""
 
     def tower(prefix: str) -> dict:
         names = ("hidden_size", "num_hidden_layers", "num_attention_heads")
@@ -74,11 +91,10 @@ def build_model(args: argparse.Namespace, tokenizer) -> CLIPModel | LockedTextMo
         shared = {"attention_dropout": args.attention_dropout, "projection_dim": args.projection_dim}
         return {**sizes, "intermediate_size": 4 * sizes["hidden_size"], **shared}
 
-    if args.image_model_name_or_path is not None:
-        options = (args.projection_dim, args.freeze_image_model)
-        model = PretrainedImageTower.from_pretrained(args.image_model_name_or_path, *options)
-        model.set_image_size(args.image_size)
-        return LockedTextModel.from_text_model(model, args.text_model_name_or_path)
+    if image_model is not None:
+        if args.freeze_image_model:
+            image_model = FrozenTowers(image_model, args.feature_dropout)
+        return LockedTextModel.from_text_model(image_model, args.text_model_name_or_path)
     vision = {"image_size": args.image_size, "patch_size": args.patch_size, **tower("")}
     if args.text_model_name_or_path is not None:
         model = CLIPVisionModelWithProjection(CLIPVisionConfig(**vision))
@@ -101,6 +117,12 @@ def init_positions(model: CLIPModel | CLIPVisionModelWithProjection) -> None:
     config = getattr(model.config, "vision_config", model.config)
     table = position_table(config.image_size // config.patch_size, config.hidden_size)
     model.vision_model.embeddings.position_embedding.weight.copy_(table)
+
+
+def model_inputs(batch: dict, tokenizer) -> dict[str, torch.Tensor]:
+    """A batch's pixels, or features of a frozen image model, and captions."""
+    images = batch["features"] if "features" in batch else batch["pixel_values"]
+    return {"pixel_values": images, **text_inputs(batch["labels"], tokenizer)}
 
 
 def text_inputs(labels: torch.Tensor, tokenizer) -> dict[str, torch.Tensor]:
@@ -143,7 +165,7 @@ def contrastive_loss(image_embeds: torch.Tensor, text_embeds: torch.Tensor, logi
 
 def compute_losses(accelerator: Accelerator, model, tokenizer, batch: dict) -> dict[str, torch.Tensor]:
     """The contrastive loss of a batch among the images and captions of all processes."""
-    output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
+    output = model(**model_inputs(batch, tokenizer))
     embeds = [output.image_embeds.float(), output.text_embeds.float()]
     if accelerator.num_processes > 1:
         # Through which gradients flow back, other than through accelerate's gather.
@@ -177,7 +199,7 @@ def evaluate(accelerator: Accelerator, model, loader: DataLoader, tokenizer) -> 
     progress = tqdm(loader, desc="Validating", leave=False, disable=None if accelerator.is_local_main_process else True)
     for batch in progress:
         with accelerator.autocast():
-            output = model(pixel_values=batch["pixel_values"], **text_inputs(batch["labels"], tokenizer))
+            output = model(**model_inputs(batch, tokenizer))
         # One row an image, so that images repeated in the last batch are dropped from both alike.
         texts = output.text_embeds.view(len(output.image_embeds), -1)
         image_embeds.append(accelerator.gather_for_metrics(output.image_embeds.float()).cpu())
@@ -210,27 +232,34 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
     is_part = accelerator is not None
     accelerator = accelerator or create_accelerator(args)
     run = RunFolder(args, accelerator, "tinycap-teacher", share)
+    image_model = load_image_model(args)
     data = load_data(args, accelerator, args.image_size, args.image_size, run.skipped)
 
     if args.text_model_name_or_path or args.tokenizer_name:
         tokenizer = load_tokenizer(args.text_model_name_or_path or args.tokenizer_name)
     else:
         tokenizer = train_tokenizer(data.captions(), args.vocab_size, args.max_caption_length + 1)
-    # Those of a pretrained tower, where it has any; else CLIP's.
-    statistics = pixel_statistics(args.image_model_name_or_path) if args.image_model_name_or_path else None
-    image_processor = create_image_processor(args.image_size, *(statistics or ()))
+    # Those of a pretrained tower; else CLIP's.
+    image_processor = create_image_processor(args.image_size, *(image_model.statistics if image_model else ()))
     set_seed(args.seed)
-    model = build_model(args, tokenizer)
+    model = build_model(args, tokenizer, image_model)
 
-    statistics = (image_processor.image_mean, image_processor.image_std)
-    collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics)
-    sources = (args, accelerator, data, collator, args.image_size, run.skipped)
-    batches, validation_loader = create_loaders(*sources, contrastive=True)
+    collator_of = partial(CaptionCollator, tokenizer, args.max_caption_length)
+    if args.freeze_image_model:
+        loaders = create_feature_loaders(args, accelerator, data, tokenizer)
+    else:
+        collator = collator_of(image_processor.image_mean, image_processor.image_std)
+        sources = (args, accelerator, data, collator, args.image_size, run.skipped)
+        loaders = create_loaders(*sources, contrastive=True)
+    batches, validation_loader = loaders
     run.start(batches)
     sizes = (model.num_parameters(), len(data.train), args.max_train_steps)
     logger.info("Training a teacher of {:,} parameters on {:,} images, {:,} steps.".format(*sizes))
     limit = args.max_caption_length
     counts = count_truncated(tokenizer, data.captions(), limit) if accelerator.is_main_process else {}
+    if args.freeze_image_model:
+        cache_dir = Path(args.feature_cache_dir or run.path / FEATURES_FOLDER)
+        cache_features(args, accelerator, model.vision_model, data, loaders, collator_of, cache_dir)
     optimizer, lr_scheduler = create_training(model, args, accelerator.num_processes)
     wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     run.resume(batches)

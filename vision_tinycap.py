@@ -1,7 +1,6 @@
-"""The student ViT, which is distilled from CLIP's image encoder, and what it shares with the decoder.
+"""The student ViT, which is distilled from CLIP's image encoder, and the base class of all models.
 
-Shared are attention, MLP, and the base class that loads weights: it validates untrusted checkpoints before memory is
-allocated, and after.
+The base class loads weights: it validates untrusted checkpoints before memory is allocated, and after.
 """
 
 import copy
@@ -14,16 +13,15 @@ import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers.activations import ACT2FN
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+from transformers.modeling_utils import PreTrainedModel
 from transformers.quantizers import AutoHfQuantizer
 from transformers.utils import cached_file
 
 from .checks_tinycap import check_generation, read_json, weight_files
 from .confidence_tinycap import CONFIDENCE_NAME
-from .configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisionConfig
+from .configuration_tinycap import TinyCapConfig, TinyCapVisionConfig
+from .layers_tinycap import TinyCapEncoderLayer, dropout_layer
 
 
 # safetensors' names of weights that aren't quantised.
@@ -46,82 +44,6 @@ class TinyCapVisionOutput(BaseModelOutputWithPooling):
     @property
     def image_embeds(self) -> torch.FloatTensor | None:
         return self.pooler_output
-
-
-# --- attention and MLP, shared with the decoder ---------------------------------------------------------------------
-
-
-def dropout_layer(probability: float) -> nn.Module:
-    return nn.Dropout(probability) if probability > 0 else nn.Identity()
-
-
-def eager_attention_forward(module, query, key, value, attention_mask, scaling, dropout=0.0, **kwargs):
-    """Attention as written (Vaswani et al., 2017, https://arxiv.org/abs/1706.03762).
-
-    Query, key and value are (B, heads, length, head_dim); the mask is added to the scores, or bool with `False` where
-    attention is forbidden. Returns the output (B, L, heads, head_dim) and the weights (B, heads, L, S).
-    """
-    scores = query @ key.transpose(2, 3) * scaling
-    if attention_mask is not None and attention_mask.dtype == torch.bool:
-        scores = scores.masked_fill(~attention_mask, torch.finfo(scores.dtype).min)
-    elif attention_mask is not None:
-        scores = scores + attention_mask
-    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(query.dtype)
-    weights = F.dropout(weights, p=dropout, training=module.training)
-    return (weights @ value).transpose(1, 2).contiguous(), weights
-
-
-class TinyCapAttention(nn.Module):
-    """Multi-head self-attention over (B, L, hidden_size), causal or not, through transformers' attention interface."""
-
-    def __init__(self, config: TinyCapVisionConfig | TinyCapTextConfig, layer_idx: int, is_causal: bool = False):
-        super().__init__()
-        self.config = config
-        self.layer_idx = layer_idx
-        self.is_causal = is_causal
-        self.num_heads = config.num_attention_heads
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        self.num_key_value_groups = 1
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size)
-        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
-
-    def split_heads(self, states: torch.Tensor) -> torch.Tensor:
-        """(B, L, hidden_size) -> (B, heads, L, head_dim)."""
-        return states.view(*states.shape[:2], self.num_heads, self.head_dim).transpose(1, 2)
-
-    def attend(self, hidden_states, key, value, attention_mask=None, output_attentions=False, **kwargs):
-        query = self.split_heads(self.q_proj(hidden_states))
-        implementation = "eager" if output_attentions else self.config._attn_implementation
-        attention = eager_attention_forward if implementation == "eager" else ALL_ATTENTION_FUNCTIONS[implementation]
-        kwargs["dropout"] = self.config.attention_probs_dropout_prob if self.training else 0.0
-        output, weights = attention(self, query, key, value, attention_mask, scaling=self.head_dim**-0.5, **kwargs)
-        return self.out_proj(output.flatten(2)), weights if output_attentions else None
-
-    def forward(
-        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, cache=None, **kwargs
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        key, value = self.split_heads(self.k_proj(hidden_states)), self.split_heads(self.v_proj(hidden_states))
-        if cache is not None:
-            key, value = cache.self_attention_cache.update(key, value, self.layer_idx)
-        return self.attend(hidden_states, key, value, attention_mask, **kwargs)
-
-
-class TinyCapMLP(nn.Module):
-    def __init__(self, config: TinyCapVisionConfig | TinyCapTextConfig):
-        super().__init__()
-        if config.hidden_act not in ACT2FN:
-            raise ValueError(
-                f"{type(config).__name__}.hidden_act: expected one of {', '.join(sorted(ACT2FN))}, "
-                f"got {config.hidden_act!r}"
-            )
-        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
-        self.activation = ACT2FN[config.hidden_act]
-        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
-
-    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.fc2(self.activation(self.fc1(hidden_states)))
 
 
 # --- loading, saving, initial weights -------------------------------------------------------------------------------
@@ -149,6 +71,7 @@ def check_shapes(source: str, stored: dict[str, tuple], model_class: type, confi
     shapes = {name.removeprefix("vision_model."): shape for name, (_, shape, _) in stored.items()}
     # First the depths, since a model of many layers takes long to build.
     parts = {"layers": getattr(config, "vision_config", config), "decoder.layers": getattr(config, "text_config", None)}
+    parts["text_model.layers"] = getattr(config, "text_encoder_config", None)
     for stack, part in parts.items():
         depth = len({name.removeprefix(f"{stack}.").split(".")[0] for name in shapes if name.startswith(f"{stack}.")})
         if depth and part is not None and depth != part.num_hidden_layers:
@@ -208,7 +131,7 @@ class TinyCapPreTrainedModel(PreTrainedModel):
     main_input_name = "pixel_values"
     input_modalities = ("image",)
     supports_gradient_checkpointing = True
-    _no_split_modules = ["TinyCapVisionEmbeddings", "TinyCapVisionLayer", "TinyCapDecoderLayer"]
+    _no_split_modules = ["TinyCapVisionEmbeddings", "TinyCapEncoderLayer", "TinyCapDecoderLayer"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
@@ -371,33 +294,17 @@ class TinyCapVisionEmbeddings(nn.Module):
         return self.dropout(torch.cat([cls_token, patches], dim=1))
 
 
-class TinyCapVisionLayer(GradientCheckpointingLayer):
-    def __init__(self, config: TinyCapVisionConfig, layer_idx: int):
-        super().__init__()
-        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.self_attn = TinyCapAttention(config, layer_idx)
-        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
-        self.mlp = TinyCapMLP(config)
-        self.dropout = dropout_layer(config.hidden_dropout_prob)
-
-    def forward(self, hidden_states: torch.Tensor, **kwargs):
-        attended, weights = self.self_attn(self.layer_norm1(hidden_states), **kwargs)
-        hidden_states = hidden_states + self.dropout(attended)
-        hidden_states = hidden_states + self.dropout(self.mlp(self.layer_norm2(hidden_states)))
-        return hidden_states, weights
-
-
 class TinyCapVisionModel(TinyCapPreTrainedModel):
     """The student ViT alone (Dosovitskiy et al., 2021, https://arxiv.org/abs/2010.11929, pre-norm), with a projection
     of `[CLS]` to the teacher's width. Loads from the folder of a whole TinyCap too."""
 
     config_class = TinyCapVisionConfig
-    _keys_to_ignore_on_load_unexpected = [r"^decoder\.", r"^lm_head\."]
+    _keys_to_ignore_on_load_unexpected = [r"^(decoder|lm_head|text_model|visual_projection)\.", r"^logit_scale$"]
 
     def __init__(self, config: TinyCapVisionConfig):
         super().__init__(config)
         self.embeddings = TinyCapVisionEmbeddings(config)
-        self.layers = nn.ModuleList([TinyCapVisionLayer(config, index) for index in range(config.num_hidden_layers)])
+        self.layers = nn.ModuleList([TinyCapEncoderLayer(config, index) for index in range(config.num_hidden_layers)])
         self.final_layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.projection = nn.Linear(config.hidden_size, config.projection_dim)
         self.gradient_checkpointing = False

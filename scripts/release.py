@@ -25,6 +25,7 @@ import transformers
 from PIL import Image
 
 from tinycap import REPOSITORY
+from tinycap.confidence_tinycap import CONFIDENCE_NAME
 from tinycap.deploy.export import COMPANIONS
 from tinycap.evaluation.failures import FAILURES
 from tinycap.evaluation.reports import plot_curves
@@ -118,6 +119,10 @@ def main(argv: list[str] | None = None) -> None:
         raise ValueError(f"expected a model repository and an evaluation with --failures, missing: {missing}")
     for name in RELEASED:
         shutil.copyfile(source / name, ROOT / name)
+    # The one there was fitted to the weights before.
+    (ROOT / CONFIDENCE_NAME).unlink(missing_ok=True)
+    if (source / CONFIDENCE_NAME).is_file():
+        shutil.copyfile(source / CONFIDENCE_NAME, ROOT / CONFIDENCE_NAME)
     (ROOT / "model_card.md").write_text(card, encoding="utf-8")
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     (ROOT / "README.md").write_text(split_front_matter(card)[0] + split_front_matter(readme)[1], encoding="utf-8")

@@ -7,15 +7,18 @@ import datasets
 import pytest
 import torch
 from PIL import Image
-from tiny import CAPTIONS, TEXT, VISION, draw_picture, png_bytes, tiny_model, tiny_repository_model
+from tiny import CAPTIONS, ENCODER, TEXT, VISION, draw_picture, png_bytes, tiny_model, tiny_repository_model
 from transformers import (
     CLIPImageProcessor,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
     MobileNetV2Config,
     MobileNetV2ForImageClassification,
+    ResNetConfig,
+    ResNetForImageClassification,
 )
 
+from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.tokenizer import train_tokenizer
@@ -55,6 +58,18 @@ def repository(tmp_path_factory, tokenizer):
     """A folder like the output of a run: weights, configs, code, tokenizer, processor."""
     folder = tmp_path_factory.mktemp("hub") / "tiny-repository"
     model = tiny_repository_model(tokenizer)
+    model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
+    save_repository(folder, model, tokenizer, create_image_processor(24))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def text_repository(tmp_path_factory, tokenizer):
+    """A repository with a text encoder, of random weights."""
+    folder = tmp_path_factory.mktemp("hub") / "with-a-text-encoder"
+    config = tiny_repository_model(tokenizer).config
+    torch.manual_seed(5)
+    model = TinyCapForConditionalGeneration(TinyCapConfig(**{**config.to_dict(), "text_encoder_config": ENCODER}))
     model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
     save_repository(folder, model, tokenizer, create_image_processor(24))
     return folder
@@ -104,6 +119,16 @@ def classifier(tmp_path_factory) -> str:
     config = MobileNetV2Config(image_size=24, depth_multiplier=0.1, min_depth=2, depth_divisible_by=2, num_labels=7)
     MobileNetV2ForImageClassification(config).save_pretrained(folder)
     CLIPImageProcessor(image_mean=[0.1, 0.2, 0.3], image_std=[0.4, 0.5, 0.6]).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def resnet(tmp_path_factory) -> str:
+    """A folder with a tiny classifier whose configuration has no image size, and which has no image processor."""
+    folder = tmp_path_factory.mktemp("resnet")
+    torch.manual_seed(3)
+    sizes = {"embedding_size": 6, "hidden_sizes": [10, 14], "depths": [1, 1], "layer_type": "basic"}
+    ResNetForImageClassification(ResNetConfig(**sizes, num_labels=5)).save_pretrained(folder)
     return str(folder)
 
 

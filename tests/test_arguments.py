@@ -37,6 +37,13 @@ def test_a_file_sets_defaults_and_flags_override_them(config_file):
     assert train_distill.parse_args(["--config_file", path]).horizontal_flip is False
 
 
+def test_a_file_may_list_the_values_of_a_flag_that_takes_several(config_file, capsys):
+    path = config_file("image_model_name_or_path: [a, b]\ntext_model_name_or_path: t\n")
+    args = train_teacher.parse_args(["--config_file", path])
+    assert args.image_model_name_or_path == ["a", "b"] and args.text_model_name_or_path == "t"
+    assert "key 'seed': expected one value" in refused(["--config_file", config_file("seed: [1, 2]")], capsys)
+
+
 def test_scene_defaults_hold_only_where_nothing_names_a_dataset(config_file):
     text = "seed: 5\ndistill_weight: 0\n"
     assert train_distill.parse_args(["--config_file", config_file(text)]).vocab_size == 512

@@ -178,7 +178,7 @@ def test_a_jpeg_of_200_megapixels_is_decoded_at_a_fraction():
     assert not peak or peak[0] < 150
 
 
-@pytest.mark.parametrize("width, height", [(16_390, 16_390), (60_000, 2_300), (65_000, 65_000)])
+@pytest.mark.parametrize("width, height", [(16_390, 16_390), (65_000, 2_000), (65_000, 65_000)])
 def test_a_jpeg_too_large_even_at_a_fraction_is_refused(width, height):
     buffer = io.BytesIO()
     Image.new("L", (16, 16)).save(buffer, "JPEG")
@@ -204,9 +204,9 @@ def test_large_jpegs_of_several_scans_are_refused():
 
 @pytest.mark.parametrize("kind", ["WEBP", "AVIF", "HEIF", "JPEG2000"])
 def test_slow_formats_have_limits_of_their_own(kind, monkeypatch):
-    """Photos of phones, with 48 and 50 megapixels, are within the limits."""
+    """Photos of phones, which have 48 and 50 megapixels as HEIC, are within the limits."""
     limits = processing_tinycap.MAX_SLOW_IMAGE_PIXELS
-    assert kind == "JPEG2000" or 8_192 * 6_144 <= limits[kind] < 2**26
+    assert limits["HEIF"] == 8_192 * 6_144
     if kind == "HEIF":
         pytest.importorskip("pillow_heif").register_heif_opener()
     buffer = io.BytesIO()

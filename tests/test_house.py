@@ -19,6 +19,7 @@ ROOT = tinycap.REPOSITORY
 MODEL_FILES = (
     *("configuration_tinycap.py", "modeling_tinycap.py", "processing_tinycap.py", "pipeline_tinycap.py"),
     *("checks_tinycap.py", "confidence_tinycap.py", "vision_tinycap.py"),
+    *("layers_tinycap.py", "text_tinycap.py", "zero_shot_tinycap.py"),
 )
 
 

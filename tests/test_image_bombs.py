@@ -7,12 +7,12 @@ import struct
 import zlib
 
 import pytest
-from fuzz.hostile_images import encoded, png_of
+from fuzz.hostile_images import encoded, peak_memory, png_of
 from PIL import Image
 from tiny import draw_picture
 
 from tinycap import processing_tinycap
-from tinycap.processing_tinycap import MAX_READS, MAX_TILES, load_image
+from tinycap.processing_tinycap import MAX_READS, MAX_SLOW_IMAGE_PIXELS, MAX_TILES, load_image
 
 
 TOO_MANY_PIECES = "in too many pieces"
@@ -91,6 +91,35 @@ def tiff_of_one_strip(side: int) -> bytes:
     return b"II*\0" + struct.pack("<I", 8) + directory + struct.pack("<HHH", 16, 16, 16) + bytes(9)
 
 
+def heif_of_shared_metadata(copies: int) -> bytes:
+    """HEIC whose blocks of metadata each reach over the whole file."""
+    heif = pytest.importorskip("pillow_heif").from_pillow(Image.new("RGB", (64, 64)))
+    block = {"type": "mime", "metadata_type": "mime", "content_type": "a/b", "data": b"x" * 100}
+    heif.info["metadata"] = [block] * copies
+    buffer = io.BytesIO()
+    heif.save(buffer)
+    data, more = buffer.getvalue(), 4_000_000
+    at = data.index(b"iloc") - 4
+    locations = data[at : at + int.from_bytes(data[at : at + 4], "big")]
+    longer = locations.replace(struct.pack(">I", 100), struct.pack(">I", more))
+    data = data.replace(locations, longer)
+    at = data.index(b"mdat") - 4
+    size = int.from_bytes(data[at : at + 4], "big") + more
+    return data[:at] + struct.pack(">I", size) + data[at + 4 :] + bytes(more)
+
+
+def deep_heif() -> bytes:
+    heif, buffer = pytest.importorskip("pillow_heif"), io.BytesIO()
+    heif.from_bytes("RGB;16", (64, 48), bytes(64 * 48 * 6)).save(buffer, chroma=444)
+    return buffer.getvalue()
+
+
+def heif_of_a_shared_profile() -> bytes:
+    """Images of a HEIF file, each with the same colour profile of megabytes: only their boxes."""
+    profile = struct.pack(">I", 12 + 2**22) + b"colrprof" + bytes(2**22)
+    return struct.pack(">I4s4s", 16, b"ftyp", b"heic") + bytes(4) + b"infe" * 100 + profile
+
+
 BOMBS = {
     "bmp-end-of-line": (lambda: bmp_of_runs(2**27, 1, b"\x01\x05\x00\x00\x00\x01", 8), "4,194,304 pixels"),
     "bmp-4-bits": (lambda: bmp_of_runs(2**14, 2**13, b"\xff\x12\x00\x00" * 2**13, 4), "4,194,304 pixels"),
@@ -107,14 +136,19 @@ BOMBS = {
     "icon-of-a-late-header": (lambda: icon_of(late_header(png_with([], side=2**13))), "4,194,304 pixels"),
     "icon-of-a-bmp": (lambda: icon_of(bmp_of_runs(2**13, 2**13, b"\1\5" + bytes(2**21), 8)[14:]), "4,194,304 pixels"),
     "tiff-strips": (lambda: tiff_of_strips(MAX_TILES + 1), "65,536 strips or tiles"),
-    "tiff-of-one-strip": (lambda: tiff_of_one_strip(11585), "a TIFF of at most 603,979,776 bytes"),
+    "tiff-of-one-strip": (lambda: tiff_of_one_strip(11585), "a TIFF of at most 536,870,912 bytes"),
+    "heif-metadata": (lambda: heif_of_shared_metadata(100), "268,435,456 bytes of metadata"),
+    "heif-profile": (heif_of_a_shared_profile, "268,435,456 bytes of metadata"),
+    "deep-heif": (lambda: deep_heif(), "768 pixels in an image of this kind (HEIF of more than 8 bits)"),
     "jpeg-2000": (lambda: encoded(Image.new("L", (4097, 4097)), "JPEG2000"), "16,777,216 pixels"),
 }
 
 
 @pytest.mark.parametrize("name", BOMBS)
-def test_files_that_take_many_seconds_or_gigabytes_are_refused(name):
+def test_files_that_take_many_seconds_or_gigabytes_are_refused(name, monkeypatch):
     make, reason = BOMBS[name]
+    # An HEVC encoder takes a minute for 30 million pixels.
+    monkeypatch.setitem(processing_tinycap.MAX_SLOW_IMAGE_PIXELS, "HEIF of more than 8 bits", 768)
     with pytest.raises(ValueError, match=f"cannot read image {name}: .*{re.escape(reason)}"):
         load_image(make(), name=name)
 
@@ -128,11 +162,33 @@ def test_files_that_take_many_seconds_or_gigabytes_are_refused(name):
         encoded(draw_picture(0), "ICO"),
         jpeg_with(segment(0xFE, b"a comment") * 100 + b"\xff" * 100),
         tiff_of_strips(8),
+        None,
     ],
-    ids=["bmp", "ppm-with-comments", "pgm-of-another-maximum", "icon", "jpeg", "tiff"],
+    ids=["bmp", "ppm-with-comments", "pgm-of-another-maximum", "icon", "jpeg", "tiff", "heif-metadata"],
 )
 def test_small_files_of_the_same_kinds_are_read(data):
-    assert load_image(data).mode == "RGB"
+    assert load_image(heif_of_shared_metadata(9) if data is None else data).mode == "RGB"
+
+
+@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "RGB", "I;16", "1"])
+def test_narrow_images_are_shrunk_before_their_colours_are_converted(mode):
+    """At full size, conversion took 580 to 1,090 MB for 67 million pixels in files of under a megabyte."""
+    image, buffer = Image.new(mode, (3000, 12000)), io.BytesIO()
+    image.save(buffer, "PNG", compress_level=1, **({"transparency": 0} if mode == "P" else {}))
+    with peak_memory() as peak:
+        assert load_image(buffer.getvalue()).size == (1500, 6000)
+    assert not peak or peak[0] < 320, "36 million pixels: half a gigabyte at the largest size"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["WEBP", "AVIF"])
+def test_the_largest_images_of_slow_formats_take_under_600_mb(kind):
+    buffer = io.BytesIO()
+    options = {"WEBP": {"lossless": True, "method": 0}, "AVIF": {"speed": 10, "subsampling": "4:4:4"}}[kind]
+    Image.new("RGBA", (4095, MAX_SLOW_IMAGE_PIXELS[kind] // 4095), (9, 90, 200, 99)).save(buffer, kind, **options)
+    with peak_memory() as peak:
+        load_image(buffer.getvalue())
+    assert not peak or peak[0] < 600
 
 
 def test_comments_of_a_plain_ppm_are_skipped_in_one_pass():

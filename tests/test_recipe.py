@@ -36,13 +36,14 @@ def flags_of(command: list[str], run: str) -> list[str]:
 def test_the_released_recipe_runs_each_stage_once_with_flags_that_parse(launched, tmp_path):
     for _ in range(2):
         recipe.main([str(RECIPE), "--output_dir", str(tmp_path), *VARIABLES])
-    assert len(launched) == 9, "a second call repeats nothing"
+    assert len(launched) == 10, "a second call repeats nothing"
     assert all(command[0] == sys.executable for command in launched)
     assert flags_of(launched[0], efficientnet_lite.__name__) == ["--output_dir", str(tmp_path / "efficientnet_lite0")]
-    teacher = train_teacher.parse_args(flags_of(launched[1], str(REPOSITORY / "train_teacher.py")))
-    assert teacher.image_model_name_or_path == str(tmp_path / "efficientnet_lite0") and teacher.freeze_image_model
+    teacher = train_teacher.parse_args(flags_of(launched[2], str(REPOSITORY / "train_teacher.py")))
+    towers = [str(tmp_path / f"efficientnet_lite{variant}") for variant in (0, 2)]
+    assert teacher.image_model_name_or_path == towers and teacher.freeze_image_model
     script = str(REPOSITORY / "train_distill.py")
-    stages = [train_distill.parse_args(flags_of(command, script)) for command in launched[2:8]]
+    stages = [train_distill.parse_args(flags_of(command, script)) for command in launched[3:9]]
     assert [args.image_size for args in stages] == [112, 112, 224, 224, 224, 224]
     assert [args.mixup for args in stages] == [0, 0.5, 0.5, 0, 0, 0]
     assert [args.optimizer for args in stages] == [*["muon"] * 4, "adamw", "adamw"]
@@ -51,7 +52,7 @@ def test_the_released_recipe_runs_each_stage_once_with_flags_that_parse(launched
     folders = [args.output_dir for args in stages]
     assert [args.model_name_or_path for args in stages[1:]] == [*folders[:4], folders[3]]
     assert all(args.dataset_name == "photos" for args in stages)
-    mean = soup.parse_args(flags_of(launched[8], soup.__name__))
+    mean = soup.parse_args(flags_of(launched[9], soup.__name__))
     assert mean.models == [folders[4], folders[5], folders[3]] and mean.weights == [1, 1, 1]
     assert [args.cross_entropy_weight for args in stages] == [0, 0, 0, 0, 0.03, 0.04]
     assert stages[-3].teacher_cache_dir == stages[-1].teacher_cache_dir == str(tmp_path / "student_cache")
@@ -61,7 +62,7 @@ def test_the_released_recipe_runs_each_stage_once_with_flags_that_parse(launched
 def test_an_interrupted_stage_goes_on_from_its_newest_checkpoint(launched, tmp_path, monkeypatch):
     monkeypatch.setattr(recipe, "complete_checkpoints", lambda folder: [folder / "checkpoint-7"])
     recipe.main([str(RECIPE), "--output_dir", str(tmp_path), *VARIABLES])
-    assert launched[1][-2:] == ["--resume_from_checkpoint", "latest"]
+    assert launched[2][-2:] == ["--resume_from_checkpoint", "latest"]
 
 
 @pytest.mark.parametrize(

@@ -126,6 +126,16 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
 
 
+def test_a_release_has_the_calibration_of_its_own_weights_or_none(folders):
+    old, new = folders / "root" / "confidence.json", folders / "model" / "confidence.json"
+    old.write_text("old")
+    release.main(flags(folders))
+    assert not old.exists()
+    new.write_text("new")
+    release.main(flags(folders))
+    assert old.read_text() == "new"
+
+
 def test_a_length_penalty_that_no_config_names_is_the_default(folders):
     path = folders / "evaluation" / "eval_results.json"
     evaluation = json.loads(path.read_text())

@@ -3,18 +3,22 @@
 import base64
 import json
 import os
+import subprocess
+import sys
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 
 import datasets
+import hub_stub
 import pyarrow.parquet
 import pytest
 from PIL import Image
 from tiny import draw_picture, png_bytes
 from transformers import AutoModel, AutoProcessor
 
-from tinycap import processing_tinycap
+from tinycap import REPOSITORY, processing_tinycap
 from tinycap.evaluation.captioning import caption_dataset
 from tinycap.processing_tinycap import MAX_REDIRECTS, load_image
 from tinycap.training.augmentation import Augmentation
@@ -150,6 +154,20 @@ def test_what_the_user_allows_is_opened(elsewhere, server, tmp_path):
     assert server.asked
 
 
+def test_a_table_of_nothing_but_paths_is_refused_before_it_is_decoded(elsewhere, server, tmp_path):
+    """As `Dataset.to_parquet` leaves one whose image files lie elsewhere."""
+    folder, skipped = tmp_path / "photos", SkippedRows(tmp_path / "skipped.jsonl")
+    names = [elsewhere["absolute"], elsewhere["url"]] * 60
+    rows = {"image": [{"bytes": None, "path": name} for name in names], "caption": list(map(str, range(120)))}
+    features = datasets.Features({"image": datasets.Image(), "caption": datasets.Value("string")})
+    pyarrow.parquet.write_table(datasets.Dataset.from_dict(rows, features=features).data.table, folder / "a.parquet")
+    with pytest.raises(ValueError, match=r"in 120 of the first 120 rows \(of 120\); --allow_remote_images opens them"):
+        load_images(str(folder), "train")
+    rows, columns = load_images(str(folder), "train", allow_remote_images=True)
+    assert len(rows) == 2 and len(decode_dataset(rows, columns, 24, skipped, "train")) == 2
+    assert not skipped.count
+
+
 def test_a_bad_row_is_an_error_where_it_is_to_be_one(elsewhere, server, tmp_path):
     write_shards(tmp_path / "photos", "parquet", [elsewhere["url"]])
     rows, columns = load_images(str(tmp_path / "photos"), "train")
@@ -263,3 +281,38 @@ def test_a_card_that_names_data_files_elsewhere_is_an_error(kind, elsewhere, ser
         with pytest.raises(ValueError, match="README.md: expected data files below this folder"):
             load_split(str(tmp_path / "photos"), "train", streaming=streaming)
     assert not server.asked
+
+
+def test_a_card_on_the_hub_may_not_name_a_file_of_this_machine(monkeypatch):
+    """A data set's author must not choose which of the user's files become captions; `datasets` 5.0 opens them."""
+    for path in ("/etc/passwd", "https://example.org/a.csv", "hf://datasets/other/name@main/a.csv"):
+        own = "hf://datasets/some/name@main/a.csv"
+        config = SimpleNamespace(data_files={"train": [own], "test": [path]})
+        builder = SimpleNamespace(
+            repo_id=None,
+            config=config,
+            as_streaming_dataset=lambda split: datasets.IterableDataset.from_generator(list),
+        )
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *names, builder=builder: builder)
+        with pytest.raises(ValueError, match=f"the card of some/name: expected data files in its own .*, got {path}"):
+            load_split("some/name", "train", streaming=True)
+        load_split("some/name", "train", streaming=True, allow_remote=True)
+
+
+@pytest.mark.slow
+def test_a_local_file_in_a_hub_card_is_not_read(tmp_path):
+    """By real requests to a Hub on this machine."""
+    secret, repository, shown = tmp_path / "secret.jsonl", tmp_path / "photos", []
+    repository.mkdir()
+    secret.write_text('{"image": "a.png", "caption": "private"}\n')
+    (repository / "train.jsonl").write_text('{"image": "a.png", "caption": "public"}\n')
+    code = "from tinycap.training.data import load_split; print(load_split('some/name', 'train')['caption'][:])"
+    for path in ("train.jsonl", str(secret)):
+        card = {"configs": [{"config_name": "default", "data_files": [{"split": "train", "path": path}]}]}
+        (repository / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n")
+        with hub_stub.serve(repository) as hub:
+            variables = {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / path[-9:])}
+            options = {"cwd": REPOSITORY, "env": {**os.environ, **variables}, "text": True, "timeout": 60}
+            shown.append(subprocess.run([sys.executable, "-c", code], check=False, capture_output=True, **options))
+    assert shown[0].stdout.strip() == "['public']", shown[0].stderr
+    assert not shown[1].stdout and "ValueError: dataset some/name, split train: cannot be read" in shown[1].stderr

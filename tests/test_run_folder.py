@@ -48,6 +48,17 @@ def test_a_folder_with_anything_in_it_is_refused_and_stays_as_it_is(tmp_path):
     assert names(tmp_path) == ["notes.txt"]
 
 
+def test_resuming_clears_a_half_written_checkpoint_but_no_folder_of_others(tmp_path):
+    leave_a_run(tmp_path)
+    (tmp_path / "checkpoint-3" / "trainer_state.json").write_text(json.dumps({"files": {}}))
+    (tmp_path / ".checkpoint-7").mkdir()
+    (tmp_path / ".checkpoint-7" / "thesis.txt").write_text("mine")
+    (tmp_path / ".checkpoint-8").symlink_to(tmp_path / "teacher")
+    start_in(tmp_path, dataset_name=None, resume_from_checkpoint="latest")
+    assert not (tmp_path / ".checkpoint-4").exists()
+    assert (tmp_path / ".checkpoint-7" / "thesis.txt").is_file() and (tmp_path / ".checkpoint-8").is_symlink()
+
+
 def test_what_a_start_without_a_step_left_is_no_obstacle(tmp_path):
     (tmp_path / "skipped.jsonl").write_text("{}")
     (tmp_path / "train_args.json").write_text(json.dumps({"output_dir": "x"}))

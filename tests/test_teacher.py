@@ -13,14 +13,16 @@ from transformers import (
     CLIPModel,
     CLIPVisionConfig,
     CLIPVisionModelWithProjection,
+    DeiTConfig,
+    DeiTForImageClassificationWithTeacher,
     MobileNetV2ForImageClassification,
     ViTConfig,
     ViTModel,
 )
 
-from tinycap.training import towers
+from tinycap.training.frozen_towers import FrozenTowers
 from tinycap.training.teacher import Teacher, VisionTower
-from tinycap.training.towers import TEXT_HEAD_FILE, PretrainedImageTower
+from tinycap.training.towers import TEXT_HEAD_FILE, PretrainedImageTower, load_towers
 
 
 VISION = {
@@ -111,33 +113,84 @@ def test_a_whole_clip_model_and_its_vision_half_are_the_same_teacher(pixels, tmp
 def test_a_pretrained_classifier_becomes_a_tower_with_a_new_head(classifier, pixels):
     tower = PretrainedImageTower.from_pretrained(classifier, projection_dim=13).eval()
     given = MobileNetV2ForImageClassification.from_pretrained(classifier).eval()
-    assert tower(pixels).image_embeds.shape == (4, 13)
-    torch.testing.assert_close(tower.base(pixels).pooler_output, given.mobilenet_v2(pixels).pooler_output)
-
-
-def test_of_a_frozen_tower_only_the_head_learns_and_no_batch_is_remembered(classifier, pixels):
-    tower = PretrainedImageTower.from_pretrained(classifier, projection_dim=13, is_frozen=True).train()
-    before = {name: value.clone() for name, value in tower.base.state_dict().items()}
-    optimizer = torch.optim.SGD(tower.parameters(), lr=1.0)
-    tower(pixels).image_embeds.square().sum().backward()
-    optimizer.step()
-    assert tower.classifier.classifier.bias.grad.abs().sum() > 0
-    assert all(torch.equal(value, before[name]) for name, value in tower.base.state_dict().items())
-    thawed = PretrainedImageTower.from_pretrained(classifier, projection_dim=13).train()
-    thawed(pixels)
-    assert any(not torch.equal(value, before[name]) for name, value in thawed.base.state_dict().items())
-
-
-def test_a_frozen_tower_looks_at_a_large_batch_in_parts(classifier, monkeypatch):
-    tower = PretrainedImageTower.from_pretrained(classifier, 14, is_frozen=True).train()
-    pixels, sizes = torch.randn(7, 3, 32, 32), []
-    whole = tower(pixel_values=pixels).image_embeds
-    monkeypatch.setattr(towers, "FROZEN_BATCH_SIZE", 3)
-    tower.classifier.register_forward_pre_hook(
-        lambda module, args, kwargs: sizes.append(len(kwargs["pixel_values"])), with_kwargs=True
+    assert tower(pixels).image_embeds.shape == (4, 13) and tower.statistics == ([0.1, 0.2, 0.3], [0.4, 0.5, 0.6])
+    torch.testing.assert_close(
+        tower.classifier.mobilenet_v2(pixels).pooler_output, given.mobilenet_v2(pixels).pooler_output
     )
-    torch.testing.assert_close(tower(pixel_values=pixels).image_embeds, whole)
-    assert sizes == [3, 3, 1]
+
+
+def test_two_towers_see_pixels_in_their_own_size_and_by_their_own_statistics(classifier, resnet, pixels):
+    towers = load_towers([classifier, resnet], 13).eval()
+    towers.towers[1].set_image_size(40)
+    towers = type(towers)(list(towers.towers))
+    assert towers.config.image_size == 40
+    # 0..1, then by the second one's statistics: CLIP's, since it has no processor.
+    given = pixels * torch.tensor([0.4, 0.5, 0.6]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in towers.towers[1].statistics)
+    other = F.interpolate((given - mean) / std, (40, 40), mode="bicubic", antialias=True)
+    expected = towers.towers[0](pixels).image_embeds + towers.towers[1](other).image_embeds
+    torch.testing.assert_close(towers(pixels).image_embeds, expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("is_pair", [False, True])
+def test_a_head_trained_on_features_is_saved_as_a_teacher_of_pixels(is_pair, classifier, resnet, pixels, tmp_path):
+    """The head's parts are the towers' own heads."""
+    images = load_towers([resnet, classifier] if is_pair else [resnet], 13)
+    images.set_image_size(24)
+    frozen = FrozenTowers(images, dropout=0.5)
+    with torch.no_grad():
+        by_own = [pixels] if not is_pair else [pixels, pixels * images.scale[1] + images.shift[1]]
+        features = [tower(values).image_embeds for tower, values in zip(images.towers, by_own)]
+    assert [part.shape[1] for part in features] == [tower.num_features for tower in images.towers]
+    assert features[0].std(dim=0).max() > 0
+    features = torch.cat(features, dim=1)
+    frozen.save_pretrained(tmp_path, frozen.train().state_dict())
+    (tmp_path / TEXT_HEAD_FILE).touch()
+    teacher = Teacher.from_pretrained(str(tmp_path), "projected")
+    assert teacher.embed_dim == 13 and teacher.image_size == 24
+    expected = F.normalize(frozen.eval()(features).image_embeds, dim=-1)
+    torch.testing.assert_close(teacher(pixels), expected, atol=1e-5, rtol=1e-4)
+    with pytest.raises(ValueError, match="expected projected"):
+        Teacher.from_pretrained(str(tmp_path), "pooled")
+
+
+def test_of_frozen_towers_only_the_head_learns(classifier):
+    frozen = FrozenTowers(load_towers([classifier], 13), dropout=0.0)
+    assert [name for name, value in frozen.named_parameters() if value.requires_grad] == ["head.weight", "head.bias"]
+    assert frozen.head.out_features == 13
+
+
+def test_a_classifier_without_one_linear_layer_at_the_end_is_an_error(tmp_path):
+    sizes = {"hidden_size": 12, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 14}
+    model = DeiTForImageClassificationWithTeacher(DeiTConfig(image_size=24, patch_size=8, num_labels=5, **sizes))
+    model.save_pretrained(tmp_path / "deit")
+    with pytest.raises(ValueError, match="deit: expected an image classifier with a linear layer.*WithTeacher"):
+        PretrainedImageTower.from_pretrained(str(tmp_path / "deit"), 13)
+
+
+def test_timms_towers_are_teachers_too(pixels, tmp_path):
+    timm = pytest.importorskip("timm", exc_type=ImportError)
+    from transformers import TimmWrapperConfig, TimmWrapperForImageClassification
+
+    settings = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7], "input_size": [3, 32, 32]}
+    config = TimmWrapperConfig(architecture="mobilenetv3_small_050", num_labels=9, pretrained_cfg=settings)
+    TimmWrapperForImageClassification(config).save_pretrained(tmp_path / "timm")
+    frozen = FrozenTowers(load_towers([str(tmp_path / "timm")], 13), dropout=0.0).eval()
+    assert frozen.config.image_size == 32 and frozen.image_model.statistics == (settings["mean"], settings["std"])
+    given = timm.create_model("mobilenetv3_small_050", num_classes=0).eval()
+    weights = load_file(tmp_path / "timm" / "model.safetensors").items()
+    weights = {name.removeprefix("timm_model."): value for name, value in weights}
+    given.load_state_dict({name: value for name, value in weights.items() if not name.startswith("classifier.")})
+    pixels = F.interpolate(pixels, (32, 32))
+    with torch.no_grad():
+        features = frozen.image_model(pixels).image_embeds
+        torch.testing.assert_close(features, given(pixels))
+    frozen.save_pretrained(tmp_path / "out", frozen.state_dict())
+    (tmp_path / "out" / TEXT_HEAD_FILE).touch()
+    teacher = Teacher.from_pretrained(str(tmp_path / "out"), "projected")
+    assert teacher.scale.flatten().tolist() == [1, 1, 1], "the statistics of timm's configuration"
+    expected = F.normalize(frozen(features).image_embeds, dim=-1)
+    torch.testing.assert_close(teacher(pixels), expected, atol=1e-5, rtol=1e-4)
 
 
 def test_a_tower_with_a_text_head_is_a_teacher_another_classifier_is_not(classifier, pixels, tmp_path):

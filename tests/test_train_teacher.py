@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from ranks import Ranks
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
 from transformers import (
@@ -21,7 +22,7 @@ from tinycap import train_teacher
 from tinycap.training import loop
 from tinycap.training.teacher import Teacher
 from tinycap.training.tokenizer import load_tokenizer
-from tinycap.training.towers import TEXT_HEAD_FILE, LockedTextModel
+from tinycap.training.towers import TEXT_HEAD_FILE, LockedTextModel, PretrainedImageTower
 
 
 TINY = [
@@ -45,12 +46,15 @@ def test_a_trained_teacher_loads_as_clip_and_as_its_vision_half(tmp_path):
     assert AutoProcessor.from_pretrained(tmp_path / "out").tokenizer("").input_ids
 
 
-@pytest.mark.parametrize("is_locked", [False, True])
+@pytest.mark.parametrize("kind", ["fresh", "locked", "frozen"])
 @pytest.mark.slow
-def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(is_locked, sentence_encoder, tmp_path, monkeypatch):
-    """Also with cached text embeddings, which are the same in a resumed run."""
+def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(
+    kind, sentence_encoder, resnet, tmp_path, monkeypatch
+):
+    """Also with cached text embeddings, which are the same in a resumed run, and with cached features and dropout."""
     locked = ["--text_model_name_or_path", sentence_encoder, "--captions_per_image", "5"]
-    flags = [*LOCKED, *locked] if is_locked else TINY
+    frozen = [*FROZEN, "--image_model_name_or_path", resnet, *locked]
+    flags = {"fresh": TINY, "locked": [*LOCKED, *locked], "frozen": frozen}[kind]
     train_teacher.main([*flags, "--output_dir", str(tmp_path / "whole")])
     flags = [*flags, "--output_dir", str(tmp_path / "out")]
     with monkeypatch.context() as patch:
@@ -63,8 +67,9 @@ def test_a_teachers_run_that_was_killed_resumes_to_the_same_weights(is_locked, s
         with pytest.raises(KeyboardInterrupt):
             train_teacher.main(flags)
     train_teacher.main([*flags, "--resume_from_checkpoint", "latest"])
-    whole, resumed = (load_file(tmp_path / name / "model.safetensors") for name in ("whole", "out"))
-    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    for name in ("model.safetensors", "checkpoint-6/model.safetensors"):
+        whole, resumed = (load_file(tmp_path / folder / name) for folder in ("whole", "out"))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
 
 
 @pytest.fixture
@@ -100,20 +105,73 @@ def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, 
     assert given and all(torch.equal(trained[f"text_model.{name}"], value) for name, value in given.items())
 
 
+OWN = ("--patch_size", "--hidden_size", "--num_hidden_layers", "--num_attention_heads")
+PRETRAINED = [word for flag in zip(LOCKED[::2], LOCKED[1::2]) if flag[0] not in OWN for word in flag]
+FROZEN = [*PRETRAINED, "--freeze_image_model", "--feature_views", "3"]
+
+
 @pytest.mark.slow
 def test_a_teacher_can_start_from_a_pretrained_image_model(sentence_encoder, classifier, tmp_path):
-    own = ("--patch_size", "--hidden_size", "--num_hidden_layers", "--num_attention_heads")
-    flags = [word for flag in zip(LOCKED[::2], LOCKED[1::2]) if flag[0] not in own for word in flag]
-    flags += ["--text_model_name_or_path", sentence_encoder, "--image_model_name_or_path", classifier]
+    flags = [*PRETRAINED, "--text_model_name_or_path", sentence_encoder, "--image_model_name_or_path", classifier]
     out = tmp_path / "out"
-    train_teacher.main([*flags, "--freeze_image_model", "--output_dir", str(out)])
+    train_teacher.main([*flags, "--output_dir", str(out)])
     given, trained = load_file(f"{classifier}/model.safetensors"), load_file(out / "model.safetensors")
-    assert set(given) == set(trained)
-    moved = {name for name in given if given[name].shape != trained[name].shape or not given[name].equal(trained[name])}
-    assert moved == {"classifier.weight", "classifier.bias"}, "frozen but for its new head"
+    assert set(given) == set(trained) and trained["classifier.weight"].shape[0] == 14
+    kernel = next(name for name in given if "conv_stem" in name and given[name].dim() == 4)
+    assert not trained[kernel].equal(given[kernel]), "not frozen"
     teacher = Teacher.from_pretrained(str(out), "projected")
     assert teacher.image_size == 32 and teacher(torch.randn(2, 3, 32, 32)).shape == (2, 14)
     assert list(AutoImageProcessor.from_pretrained(out).image_mean) == [0.1, 0.2, 0.3]
+
+
+@pytest.mark.slow
+def test_a_frozen_image_model_is_asked_once_for_each_crop(sentence_encoder, resnet, photos, tmp_path, monkeypatch):
+    seen = []
+    forward = PretrainedImageTower.forward
+
+    def counted(self, pixel_values):
+        seen.extend(pixel_values)
+        return forward(self, pixel_values)
+
+    monkeypatch.setattr(PretrainedImageTower, "forward", counted)
+    flags = [*FROZEN, "--text_model_name_or_path", sentence_encoder, "--feature_cache_dir", str(tmp_path / "cache")]
+    flags, out = [*flags, "--dataset_name", photos, "--crop_scale", "0.6"], tmp_path / "out"
+    metrics = train_teacher.main([*flags, "--image_model_name_or_path", resnet, "--output_dir", str(out)])
+    assert len(seen) == 3 * 23 + 6, "three crops of each training image, one of a validation image"
+    assert not seen[0].equal(seen[23]), "another crop of the same image"
+    given, trained = load_file(f"{resnet}/model.safetensors"), load_file(out / "model.safetensors")
+    assert set(given) == set(trained)
+    moved = {name for name in given if given[name].shape != trained[name].shape or not given[name].equal(trained[name])}
+    assert moved == {"classifier.1.weight", "classifier.1.bias"}, "frozen but for its new head"
+
+    crops = torch.stack(seen[-6:])
+    teacher = Teacher.from_pretrained(str(out), "projected")
+    assert teacher.image_size == 32 and teacher(crops).shape == (6, 14)
+    assert metrics["num_images"] == 6
+
+    # Two of them, with another seed: the features of both are there.
+    seen.clear()
+    pair = [*flags, "--image_model_name_or_path", resnet, resnet, "--seed", "5"]
+    train_teacher.main([*pair, "--output_dir", str(tmp_path / "pair")])
+    # But for the cache's check of a row in each of its files.
+    assert len(seen) == 2 * (3 + 1)
+    assert Teacher.from_pretrained(str(tmp_path / "pair"), "projected")(crops).shape == (6, 14)
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_head_on_features_as_one(sentence_encoder, resnet, tmp_path):
+    flags = [*FROZEN, "--text_model_name_or_path", sentence_encoder, "--image_model_name_or_path", resnet]
+    # Dropout would differ; nothing else does.
+    flags += ["--captions_per_image", "2", "--feature_dropout", "0"]
+    train_teacher.main([*flags, "--output_dir", str(tmp_path / "one")])
+    halves = [*flags, "--per_device_train_batch_size", "5", "--output_dir", str(tmp_path / "two")]
+    Ranks(halves, tmp_path / "log", teacher=True).finish()
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    start = load_file(tmp_path / "one" / "checkpoint-4" / "model.safetensors")["vision_model.head.weight"]
+    last = load_file(tmp_path / "one" / "checkpoint-6" / "model.safetensors")["vision_model.head.weight"]
+    assert not start.equal(last)
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
 
 
 def test_a_locked_text_tower_means_its_real_tokens_and_stays_in_eval_mode(sentence_encoder):
@@ -231,6 +289,8 @@ def test_recall_counts_the_right_one_among_the_nearest():
         (["--text_model_name_or_path", "m"], ["--text_hidden_size", "--text_model_name_or_path"]),
         (["--image_model_name_or_path", "m"], ["--image_model_name_or_path", "--text_model_name_or_path"]),
         (["--freeze_image_model"], ["--freeze_image_model", "--image_model_name_or_path"]),
+        (["--feature_views", "3"], ["--feature_views", "--freeze_image_model"]),
+        (["--feature_dropout", "1"], ["--feature_dropout", "1"]),
         (
             ["--image_model_name_or_path", "m", "--text_model_name_or_path", "t"],
             ["--patch_size", "contradicts --image_model_name_or_path"],

@@ -123,23 +123,36 @@ def free_port() -> int:
         return server.getsockname()[1]
 
 
-LAUNCHER = """
-import os, subprocess, sys
-code = "import os, time; from tinycap.training import loop; loop.stop_with_launcher(); print(os.getpid(), flush=True); "
-subprocess.run([sys.executable, "-c", code + "time.sleep(60)"], env={**os.environ, "ACCELERATE_MIXED_PRECISION": "no"})
+RANK = """
+import os, time
+from tinycap.training import loop
+loop.stop_with_launcher()
+print(os.getpid(), flush=True)
+time.sleep(60)
 """
 
 
 @linux
 @pytest.mark.slow
-def test_a_process_ends_soon_after_its_launcher_was_killed():
-    launcher = subprocess.Popen([sys.executable, "-c", LAUNCHER], stdout=subprocess.PIPE, text=True)
-    worker = int(launcher.stdout.readline())
-    launcher.kill()
-    launcher.wait()
+@pytest.mark.parametrize("launcher", ["accelerate.commands.launch", "torch.distributed.run"])
+def test_ranks_end_soon_after_their_launcher_was_killed(launcher, tmp_path):
+    (tmp_path / "rank.py").write_text(RANK)
+    number, flags = (1, ["--cpu"]) if "accelerate" in launcher else (2, ["--standalone", "--nproc_per_node", "2"])
+    command = [sys.executable, "-m", launcher, *flags, str(tmp_path / "rank.py")]
+    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    ranks = [int(started.stdout.readline()) for _ in range(number)]
+    started.kill()
+    started.wait()
+
+    def going_on() -> list[int]:
+        there = [rank for rank in ranks if os.path.exists(f"/proc/{rank}")]
+        return [rank for rank in there if open(f"/proc/{rank}/stat").read().split()[2] != "Z"]
+
     for _ in range(50):
-        if not os.path.exists(f"/proc/{worker}") or open(f"/proc/{worker}/stat").read().split()[2] == "Z":
+        if not going_on():
             return
         time.sleep(0.1)
-    os.kill(worker, signal.SIGKILL)
-    raise AssertionError("the worker went on")
+    left = going_on()
+    for rank in left:
+        os.kill(rank, signal.SIGKILL)
+    assert not left, "ranks went on"

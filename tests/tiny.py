@@ -52,6 +52,12 @@ TEXT = {
     "eos_token_id": 2,
 }
 
+# Of a text encoder.
+ENCODER = {
+    **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 22},
+    **{"max_position_embeddings": 17, "projection_dim": 14},
+}
+
 
 def tiny_config(**changes) -> TinyCapConfig:
     """The tiny configuration; `vision_config` and `text_config` are merged into it, the rest replaces."""

@@ -23,6 +23,21 @@ class OutputError(OSError):
     """An output can't be written; names the file and the reason."""
 
 
+def output_error(error: BaseException | None) -> OutputError | None:
+    """The error of writing that an error is or was caused by; `None` where there is none."""
+    while error is not None:
+        if isinstance(error, OutputError):
+            return error
+        # `datasets` compares sizes before it writes.
+        if isinstance(error, OSError) and (error.errno in CANNOT_WRITE or "Not enough disk space" in str(error)):
+            # pyarrow's errors don't name the file.
+            cache = getattr(sys.modules.get("datasets"), "config", None)
+            unnamed = f"an output, probably the cache in HF_DATASETS_CACHE ({cache.HF_DATASETS_CACHE})" if cache else ""
+            return OutputError(f"cannot write {error.filename or unnamed or 'an output'}: {error.strerror or error}")
+        error = error.__cause__
+    return None
+
+
 class CommandError(Exception):
     """A command failed although its arguments and outputs are valid; exit status 1."""
 
@@ -121,8 +136,7 @@ def run_command(name: str, main: Callable[[], object], resume: str = "start it a
         say(name, f"error: {error}")
         return FAILED
     except (ValueError, ImportError, OSError) as error:
-        if getattr(error, "errno", None) in CANNOT_WRITE:
-            error = OutputError(f"cannot write {error.filename or 'an output'}: {error.strerror}")
+        error = output_error(error) or error
         say(name, f"error: {error}")
         return BAD_OUTPUT if isinstance(error, OutputError) else BAD_COMMAND
     finally:

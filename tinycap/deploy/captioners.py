@@ -4,6 +4,7 @@ A captioner takes paths or addresses and yields an `ImageResult` for each, in or
 them, `captioner.embed(images)` embeds them. Each library is imported only when its captioner is created.
 """
 
+import hashlib
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,6 +16,11 @@ from tinycap.checks_tinycap import check_generation
 from tinycap.commands import first_line
 from tinycap.confidence_tinycap import ConfidenceCalibration
 from tinycap.deploy.inputs import run_batches
+
+
+NO_TEXTS = "expected a checkpoint with a text encoder, got one without; docs/search.md says how to train it"
+# In an exported folder's `onnx`, beside the graphs.
+VISUAL_PROJECTION = "visual_projection.npy"
 
 
 def check_model(model: str) -> str:
@@ -77,7 +83,14 @@ class CaptionOptions:
 
 
 class Captioner:
-    """The captioners' base class."""
+    """The captioners' base class.
+
+    `embed_texts(texts)` embeds N texts to (N, D) float32 of unit norm; `ValueError` without a text encoder.
+    `fingerprint()` tells embeddings of this checkpoint and library from others.
+    """
+
+    # (D, width of the image embedding), where texts are embedded elsewhere.
+    visual_projection: Any = None
 
     def _run(self, run: Callable[[list], Iterable[dict]], images: Sequence[str]) -> Iterator[ImageResult]:
         """An `ImageResult` for each image, with the fields that `run` gives for each opened image of a batch."""
@@ -85,7 +98,16 @@ class Captioner:
             yield ImageResult(image, **({"error": str(found)} if isinstance(found, Exception) else found))
 
     def embed(self, images: Sequence[str]) -> Iterator[ImageResult]:
+        """Embeds images by the student, (projection_dim,) each."""
         return self._run(lambda batch: ({"embedding": row} for row in self.embed_batch(batch)), images)
+
+    def embed_for_texts(self, images: Sequence[str]) -> Iterator[ImageResult]:
+        """Embeds images where texts are, (D,) each; see `project_for_texts` of the model."""
+        for result in self.embed(images):
+            if self.visual_projection is not None and result.error is None:
+                result.embedding = self.visual_projection @ result.embedding
+                result.embedding /= (result.embedding**2).sum() ** 0.5
+            yield result
 
 
 class TorchCaptioner(Captioner):
@@ -121,6 +143,8 @@ class TorchCaptioner(Captioner):
         )
         self.pipeline.worker_init_fn = start_worker
         self.arguments = {"batch_size": options.batch_size, "num_workers": options.num_workers, **options.generation()}
+        if hasattr(model, "visual_projection"):
+            self.visual_projection = model.visual_projection.weight.detach().float().cpu().numpy()
         if options.confidence:
             self.arguments["return_confidence"] = True
             self.pipeline.calibration  # noqa: B018 - fails before the first image if there is none
@@ -149,6 +173,25 @@ class TorchCaptioner(Captioner):
             pixel_values = preprocess_images(self.pipeline.image_processor, images).to(model.device, model.dtype)
             return model.get_image_features(pixel_values).pooler_output.float().cpu().numpy()
 
+    def embed_texts(self, texts: list[str]) -> Any:
+        import torch
+
+        model, tokenizer = self.pipeline.model, self.pipeline.tokenizer
+        if model.config.text_encoder_config is None:
+            raise ValueError(f"--model {self.options.model}: {NO_TEXTS}")
+        limit = model.config.text_encoder_config.max_position_embeddings
+        with torch.inference_mode():
+            inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+            inputs = inputs.to(model.device)
+            embeds = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).text_embeds
+            return embeds.float().cpu().numpy()
+
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for value in self.pipeline.model.vision_model.state_dict().values():
+            digest.update(value.float().cpu().contiguous().numpy().tobytes())
+        return f"torch-{digest.hexdigest()[:16]}"
+
 
 class OnnxRuntimeCaptioner(Captioner):
     """`OnnxCaptioner` over many images: neither PyTorch nor transformers is imported.
@@ -173,9 +216,18 @@ class OnnxRuntimeCaptioner(Captioner):
         self.num_beams = options.resolve_num_beams(self.captioner.generation_config.get("num_beams"))
         self.calibration = ConfidenceCalibration.from_file(options.model) if options.confidence else None
         self.embed_batch = self.captioner.get_image_features
+        self.visual_projection = self.captioner.visual_projection
 
     def __call__(self, images: Sequence[str]) -> Iterator[ImageResult]:
         return self._run(self.caption_batch, images)
+
+    def embed_texts(self, texts: list[str]) -> Any:
+        if self.captioner.text_model is None:
+            raise ValueError(f"--model {self.options.model}: {NO_TEXTS}")
+        return self.captioner.get_text_features(texts)
+
+    def fingerprint(self) -> str:
+        return f"onnx-{hashlib.sha256(self.captioner.encoder_path.read_bytes()).hexdigest()[:16]}"
 
     def caption_batch(self, images: list) -> Iterator[dict]:
         for found in self.captioner(images, **self.options.generation()):

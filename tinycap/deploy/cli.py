@@ -1,4 +1,4 @@
-"""The command line `tinycap`: `caption`, `embed`, `export` and `trim-vocab`.
+"""The command line `tinycap`: `caption`, `embed`, `search`, `export` and `trim-vocab`.
 
 Large libraries are imported when a command needs them: `--help` answers at once, and `--backend onnx` never imports
 PyTorch.
@@ -94,6 +94,22 @@ def add_embed(parser: argparse.ArgumentParser) -> None:
     add(parser, "--output", output, metavar="FILE", required=True)
 
 
+def add_search(parser: argparse.ArgumentParser) -> None:
+    add(parser, "query", "what to look for, such as 'a dog on the beach'", nargs="?")
+    add_inputs(parser)
+    how = parser.add_mutually_exclusive_group()
+    add(how, "--like", "look for images like this one, in place of a query", metavar="IMAGE")
+    near = {"type": number(float, 0, 1), "metavar": "COSINE", "nargs": "?", "const": 0.95}
+    add(how, "--duplicates", "groups of images linked by cosines of at least this, in place of a query (0.95)", **near)
+    add(parser, "--number", "images, or groups of duplicates, to show", type=POSITIVE, default=10)
+    add(parser, "--format", "html is a page of thumbnails", choices=("text", "json", "tsv", "html"), default="text")
+    add(parser, "--output", "file for the answer (default: the screen)", metavar="FILE")
+    add(parser, "--index", "folder of the index (default: beside the images' folder)", metavar="FOLDER")
+    switch = {"action": argparse.BooleanOptionalAction, "default": True}
+    add(parser, "--refresh", "look for new, changed and deleted images first", **switch)
+    add(parser, "--captions", "caption what is found", **switch)
+
+
 def add_export(parser: argparse.ArgumentParser) -> None:
     add(parser, "--model", "a TinyCap repository (default: the released checkpoint)", metavar="FOLDER")
     add(parser, "--output", "folder for the files", metavar="FOLDER", required=True)
@@ -125,6 +141,7 @@ def create_parser() -> argparse.ArgumentParser:
     for name, run, add_arguments, what in (
         ("caption", run_images, add_caption, "caption images"),
         ("embed", run_images, add_embed, embeds),
+        ("search", run_search, add_search, "find images by words, by an image, or near duplicates, with an index"),
         ("export", run_export, add_export, "write the ONNX files that --backend onnx reads"),
         ("trim-vocab", run_trim, add_trim, trims),
     ):
@@ -267,6 +284,27 @@ def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed
         unread = f", {len(bad)} could not be read" if bad else ""
         unwritten = f", {len(failed)} could not be written" if failed else ""
         say(args.prog, f"{pending - len(bad) - len(failed)} of {total} images done{kept}{unread}{unwritten}")
+
+
+def run_search(args: argparse.Namespace) -> int:
+    if args.like is not None or args.duplicates is not None:
+        # Without a query, its place is the first image's.
+        args.images, args.query = [args.query, *args.images] if args.query is not None else args.images, None
+    elif args.query is None or not args.query.strip():
+        raise ValueError("expected a query, or --like or --duplicates, and images; got no query")
+    if args.input_list is not None:
+        args.images += read_lines(args.input_list, "surrogateescape")
+    if not args.images:
+        raise ValueError("expected images: a folder, files or patterns; got none")
+    captioner = BACKENDS[args.backend](check_arguments(args))
+    from tinycap.deploy.search import search
+
+    bad, left_out = search(args, captioner)
+    for image, error in bad[:MAX_NAMED]:
+        say(args.prog, error if image in error else f"{image}: {error}")
+    if len(bad) > MAX_NAMED:
+        say(args.prog, f"... {len(bad)} images could not be read; they are tried again once they change")
+    return BAD_IMAGES if bad or left_out[UNREADABLE] else DONE
 
 
 def run_export(args: argparse.Namespace) -> int:

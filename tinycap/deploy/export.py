@@ -1,7 +1,8 @@
-"""Exports a TinyCap as two ONNX graphs, in float32 and int8, which don't need PyTorch.
+"""Exports a TinyCap as ONNX graphs, in float32 and int8, which don't need PyTorch.
 
     onnx/encoder_model.onnx          pixel_values -> last_hidden_state, image_embeds
     onnx/decoder_model_merged.onnx   input_ids, encoder_hidden_states, past_key_values.* -> logits, present.*
+    onnx/text_model.onnx             input_ids, attention_mask -> text_embeds, of a checkpoint with a text encoder
 
 Names and folder are Optimum's and transformers.js's, the int8 ones end in `_quantized`. What is the encoder's
 `last_hidden_state` here is all that the decoder's cross-attention ever reads of an image, already projected: with one
@@ -15,13 +16,14 @@ import shutil
 import warnings
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.utils import cached_file
 
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
-from tinycap.deploy.captioners import extra_missing
+from tinycap.deploy.captioners import VISUAL_PROJECTION, extra_missing
 from tinycap.deploy.outputs import filling
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import load_repository
@@ -82,6 +84,17 @@ class DecoderGraph(nn.Module):
         return logits, *present
 
 
+class TextGraph(nn.Module):
+    """The text encoder with the token embedding."""
+
+    def __init__(self, model: TinyCapForConditionalGeneration):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
+        return (self.model.get_text_features(input_ids, attention_mask, return_dict=True).text_embeds,)
+
+
 def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize: bool = True) -> dict[str, Path]:
     """Writes the ONNX graphs of a checkpoint, and copies its configs and tokenizer.
 
@@ -90,7 +103,8 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
         quantize: write the int8 graphs too.
 
     Returns:
-        The graphs written, by name: `encoder_model`, `decoder_model_merged`, and both with `_quantized`.
+        The graphs written, by name: `encoder_model`, `decoder_model_merged`, with a text encoder `text_model`, and
+        each with `_quantized`.
 
     Raises:
         ValueError: the checkpoint isn't a TinyCap's.
@@ -107,11 +121,14 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
     output_dir, written = Path(output_dir), []
     with filling(output_dir) as aside:
         (aside / "onnx").mkdir()
-        for name, export in (("encoder_model", _export_encoder), ("decoder_model_merged", _export_decoder)):
+        graphs = {"encoder_model": _export_encoder, "decoder_model_merged": _export_decoder}
+        if model.config.text_encoder_config is not None:
+            graphs["text_model"] = _export_text
+        for name, export in graphs.items():
             path, quantized_path = (aside / "onnx" / f"{name}{suffix}.onnx" for suffix in ("", "_quantized"))
             export(model, path)
             if quantize:
-                quantize_graph(path, quantized_path, is_decoder=export is _export_decoder)
+                quantize_graph(path, quantized_path, is_decoder=export is not _export_encoder)
             written += [path, quantized_path][: 1 + quantize]
         for name in (*COMPANIONS, CONFIDENCE_NAME):
             # Only the calibration is optional.
@@ -196,6 +213,15 @@ def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     input_names = ["input_ids", "encoder_hidden_states", *(f"past_key_values.{name}" for name in names)]
     output_names = ["logits", *(f"present.{name}" for name in names)]
     _export(DecoderGraph(model), inputs, path, input_names, output_names, shapes)
+
+
+def _export_text(model: TinyCapForConditionalGeneration, path: Path) -> None:
+    if hasattr(model, "visual_projection"):
+        np.save(path.with_name(VISUAL_PROJECTION), model.visual_projection.weight.detach().numpy())
+    inputs = {"input_ids": torch.tensor([[1, 2, 1], [2, 1, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
+    batch, length = torch.export.Dim("batch"), torch.export.Dim("sequence_length")
+    shapes = dict.fromkeys(inputs, {0: batch, 1: length})
+    _export(TextGraph(model), inputs, path, list(inputs), ["text_embeds"], shapes)
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from tokenizers import Tokenizer
 
 from tinycap.checks_tinycap import MAX_INTEGER, check_generation, check_number, check_pixels, read_json
 from tinycap.commands import first_line
+from tinycap.deploy.captioners import VISUAL_PROJECTION
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.inputs import run_batches
 from tinycap.deploy.token_search import beam_search
@@ -27,7 +28,7 @@ from tinycap.processing_tinycap import load_image
 
 
 # Optimum's and transformers.js's names, in their folder `onnx`.
-ENCODER, DECODER = "encoder_model", "decoder_model_merged"
+ENCODER, DECODER, TEXT_MODEL = "encoder_model", "decoder_model_merged", "text_model"
 # Fields of `config.json` that are read, by part.
 SIZES = {
     "vision_config": ("image_size", "num_channels"),
@@ -151,6 +152,15 @@ class OnnxCaptioner:
             paths[0], options, {"pixel_values": image, "last_hidden_state": (), "image_embeds": ()}
         )
         self.decoder = load_graph(paths[1], options, {"input_ids": (), "logits": (sizes["vocab_size"],)})
+        self.encoder_path, self.text_model, self.visual_projection = paths[0], None, None
+        if (path := folder / "onnx" / f"{TEXT_MODEL}{suffix}.onnx").is_file():
+            self.text_model = load_graph(path, options, {"input_ids": (), "attention_mask": (), "text_embeds": ()})
+            section, name = config.get("text_encoder_config") or {}, "max_position_embeddings"
+            place = f"{folder / 'config.json'}: text_encoder_config.{name}"
+            check_number(place, section.get(name), Integral, 1, MAX_INTEGER)
+            self.max_text_length = section[name]
+            if (path := folder / "onnx" / VISUAL_PROJECTION).is_file():
+                self.visual_projection = np.load(path, allow_pickle=False)
         inputs = self.decoder.get_inputs()
         # (batch, heads, tokens so far, head_dim) of every layer's keys and values.
         self.cache_shapes = {item.name: item.shape for item in inputs if item.name.startswith("past_key_values")}
@@ -216,6 +226,13 @@ class OnnxCaptioner:
     def get_image_features(self, images: list) -> np.ndarray:
         """The student's embeddings of B images, (B, projection_dim), unit norm; `ValueError` if one can't be read."""
         return self.encode(self.preprocessor([load_image(image) for image in images]))[1]
+
+    def get_text_features(self, texts: list[str]) -> np.ndarray:
+        """Embeddings of N texts, (N, D), unit norm; for checkpoints with a text encoder."""
+        # One at a time, for the reason that `encode` gives, and without padding.
+        rows = [self.tokenizer.encode(text).ids[: self.max_text_length] for text in texts]
+        inputs = [{"input_ids": np.array([ids]), "attention_mask": np.ones((1, len(ids)), np.int64)} for ids in rows]
+        return np.concatenate([run_graph(self.text_model, ["text_embeds"], row)[0] for row in inputs])
 
     def encode(self, pixel_values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(B, 3, H, W) -> the decoder's input (B, M, width) and the image embeddings (B, projection_dim)."""

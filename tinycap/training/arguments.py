@@ -43,6 +43,8 @@ def build_parser(script: str, description: str) -> ArgumentParser:
                 default = flag.default_of(script)
                 text = flag.help if default is None else f"{flag.help} (default: {default})"
                 kind = {"action": argparse.BooleanOptionalAction} if flag.type is bool else {"type": flag.type}
+                if flag.several:
+                    kind["nargs"] = "+"
                 choices = flag.allowed if isinstance(flag.allowed, tuple) else None
                 group.add_argument(f"--{flag.name}", help=text, choices=choices, **kind)
     scenes = ", ".join(f"--{name} {value}" for name, value in SCENE_DEFAULTS[script].items())
@@ -90,6 +92,9 @@ def read_config_file(parser: ArgumentParser, flags: dict[str, Flag], path: str) 
     for name, text in content.items():
         if name not in flags or name == "config_file":
             parser.error(f"unknown key {name!r}: expected the name of a flag without its dashes")
+        if flags[name].several and isinstance(text, list):
+            words += [f"--{name}", *map(str, text)]
+            continue
         if not isinstance(text, str):
             parser.error(f"key {name!r}: expected one value, got a {type(text).__name__}")
         if text in ("", "~", "null"):
@@ -140,9 +145,10 @@ def check_sources(args: argparse.Namespace) -> None:
 
     What may be a name on the Hub is left to the libraries, unless the Hub is offline and has never been asked for it.
     """
-    flags = ("model_name_or_path", "teacher_name_or_path", "tokenizer_name", "image_model_name_or_path")
-    for flag in (*flags, "text_model_name_or_path", "dataset_name"):
-        name = getattr(args, flag, None)
+    flags = ("model_name_or_path", "teacher_name_or_path", "tokenizer_name", "text_model_name_or_path", "dataset_name")
+    sources = [(flag, getattr(args, flag, None)) for flag in flags]
+    sources += [("image_model_name_or_path", name) for name in getattr(args, "image_model_name_or_path", None) or ()]
+    for flag, name in sources:
         if name is None or os.path.exists(name):
             continue
         try:

@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -20,6 +21,11 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
 RANK_STATE_FILE = "process_state_{}.json"
+# What accelerate and `save_checkpoint` write into a checkpoint; transformers' Trainer writes other files too.
+CHECKPOINT_FILE = (
+    r"\.?checkpoint-\d+/(trainer_state\.json|process_state_\d+\.json|model[^/]*\.safetensors"
+    r"|(optimizer|scheduler|sampler)[^/]*\.bin|scaler\.pt|random_states_\d+\.pkl)"
+)
 
 
 def save_checkpoint(
@@ -33,8 +39,7 @@ def save_checkpoint(
     """
     final, aside = output_dir / f"checkpoint-{state['step']}", output_dir / f".checkpoint-{state['step']}"
     if accelerator.is_main_process:
-        for stale in output_dir.glob(".checkpoint-*"):
-            shutil.rmtree(stale)
+        clear_unfinished(output_dir)
     accelerator.wait_for_everyone()
     try:
         accelerator.save_state(str(aside))
@@ -64,6 +69,14 @@ def save_checkpoint(
             shutil.rmtree(old)
     accelerator.wait_for_everyone()
     return final
+
+
+def clear_unfinished(output_dir: Path) -> None:
+    """Deletes the checkpoints that a killed run left half written; a folder with files of others stays."""
+    for stale in output_dir.glob(".checkpoint-*"):
+        names = [path.relative_to(output_dir).as_posix() for path in stale.rglob("*")]
+        if stale.is_dir() and not stale.is_symlink() and all(re.fullmatch(CHECKPOINT_FILE, name) for name in names):
+            shutil.rmtree(stale)
 
 
 def _flush(path: Path) -> None:

@@ -19,8 +19,8 @@ from PIL import Image
 
 from tinycap.processing_tinycap import load_image
 from tinycap.training.captions import clean_captions, text_of, usable_captions
-from tinycap.training.folders import UNREADABLE, NoSplitError, find_broken_shard, read_folder
-from tinycap.training.skipped_rows import SkippedRows
+from tinycap.training.folders import UNREADABLE, NoSplitError, find_broken_shard, read_folder, read_shards
+from tinycap.training.skipped_rows import SkippedRows, refuse_remote_images
 
 
 logger = logging.getLogger(__name__)
@@ -107,25 +107,24 @@ def path_of(image: dict | str | bytes | None) -> str | None:
 
 
 def load_split(
-    dataset_name: str, split: str, dataset_config_name: str | None = None, streaming: bool = False
+    dataset_name: str, split: str, config: str | None = None, streaming: bool = False, allow_remote: bool = False
 ) -> AnyDataset:
     """Loads one split (slices such as `train[:100]` included) of a Hub dataset, of a local folder of shards (parquet,
     WebDataset), or of plain image files, undecoded; a stream reads the shards on the fly.
 
     Raises:
         NoSplitError: there is no such split; lists the splits.
-        ValueError: the folder does not exist or can't be read; names file, row and column where known.
+        ValueError: there is no such folder, it can't be read, or its card names files elsewhere without `allow_remote`.
     """
     is_folder = os.path.isdir(dataset_name)
     if not is_folder and (os.path.isabs(dataset_name) or dataset_name.startswith(".")):
         raise ValueError(f"dataset_name: no such folder: {dataset_name}")
-    if is_folder and (rows := read_folder(dataset_name, split, dataset_config_name)) is not None:
+    if is_folder and (rows := read_folder(dataset_name, split, config, allow_remote)) is not None:
         rows = undecoded(rows)
         return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
     try:
-        return undecoded(datasets.load_dataset(dataset_name, dataset_config_name, split=split, streaming=streaming))
+        return undecoded(read_shards(dataset_name, split, config, streaming, allow_remote))
     except UNREADABLE as error:
-        # The wording of the two modes of `datasets`.
         if re.search("(Unknown|Bad) split", str(error)):
             raise NoSplitError(f"dataset {dataset_name}: no split {split!r}: {error}") from error
         reason = find_broken_shard(dataset_name) or error.__cause__ or error
@@ -154,10 +153,11 @@ def load_splits(
     Raises:
         ValueError: a split or column is missing, a stream has no validation split, or there are too few images.
     """
-    train = load_split(dataset_name, train_split, dataset_config_name, streaming)
+    options = (dataset_config_name, streaming, columns.get("allow_remote_images", False))
+    train = load_split(dataset_name, train_split, *options)
     columns = resolve_columns(train, root=dataset_name, **columns)
     try:
-        validation = load_split(dataset_name, validation_split or "validation", dataset_config_name, streaming)
+        validation = load_split(dataset_name, validation_split or "validation", *options)
     except NoSplitError as error:
         if streaming or validation_split is not None:
             raise NoSplitError(f"{error} A split to validate on is named by --validation_split.") from None
@@ -187,7 +187,7 @@ def load_images(
     "validation" of a dataset without such a split is what `load_splits` holds out of "train" with the same seed.
     """
     try:
-        rows = load_split(dataset_name, split, dataset_config_name)
+        rows = load_split(dataset_name, split, dataset_config_name, False, columns.get("allow_remote_images", False))
         rows = merge_rows(rows, resolve_columns(rows, root=dataset_name, **columns))
     except NoSplitError:
         if split != "validation":
@@ -242,8 +242,7 @@ def resolve_columns(
     if not (kind is None or _is_value(kind, "string") or _holds_files(kind)):
         raise ValueError(f"image_column: expected images, bytes of image files or paths in {image!r}, got {kind}")
     image_id = next((name for name in ID_COLUMNS if name in names and name not in (caption, image)), None)
-    # `read_folder` names the files that it found.
-    follow_links = dataset.info.builder_name == "generator"
+    follow_links = dataset.info.builder_name == "generator"  # By `read_folder`, which found the files.
     return Columns(image, caption, image_id, tuple(more), root, follow_links, allow_remote_images)
 
 
@@ -300,6 +299,7 @@ def merge_rows(rows: Dataset, columns: Columns, num_proc: int | None = None) -> 
     files = undecoded(rows)
     options = {"with_indices": True, "fn_kwargs": {"columns": columns}, "remove_columns": columns.image}
     images = files.select_columns([columns.image])
+    refuse_remote_images(images, columns)
     keys = images.map(image_key, num_proc=num_proc, desc="Looking for rows of the same image", **options)["key"][:]
     first: dict[str, int] = {}
     for number, key in enumerate(keys):

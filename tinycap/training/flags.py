@@ -20,6 +20,7 @@ class Flag:
         default: for one's own images; a dict where it differs between the scripts. A `bool` makes a pair of switches.
         allowed: a tuple of choices, or an interval such as "[0, 1)".
         script: "distill" or "teacher", where only one script has it.
+        several: takes a list of values.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Flag:
     help: str
     allowed: tuple[str, ...] | str | None = None
     script: str | None = None
+    several: bool = False
 
     def default_of(self, script: str) -> Any:
         return self.default[script] if isinstance(self.default, dict) else self.default
@@ -66,10 +68,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         DistillFlag("freeze_vision_model", False, "train the decoder alone: the student's weights stay as they are"),
         DistillFlag("memory", None, "what the decoder attends to; as the config says if not given", MEMORIES),
         DistillFlag("image_size", None, "side of the images in pixels; as the config says if not given", POSITIVE),
-        TeacherFlag("image_model_name_or_path", None, "pretrained image classifier to start from; else a new tower"),
-        TeacherFlag("freeze_image_model", False, "train only the pretrained image model's new head"),
+        TeacherFlag("image_model_name_or_path", None, "pretrained image classifiers; else a new tower", several=True),
+        TeacherFlag("freeze_image_model", False, "train only a linear head on the image models' features"),
+        TeacherFlag("feature_views", 8, "crops of an image whose features are computed, once", POSITIVE),
+        TeacherFlag("feature_cache_dir", None, "store features here; in the output folder if not given"),
         TeacherFlag("text_model_name_or_path", None, "frozen sentence encoder to learn against; a new text tower else"),
-        TeacherFlag("image_size", 224, "side of the images in pixels", POSITIVE),
+        TeacherFlag("image_size", 224, "side of the images in pixels; a pretrained model's own", POSITIVE),
         TeacherFlag("patch_size", 32, "side of a patch in pixels", POSITIVE),
         TeacherFlag("hidden_size", 256, "width of the image tower", POSITIVE),
         TeacherFlag("num_hidden_layers", 6, "layers of the image tower", POSITIVE),
@@ -113,6 +117,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("weight_decay", {"distill": 0.05, "teacher": 0.1}, "decay of the weight matrices", NOT_NEGATIVE),
         DistillFlag("dropout", 0.1, "dropout of the decoder's embeddings and sublayers", SHARE),
         TeacherFlag("attention_dropout", 0.0, "dropout of the attention weights", SHARE),
+        TeacherFlag("feature_dropout", 0.2, "dropout of the features of frozen image models", SHARE),
         DistillFlag("patch_dropout", 0.0, "share of an image's patches left out of a training step", SHARE),
         DistillFlag("memory_noise", 0.0, "norm of the noise on the embedding, of norm 1, in training", NOT_NEGATIVE),
         Flag("crop_scale", 0.5, "smallest share of an image that a crop keeps; 1: all", "(0, 1]"),
@@ -159,6 +164,7 @@ RULES = (
     ("freeze_vision_model", "needs", "model_name_or_path", "a trained student"),
     ("freeze_vision_model", "needs", "distill_weight 0", "since a frozen student can't be distilled"),
     ("freeze_image_model", "needs", "image_model_name_or_path", ""),
+    *((name, "needs", "freeze_image_model", "") for name in ("feature_views", "feature_cache_dir", "feature_dropout")),
     ("image_model_name_or_path", "needs", "text_model_name_or_path", "a sentence encoder to learn against"),
     ("teacher_views", "needs", "teacher_cache_dir", ""),
     ("objective scst", "needs", "model_name_or_path", "a model whose captions are worth comparing"),

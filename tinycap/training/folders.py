@@ -65,7 +65,9 @@ def split_of(path: str) -> str | None:
     return next((match.lastgroup for match in matches if match), None)
 
 
-def read_folder(folder: str, split: str, config: str | None = None) -> datasets.Dataset | None:
+def read_folder(
+    folder: str, split: str, config: str | None = None, allow_remote: bool = False
+) -> datasets.Dataset | None:
     """One split (slices included) of a plain folder of captioned images; `None` where it holds shards or no images, or
     for a configuration.
 
@@ -76,7 +78,7 @@ def read_folder(folder: str, split: str, config: str | None = None) -> datasets.
     Raises:
         ValueError: a file can't be read or is elsewhere, there are images and no captions, or no such split; names it.
     """
-    for card in ("README.md", ".huggingface.yaml"):
+    for card in () if allow_remote else ("README.md", ".huggingface.yaml"):
         _check_data_files(folder, card)
     if config is not None:
         return None
@@ -113,6 +115,26 @@ def read_folder(folder: str, split: str, config: str | None = None) -> datasets.
     return _to_dataset(folder, splits, split)
 
 
+def read_shards(name: str, split: str, config: str | None = None, streaming: bool = False, allow_remote: bool = False):
+    """One split of a dataset on the Hub or in a folder of shards, by `datasets`.
+
+    Raises:
+        ValueError: its card names data files elsewhere, unless `allow_remote`.
+    """
+    builder = datasets.load_dataset_builder(name, config)
+    # Of a data set's present name, and of a bucket. `datasets` before 5.1 reads any file.
+    own = (f"hf://datasets/{builder.repo_id or name}@", f"hf://{name}/")
+    files = [str(path) for paths in (builder.config.data_files or {}).values() for path in paths]
+    elsewhere = [path for path in files if not path.split("::")[-1].startswith(own)]
+    if elsewhere and not (os.path.isdir(name) or allow_remote):
+        expected = "data files in its own repository (see --allow_remote_images)"
+        raise ValueError(f"the card of {name}: expected {expected}, got {elsewhere[0][:300]}")
+    if streaming:
+        return builder.as_streaming_dataset(split=split)
+    builder.download_and_prepare()
+    return builder.as_dataset(split=split)
+
+
 def _check_data_files(folder: str, card: str) -> None:
     """Refuses a folder whose card lets `datasets` read URLs or files outside the folder."""
     if not os.path.isfile(path := os.path.join(folder, card)):
@@ -135,7 +157,8 @@ def _check_data_files(folder: str, card: str) -> None:
         elif isinstance(value, str) and (
             os.path.isabs(value) or "://" in value or "::" in value or ".." in re.split(r"[/\\]", value)
         ):
-            raise ValueError(f"{path}: expected data files below this folder, got {value[:300]}")
+            expected = "data files below this folder (see --allow_remote_images)"
+            raise ValueError(f"{path}: expected {expected}, got {value[:300]}")
 
 
 def find_broken_shard(folder: str) -> str | None:

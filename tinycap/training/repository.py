@@ -12,6 +12,7 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from tinycap import REPOSITORY
 from tinycap.checks_tinycap import check_pixels
 from tinycap.commands import first_line
+from tinycap.confidence_tinycap import CONFIDENCE_NAME
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.pipeline_tinycap import check_image_processor
@@ -84,7 +85,7 @@ def save_repository(
     tokenizer: PreTrainedTokenizerFast,
     image_processor: CLIPImageProcessor,
 ) -> None:
-    """Writes weights, configs, code, tokenizer and processor to `output_dir`.
+    """Writes weights, configs, code, tokenizer and processor to `output_dir`; deletes a calibration of other weights.
 
     Raises:
         ValueError: `output_dir` is the folder that the code itself was loaded from.
@@ -94,6 +95,8 @@ def save_repository(
         raise ValueError(f"output_dir: expected a folder other than the code's own, got {output_dir}")
     output_dir.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(output_dir)
+    # Was fitted to the weights that were here.
+    (output_dir / CONFIDENCE_NAME).unlink(missing_ok=True)
     save_processors(output_dir, tokenizer, image_processor, PROCESSOR_CLASS)
     # safetensors writes files that only their owner can read.
     (output_dir / "model.safetensors").chmod(0o644)

@@ -31,19 +31,14 @@ START_FILES = (ARGS_FILE, SKIPPED_FILE)
 # What a run leaves beside the model, which is overwritten at the end.
 RUN_FILES = (*START_FILES, "metrics.jsonl", "eval_results.json", "curves.png", "samples.png", BEST_FILE)
 LEFTOVERS = (*RUN_FILES, "checkpoint-*", ".checkpoint-*", TEACHER_FOLDER)
-# What accelerate and `save_checkpoint` write into a checkpoint; transformers' Trainer writes other files too.
-CHECKPOINT_FILE = (
-    r"\.?checkpoint-\d+/(trainer_state\.json|process_state_\d+\.json|model[^/]*\.safetensors"
-    r"|(optimizer|scheduler|sampler)[^/]*\.bin|scaler\.pt|random_states_\d+\.pkl)"
-)
-TEACHER_FILE = rf"{TEACHER_FOLDER}/({CHECKPOINT_FILE}|[^/]+\.(jsonl?|safetensors))"
+TEACHER_FILE = rf"{TEACHER_FOLDER}/({checkpoints.CHECKPOINT_FILE}|[^/]+\.(jsonl?|safetensors))"
 
 # Arguments that a resumed run may change: none of them affects the weights.
 FREE_ON_RESUME = {
     *("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "config_file", "report_to", "logging_steps"),
     *("evaluation_steps", "checkpointing_steps", "checkpoints_total_limit", "load_best_model_at_end", "push_to_hub"),
     *("hub_model_id", "num_beams", "length_penalty", "per_device_eval_batch_size", "dataloader_num_workers"),
-    *("preprocessing_num_workers", "gradient_checkpointing", "on_bad_row"),
+    *("preprocessing_num_workers", "gradient_checkpointing", "on_bad_row", "feature_cache_dir"),
     # Checked through the `max_train_steps` that follow from it.
     "num_train_epochs",
 }
@@ -85,6 +80,7 @@ class RunFolder:
                 self.path.mkdir(parents=True, exist_ok=True)
             if self.args.resume_from_checkpoint is None and not self.is_open:
                 clear_output_dir(self.path)
+            checkpoints.clear_unfinished(self.path)
             write_json(self.path / ARGS_FILE, run_args(self.args))
         self.is_open = True
 
@@ -198,8 +194,9 @@ def check_output_dir(args: argparse.Namespace) -> None:
     if folder.resolve() == REPOSITORY or (folder / "train_distill.py").exists():
         raise ValueError(f"--output_dir: expected a folder other than the code's own, got {folder}")
     for name in ("model_name_or_path", "teacher_name_or_path", "image_model_name_or_path", "dataset_name"):
-        source = getattr(args, name, None)
-        if source is not None and Path(source).is_dir() and Path(source).resolve() == folder.resolve():
+        value = getattr(args, name, None)
+        folders = [Path(source).resolve() for source in (value if isinstance(value, list) else [value]) if source]
+        if folder.exists() and folder.resolve() in folders:
             raise ValueError(f"--output_dir: expected a folder other than --{name}, got {folder} for both")
     if getattr(args, "resume_from_checkpoint", None) is not None or not folder.exists():
         return
@@ -221,7 +218,7 @@ def run_leftovers(folder: Path) -> list[Path]:
     """What an earlier run left; an error where something has the name of it, but no run has written all of it."""
     earlier, known = read_run_args(folder), [*START_FILES]
     if earlier is not None:
-        known += [*RUN_FILES, CHECKPOINT_FILE]
+        known += [*RUN_FILES, checkpoints.CHECKPOINT_FILE]
         # Only a run on drawn scenes trains its own teacher.
         is_own = earlier.get("dataset_name") is None and earlier.get("teacher_name_or_path") is None
         known += [TEACHER_FILE] if is_own and read_run_args(folder / TEACHER_FOLDER) is not None else []

@@ -3,7 +3,9 @@
 import json
 from collections import defaultdict
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -53,3 +55,23 @@ class SkippedRows:
                 f"split {split}: expected at most {self.max_share:.0%} bad rows, got {len(bad)} of {total}, first: "
                 f"{bad[0]}" + (f"; they are listed in {self.path}" if self.path else "")
             )
+
+
+def refuse_remote_images(rows: Any, columns: Any) -> None:
+    """Raises `ValueError` if all of the first 100 undecoded rows name images that their `Columns` don't allow: before
+    the others are read one by one."""
+
+    def is_refused(row: dict) -> bool:
+        try:
+            columns.image_of(row)
+        except ValueError:
+            return True
+        return False
+
+    if len(rows) and all(map(is_refused, islice(rows, 100))):
+        seen = min(len(rows), 10_000)
+        refused = sum(map(is_refused, islice(rows, seen)))
+        raise ValueError(
+            f"image_column: expected bytes or files below {columns.root}, got URLs or files elsewhere in {refused:,} "
+            f"of the first {seen:,} rows (of {len(rows):,}); --allow_remote_images opens them"
+        )

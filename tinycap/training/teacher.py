@@ -9,7 +9,15 @@ from transformers import AutoConfig, CLIPVisionModelWithProjection
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import cached_file
 
-from tinycap.training.towers import TEXT_HEAD_FILE, PretrainedImageTower, load_weights, pixel_statistics
+from tinycap.training.towers import (
+    TEXT_HEAD_FILE,
+    ImageTowers,
+    PretrainedImageTower,
+    load_saved_towers,
+    load_weights,
+    pixel_statistics,
+    resize_pixels,
+)
 
 
 logger = logging.getLogger(__name__)
@@ -24,15 +32,18 @@ class VisionTower(CLIPVisionModelWithProjection):
 
 
 class Teacher(nn.Module):
-    """A frozen CLIP vision model, always in eval mode.
+    """A frozen CLIP vision model, or other image towers in its place, always in eval mode.
 
     Args:
-        vision_model (`CLIPVisionModelWithProjection` or `PretrainedImageTower`): the image tower.
+        vision_model (`CLIPVisionModelWithProjection`, `PretrainedImageTower` or `ImageTowers`): the image tower.
         feature (`str`): "pooled" for the pooled output before the visual projection (768 values for ViT-B/32),
             "projected" for `image_embeds` after it (512).
         teacher_mean, teacher_std: per channel, what the teacher's pixels are normalised by; CLIP's if not given.
         image_mean, image_std: per channel, what the incoming pixels are normalised by; the teacher's if not given.
     """
+
+    # Whether outputs have unit norm.
+    is_normalised = True
 
     def __init__(
         self, vision_model, feature="pooled", teacher_mean=None, teacher_std=None, image_mean=None, image_std=None
@@ -40,8 +51,8 @@ class Teacher(nn.Module):
         super().__init__()
         if feature not in FEATURES:
             raise ValueError(f"teacher_feature: expected one of {', '.join(FEATURES)}, got {feature!r}")
-        if feature != "projected" and isinstance(vision_model, PretrainedImageTower):
-            name = type(vision_model.classifier).__name__
+        if feature != "projected" and isinstance(vision_model, PretrainedImageTower | ImageTowers):
+            name = type(getattr(vision_model, "classifier", vision_model)).__name__
             raise ValueError(f"teacher_feature: expected projected, the only one of a {name}, got {feature!r}")
         self.vision_model = vision_model.eval().requires_grad_(False)
         self.feature = feature
@@ -58,12 +69,14 @@ class Teacher(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_path: str, feature="pooled", image_mean=None, image_std=None) -> "Teacher":
-        """Loads a `CLIPModel`, its vision half, or another image tower that `train_teacher.py` has trained against
+        """Loads a `CLIPModel`, its vision half, or other image towers that `train_teacher.py` has trained against
         texts; arguments as in the class. Raises `ValueError` where it is none of them or lacks weights.
         """
         try:
             model_type = AutoConfig.from_pretrained(name_or_path).model_type
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError) as error:
+            if (towers := load_saved_towers(name_or_path)) is not None:
+                return cls(towers, feature, *towers.statistics, image_mean, image_std)
             raise ValueError(
                 f"teacher {name_or_path}: expected a CLIP model on the Hub or in a local folder: {error}"
             ) from error
@@ -71,6 +84,7 @@ class Teacher(nn.Module):
             # The pooled feature doesn't use the projection.
             unused = "visual_projection" if feature == "pooled" else ""
             vision_model = load_weights(VisionTower, name_or_path, "a CLIP vision model", unused)
+            statistics = pixel_statistics(name_or_path)
         else:
             # Any image classifier has this format; only one trained against texts is a teacher.
             try:
@@ -82,7 +96,7 @@ class Teacher(nn.Module):
                     f"got model_type {model_type!r}"
                 ) from error
             vision_model = PretrainedImageTower.from_pretrained(name_or_path)
-        statistics = pixel_statistics(name_or_path)
+            statistics = vision_model.statistics
         if statistics is None:
             logger.info("teacher %s has no preprocessor_config.json; CLIP's mean and deviation are taken", name_or_path)
         return cls(vision_model, feature, *(statistics or (None, None)), image_mean, image_std)
@@ -103,9 +117,7 @@ class Teacher(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embeds (B, 3, H, W) pixels, normalised by `image_mean` and `image_std`, to (B, embed_dim) of unit norm."""
         pixel_values = pixel_values.float() * self.scale + self.shift
-        size = (self.image_size, self.image_size)
-        if pixel_values.shape[-2:] != size:
-            pixel_values = F.interpolate(pixel_values, size, mode="bicubic", align_corners=False, antialias=True)
+        pixel_values = resize_pixels(pixel_values, self.image_size)
         if self.feature == "pooled":
             embeds = self.vision_model.vision_model(pixel_values=pixel_values).pooler_output
         else:

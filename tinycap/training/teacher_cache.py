@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -85,7 +86,7 @@ class TeacherCache:
     num_views: int
 
     def __call__(self, view: int, row: int) -> torch.Tensor:
-        """(embed_dim,) float32, unit norm."""
+        """(embed_dim,) float32, of unit norm where the teacher's are."""
         return self.shards[view, row // SHARD_SIZE][row % SHARD_SIZE]
 
 
@@ -139,7 +140,8 @@ def build_teacher_cache(
         with replacing(path) as aside:
             save_file({"image_embeds": embed([(view, row) for row in parts[part]], workers)}, aside)
     wait_for_slow_process(accelerator)
-    opened = {shard: _open_shard(paths[shard], (len(parts[shard[1]]), teacher.embed_dim)) for shard in shards}
+    shapes = {shard: (len(parts[shard[1]]), teacher.embed_dim) for shard in shards}
+    opened = {shard: _open_shard(paths[shard], shapes[shard], teacher.is_normalised) for shard in shards}
     cache = TeacherCache(opened, num_views)
     # Files that were there already, maybe from somebody else.
     rng, found = random.Random(key), sorted({*shards} - {*missing})
@@ -150,7 +152,7 @@ def build_teacher_cache(
     return cache
 
 
-def _open_shard(path: Path, shape: tuple[int, int]) -> torch.Tensor:
+def _open_shard(path: Path, shape: tuple[int, int], is_normalised: bool) -> torch.Tensor:
     try:
         if not path.is_file():
             raise OSError("not a file")
@@ -164,17 +166,19 @@ def _open_shard(path: Path, shape: tuple[int, int]) -> torch.Tensor:
         )
     norms = embeds.norm(dim=1)
     # Those in half precision are off by 0.004; NaN is close to nothing.
-    if wrong := (~((norms - 1).abs() < 1e-2)).nonzero().flatten().tolist():
+    is_right = (norms - 1).abs() < 1e-2 if is_normalised else norms.isfinite()
+    if wrong := (~is_right).nonzero().flatten().tolist():
+        expected = "norm 1" if is_normalised else "finite norm"
         raise ValueError(
-            f"{path}: expected embeddings of norm 1, got {norms[wrong[0]]:.3g} in row {wrong[0]} and {len(wrong)} such "
-            "rows; delete it"
+            f"{path}: expected embeddings of {expected}, got {norms[wrong[0]]:.3g} in row {wrong[0]} and {len(wrong)} "
+            "such rows; delete it"
         )
     return embeds
 
 
 def _check_row(path: Path, row: int, embed: torch.Tensor, expected: torch.Tensor) -> None:
     """Raises `ValueError` unless a row's embedding is the one that the teacher computes."""
-    if (cosine := float(embed @ expected)) < MIN_COSINE:
+    if (cosine := float(F.cosine_similarity(embed, expected, dim=0))) < MIN_COSINE:
         raise ValueError(
             f"{path}: expected this teacher's embedding of row {row}, got another (cosine {cosine:.2f}); delete it"
         )

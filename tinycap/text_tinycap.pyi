@@ -1,0 +1,1 @@
+from text_tinycap import *

@@ -1,0 +1,300 @@
+"""Trains a captioner's text encoder: texts learn the teacher's text embeddings, as images have learnt its image ones.
+
+    python -m tinycap.training.text_encoder --model_name_or_path outputs/tinycap --dataset_name my_images \\
+        --teacher_name_or_path openai/clip-vit-base-patch32 --output_dir outputs/tinycap-search
+
+Student and decoder stay as they are, so that captions and image embeddings don't change. Texts are the training
+captions, and spans of them: a query is three words, not a sentence. Their targets are computed once, before the first
+step. A run takes minutes on a CPU and keeps no checkpoints: after an interruption it starts again.
+"""
+
+import argparse
+import contextlib
+import copy
+import random
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import send_to_device, set_seed
+from torch import nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+from transformers import AutoConfig, CLIPModel, get_scheduler
+
+from tinycap.commands import run_command, writing
+from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.training.captions import usable_captions
+from tinycap.training.data import load_split, resolve_columns
+from tinycap.training.logs import write_json
+from tinycap.training.optimization import OPTIMIZERS, create_optimizer
+from tinycap.training.repository import load_repository, save_repository
+from tinycap.training.run_folder import check_output_dir, clear_output_dir
+from tinycap.training.tokenizer import load_tokenizer
+from tinycap.training.towers import encode_sentences, load_sentence_encoder, load_text_head, load_weights
+
+
+# Words of the longest span.
+MAX_SPAN = 6
+# Share of the texts that are kept out of training, to measure on; at most so many.
+HELD_OUT, MAX_HELD_OUT = 0.05, 5000
+
+
+class TextTeacher(nn.Module):
+    """The frozen text half of a teacher: texts to unit-norm embeddings in its joint space.
+
+    Args:
+        name_or_path: a `CLIPModel`, or the output of `train_teacher.py --text_model_name_or_path ...`.
+        text_model: the sentence encoder that the latter was trained against.
+
+    Raises:
+        ValueError: it is neither, or the sentence encoder doesn't fit; names what was expected.
+    """
+
+    def __init__(self, name_or_path: str, text_model: str | None = None):
+        super().__init__()
+        self.visual_projection = None
+        is_clip = False
+        with contextlib.suppress(OSError, ValueError):
+            # The folder of several towers has no config of its own.
+            is_clip = AutoConfig.from_pretrained(name_or_path).model_type == "clip"
+        if is_clip:
+            if text_model is not None:
+                raise ValueError(f"--text_model_name_or_path: expected none, since {name_or_path} has its own texts")
+            self.model = load_weights(CLIPModel, name_or_path, "a CLIP model with both towers").eval()
+            self.tokenizer, self.logit_scale = load_tokenizer(name_or_path), self.model.logit_scale.item()
+            self.visual_projection = self.model.visual_projection.weight.detach().clone()
+            self.model.vision_model = None
+        else:
+            if text_model is None:
+                expected = "the sentence encoder that this teacher was trained against"
+                raise ValueError(f"--text_model_name_or_path: expected {expected}, {name_or_path}, got none")
+            self.model = load_sentence_encoder(text_model)
+            self.projection, self.logit_scale = load_text_head(name_or_path, self.model.config.hidden_size)
+            self.tokenizer = load_tokenizer(text_model)
+        self.tokenizer.padding_side = "right"
+        self.requires_grad_(False)
+
+    @torch.no_grad()
+    def forward(self, texts: list[str]) -> torch.Tensor:
+        """N texts to (N, D), unit norm."""
+        device = next(self.model.parameters()).device
+        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt").to(device)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if self.visual_projection is None:
+            embeds = self.projection(encode_sentences(self.model, ids, mask))
+        else:
+            embeds = self.model.text_projection(self.model.text_model(ids, attention_mask=mask).pooler_output)
+        return F.normalize(embeds.float(), dim=-1)
+
+
+class TextStudent(nn.Module):
+    """The text encoder with the decoder's frozen token embedding; returns the mean of 1 - cos to the targets."""
+
+    def __init__(self, model: TinyCapForConditionalGeneration):
+        super().__init__()
+        self.embed_tokens = model.decoder.embed_tokens.requires_grad_(False)
+        self.text_model = model.text_model
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        embeds = self.text_model(self.embed_tokens(input_ids), attention_mask, return_dict=True).text_embeds
+        return 1 - F.cosine_similarity(embeds.float(), targets, dim=-1).mean()
+
+
+def draw_spans(caption: str, number: int, rng: random.Random) -> list[str]:
+    """`number` runs of one to `MAX_SPAN` adjacent words of a caption."""
+    words, spans = caption.split(), []
+    for _ in range(number):
+        length = rng.randint(1, min(MAX_SPAN, len(words)))
+        start = rng.randint(0, len(words) - length)
+        spans.append(" ".join(words[start : start + length]))
+    return spans
+
+
+def collect_texts(args: argparse.Namespace) -> list[str]:
+    """The distinct captions of the data set, lines of the text files, and spans of both, in random order."""
+    sources: list[Iterable] = []
+    if args.dataset_name is not None:
+        rows = load_split(args.dataset_name, args.train_split, args.dataset_config_name)
+        columns = resolve_columns(rows, args.image_column, args.caption_column, args.dataset_name)
+        sources.append(value for row in rows.select_columns(columns.captions) for value in row.values())
+    for path in args.text_file:
+        try:
+            sources.append([Path(path).read_text(encoding="utf-8")])
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--text_file {path}: expected UTF-8 text, a caption a line: {error}") from error
+    texts = list(dict.fromkeys(text for source in sources for text in usable_captions(source)))
+    rng = random.Random(args.seed)
+    spans = [span for text in texts for span in draw_spans(text, args.spans_per_caption, rng)]
+    texts = list(dict.fromkeys(texts + spans))
+    rng.shuffle(texts)
+    if len(texts) < 2:
+        raise ValueError(f"expected at least 2 texts in {args.dataset_name or args.text_file}, got {len(texts)}")
+    return texts
+
+
+def embed_texts(teacher: TextTeacher, texts: list[str], batch_size: int) -> torch.Tensor:
+    """(N, D) float16 targets in the order of `texts`; those of like lengths are embedded together."""
+    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
+    targets = None
+    for start in tqdm(range(0, len(order), batch_size), desc="Embedding texts by the teacher", leave=False):
+        rows = order[start : start + batch_size]
+        embeds = teacher([texts[row] for row in rows]).half().cpu()
+        targets = embeds.new_empty(len(texts), embeds.shape[1]) if targets is None else targets
+        targets[rows] = embeds
+    return targets
+
+
+def add_text_encoder(
+    model: TinyCapForConditionalGeneration, teacher: TextTeacher, width: int, args: argparse.Namespace
+) -> TinyCapForConditionalGeneration:
+    """The captioner with a new text encoder of `width` outputs beside its own weights.
+
+    Raises:
+        ValueError: neither the teacher's texts nor its projection of images fit the image embeddings.
+    """
+    config, image_width = copy.deepcopy(model.config), model.config.vision_config.projection_dim
+    projection = teacher.visual_projection
+    if width != image_width and (projection is None or projection.shape != (width, image_width)):
+        raise ValueError(
+            f"--teacher_name_or_path: expected the captioner's teacher, with texts of the image embedding's width "
+            f"{image_width} or a projection of images to theirs, got width {width}"
+        )
+    sizes = {name: getattr(config.text_config, name) for name in ("hidden_size", "num_attention_heads")}
+    sizes |= {"intermediate_size": config.text_config.intermediate_size, "projection_dim": width}
+    encoder = {**sizes, "num_hidden_layers": args.num_hidden_layers, "hidden_dropout_prob": args.dropout}
+    new = TinyCapForConditionalGeneration(TinyCapConfig(**{**config.to_dict(), "text_encoder_config": encoder}))
+    new.load_state_dict(model.state_dict(), strict=False)
+    with torch.no_grad():
+        new.logit_scale.fill_(teacher.logit_scale)
+        if width != image_width:
+            new.visual_projection.weight.copy_(projection)
+    new.generation_config = model.generation_config
+    return new
+
+
+def train(args: argparse.Namespace, accelerator: Accelerator, model, tokenizer, texts, targets) -> float:
+    """Trains the model's text encoder; returns the mean cosine distance of held-out texts."""
+    held_out = min(MAX_HELD_OUT, max(1, int(HELD_OUT * len(texts))))
+    student = TextStudent(model)
+    limit = model.config.text_encoder_config.max_position_embeddings
+
+    def collate(rows: list[int], rng: random.Random | None = None) -> dict[str, torch.Tensor]:
+        chosen = [texts[row] for row in rows]
+        if rng is not None:
+            # Queries are rarely capitalised; the usual teachers ignore capitals.
+            chosen = [text.lower() if rng.random() < 0.5 else text for text in chosen]
+        inputs = tokenizer(chosen, padding=True, truncation=True, max_length=limit, return_tensors="pt")
+        return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"targets": targets[rows].float()}
+
+    def loader(rows: range, is_training: bool) -> DataLoader:
+        def collated(batch: list[int]) -> dict[str, torch.Tensor]:
+            return collate(batch, random.Random(f"{args.seed}/{batch[0]}") if is_training else None)
+
+        return DataLoader(rows, args.per_device_train_batch_size, shuffle=is_training, collate_fn=collated)
+
+    batches = loader(range(held_out, len(texts)), is_training=True)
+    optimizer = create_optimizer(student, args.learning_rate, args.weight_decay, args.optimizer)
+    wrapped, optimizer, batches = accelerator.prepare(student, optimizer, batches)
+    steps = max(1, round(args.num_train_epochs * len(batches)))
+    # accelerate steps the schedule once for each process.
+    sizes = [number * accelerator.num_processes for number in (min(100, steps // 10), steps)]
+    schedule = accelerator.prepare(get_scheduler("cosine", optimizer, *sizes))
+    student.train()
+    progress = tqdm(range(steps), desc="Training the text encoder", disable=not accelerator.is_main_process)
+    while progress.n < steps:
+        for batch in batches:
+            loss = wrapped(**batch)
+            accelerator.backward(loss)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            progress.update()
+            if progress.n % 50 == 0:
+                progress.set_postfix(distance=f"{loss.item():.3f}")
+            if not torch.isfinite(loss):
+                raise FloatingPointError(f"step {progress.n}: expected a finite loss, got {loss.item()}")
+            if progress.n >= steps:
+                break
+    student.eval()
+    total = 0.0
+    with torch.no_grad():
+        # On every process: it takes a second.
+        for batch in loader(range(held_out), is_training=False):
+            total += len(batch["targets"]) * student(**send_to_device(batch, accelerator.device)).item()
+    return total / held_out
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Writes the captioner with a text encoder to `--output_dir`; returns its metrics.
+
+    Raises:
+        ValueError: an argument, the captioner, the teacher or the texts don't fit; nothing has been trained then.
+    """
+    args = parse_args(argv)
+    accelerator = Accelerator(mixed_precision=args.mixed_precision)
+    if accelerator.is_main_process:
+        check_output_dir(args)
+    model, tokenizer, image_processor = load_repository(args.model_name_or_path, "--model_name_or_path")
+    teacher = TextTeacher(args.teacher_name_or_path, args.text_model_name_or_path).to(accelerator.device)
+    texts = collect_texts(args)
+    width = teacher(texts[:1]).shape[1]
+    set_seed(args.seed)
+    model = add_text_encoder(model, teacher, width, args).to(accelerator.device)
+    targets = embed_texts(teacher, texts, args.per_device_train_batch_size)
+    distance = train(args, accelerator, model, tokenizer, texts, targets)
+    metrics = {"text_cosine_distance": distance, "num_texts": len(texts)}
+    if accelerator.is_main_process:
+        output_dir = Path(args.output_dir)
+        clear_output_dir(output_dir)
+        with writing(output_dir):
+            save_repository(output_dir, model.cpu(), tokenizer, image_processor)
+            write_json(output_dir / "eval_results.json", metrics)
+        print(f"{output_dir}: cosine distance to the teacher's embeddings of held-out texts {distance:.3f}")
+    accelerator.end_training()
+    return metrics
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    description = __doc__.split("\n\n")[0]
+    name = "python -m tinycap.training.text_encoder"
+    parser = argparse.ArgumentParser(name, description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="the captioner that gets a text encoder: folder or Hub id")
+    add("--teacher_name_or_path", required=True, help="its teacher: a CLIP model, or an output of train_teacher.py")
+    add("--text_model_name_or_path", help="the sentence encoder that the latter was trained against")
+    add("--dataset_name", help="captions to learn from: Hub id or folder, as for train_distill.py")
+    add("--dataset_config_name", help="configuration of the dataset, where it has several")
+    add("--train_split", default="train", help="split to train on")
+    add("--image_column", help="column of the images; found by its type if not given")
+    add("--caption_column", help="column of strings or lists of strings; found by its name if not given")
+    add("--text_file", action="append", default=[], help="more texts, one a line; repeatable")
+    add("--spans_per_caption", type=int, default=2, help="spans of one to six words drawn from each text")
+    add("--num_hidden_layers", type=int, default=2, help="layers of the text encoder")
+    add("--dropout", type=float, default=0.0, help="dropout of its sublayers")
+    add("--num_train_epochs", type=float, default=10.0, help="passes over the texts")
+    add("--per_device_train_batch_size", type=int, default=256, help="texts in a device's batch")
+    add("--learning_rate", type=float, default=2e-3, help="peak learning rate; the schedule is a cosine")
+    add("--weight_decay", type=float, default=0.05, help="decay of the weight matrices")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="muon needs torch 2.9")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="as accelerate is configured if not given")
+    add("--seed", type=int, default=42, help="fixes weights, spans and order")
+    add("--output_dir", required=True, help="folder that becomes the model repository")
+    add("--overwrite_output_dir", action="store_true", help="write over an earlier one")
+    args = parser.parse_args(argv)
+    if args.dataset_name is None and not args.text_file:
+        parser.error("expected --dataset_name or --text_file, got neither")
+    for flag in ("num_hidden_layers", "num_train_epochs", "per_device_train_batch_size", "learning_rate"):
+        if not getattr(args, flag) > 0:
+            parser.error(f"--{flag}: expected a positive number, got {getattr(args, flag)}")
+    if args.spans_per_caption < 0:
+        parser.error(f"--spans_per_caption: expected 0 or more, got {args.spans_per_caption}")
+    return args
+
+
+if __name__ == "__main__":
+    sys.exit(run_command("python -m tinycap.training.text_encoder", main))
