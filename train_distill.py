@@ -31,7 +31,7 @@ from tinycap.commands import writing
 from tinycap.evaluation.metrics import distillation_fidelity, score_captions
 from tinycap.evaluation.reports import contact_sheet, plot_curves
 from tinycap.training.arguments import check_sources, parse_flags
-from tinycap.training.batches import CaptionCollator
+from tinycap.training.batches import CaptionCollator, image_inputs
 from tinycap.training.checkpoints import complete_checkpoints
 from tinycap.training.data import decoded_image
 from tinycap.training.loading import Data, cache_teacher_embeddings, create_loaders, load_data
@@ -45,6 +45,7 @@ from tinycap.training.scenes import score_scene_captions
 from tinycap.training.scst import CiderReward, SelfCriticalObjective
 from tinycap.training.student import build_config, build_model, distillation_problems, fit_config, load_processors
 from tinycap.training.teacher import Teacher
+from tinycap.training.teacher_cache import FrozenStudent
 from tinycap.training.tokenizer import count_truncated, train_tokenizer
 
 
@@ -128,7 +129,7 @@ def teacher_embeddings(teacher: Teacher | None, batch: dict) -> torch.Tensor | N
 def joint_losses(model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | None) -> dict[str, torch.Tensor]:
     """The model's losses by name: `loss`, `caption_loss` and, with a teacher, `distill_loss`."""
     output = model(
-        pixel_values=batch["pixel_values"],
+        **image_inputs(batch),
         labels=batch["labels"],
         teacher_embeds=teacher_embeds,
         skip_logits=True,
@@ -143,7 +144,8 @@ def create_objective(args: argparse.Namespace, data: Data, tokenizer):
         return joint_losses
     logger.info("Counting the words of the training captions, for their CIDEr.")
     reward = CiderReward(data.train["captions"])
-    return SelfCriticalObjective(tokenizer, reward, args.scst_samples, args.max_caption_length)
+    sizes = (args.scst_samples, args.max_caption_length)
+    return SelfCriticalObjective(tokenizer, reward, *sizes, args.cross_entropy_weight)
 
 
 def compute_losses(
@@ -273,7 +275,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     tokenizer, image_processor = load_processors(args, image_size)
     teacher = load_teacher(args, accelerator, run, image_processor)
     # Precomputed teacher embeddings may be those of larger crops than the student's.
-    teacher_crop_size = image_size if args.teacher_cache_dir is None else max(image_size, teacher.image_size)
+    cached = teacher is not None and args.teacher_cache_dir is not None
+    teacher_crop_size = max(image_size, teacher.image_size) if cached else image_size
     data = load_data(args, accelerator, image_size, teacher_crop_size, run.skipped)
     if tokenizer is None:
         tokenizer = train_tokenizer(data.captions(), args.vocab_size, config.text_config.max_position_embeddings)
@@ -287,7 +290,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics, end_truncated=False)
     batches, validation_loader = create_loaders(args, accelerator, data, collator, image_size, run.skipped)
     if args.teacher_cache_dir is not None:
-        cache_teacher_embeddings(args, accelerator, teacher, data, (batches, validation_loader), teacher_crop_size)
+        source = teacher or FrozenStudent(model.vision_model, accelerator.device)
+        cache_teacher_embeddings(args, accelerator, source, data, (batches, validation_loader), teacher_crop_size)
     run.start(batches, data.fingerprint)
     warn_of_few_steps(args)
     run_info = describe_run(args, accelerator, data, tokenizer, model, teacher)

@@ -37,23 +37,26 @@ def flags_of(command: list[str], run: str) -> list[str]:
 def test_the_released_recipe_runs_each_stage_once_with_flags_that_parse(launched, tmp_path):
     for _ in range(2):
         recipe.main([str(RECIPE), "--output_dir", str(tmp_path), *VARIABLES])
-    assert len(launched) == 9, "a second call repeats nothing"
+    assert len(launched) == 10, "a second call repeats nothing"
     assert all(command[0] == sys.executable for command in launched)
     assert flags_of(launched[0], efficientnet_lite.__name__) == ["--output_dir", str(tmp_path / "efficientnet_lite0")]
     teacher = train_teacher.parse_args(flags_of(launched[2], str(REPOSITORY / "train_teacher.py")))
     towers = [str(tmp_path / f"efficientnet_lite{variant}") for variant in (0, 2)]
     assert teacher.image_model_name_or_path == towers and teacher.freeze_image_model
     script = str(REPOSITORY / "train_distill.py")
-    stages = [train_distill.parse_args(flags_of(command, script)) for command in launched[3:8]]
-    assert [args.image_size for args in stages] == [112, 112, 224, 224, 224]
-    assert [args.mixup for args in stages] == [0, 0.5, 0.5, 0, 0]
-    assert [args.optimizer for args in stages] == [*["muon"] * 4, "adamw"]
-    assert [args.objective for args in stages] == [*["cross_entropy"] * 4, "scst"]
-    assert [args.freeze_vision_model for args in stages] == [False, False, False, True, True]
-    assert [args.model_name_or_path for args in stages[1:]] == [args.output_dir for args in stages[:-1]]
+    stages = [train_distill.parse_args(flags_of(command, script)) for command in launched[3:9]]
+    assert [args.image_size for args in stages] == [112, 112, 224, 224, 224, 224]
+    assert [args.mixup for args in stages] == [0, 0.5, 0.5, 0, 0, 0]
+    assert [args.optimizer for args in stages] == [*["muon"] * 4, "adamw", "adamw"]
+    assert [args.objective for args in stages] == [*["cross_entropy"] * 4, "scst", "scst"]
+    assert [args.freeze_vision_model for args in stages] == [False, False, False, True, True, True]
+    folders = [args.output_dir for args in stages]
+    assert [args.model_name_or_path for args in stages[1:]] == [*folders[:4], folders[3]]
     assert all(args.dataset_name == "photos" for args in stages)
-    mean = soup.parse_args(flags_of(launched[8], soup.__name__))
-    assert mean.models == [stages[-1].output_dir, stages[-2].output_dir]
+    mean = soup.parse_args(flags_of(launched[9], soup.__name__))
+    assert mean.models == [folders[4], folders[5], folders[3]] and mean.weights == [1, 1, 1]
+    assert [args.cross_entropy_weight for args in stages] == [0, 0, 0, 0, 0.03, 0.04]
+    assert stages[-3].teacher_cache_dir == stages[-1].teacher_cache_dir == str(tmp_path / "student_cache")
     assert mean.output_dir == str(tmp_path / "flickr8k")
 
 

@@ -8,9 +8,10 @@ from tinycap.training.scst import (
     END_WORD,
     CiderReward,
     SelfCriticalObjective,
+    TokenDraw,
     labels_of,
     self_critical_advantage,
-    self_critical_loss,
+    self_critical_losses,
 )
 
 
@@ -54,11 +55,31 @@ def test_labels_end_with_the_first_end_token():
 
 def test_the_loss_makes_better_samples_likelier_and_worse_ones_less_likely():
     logits = torch.zeros(2, 3, 5, requires_grad=True)
-    labels = torch.tensor([[1, 2, -100], [3, 4, 4]])
-    self_critical_loss(logits, labels, torch.tensor([2.0, -1.0])).backward()
+    labels = torch.tensor([[[1, 2, -100], [3, 4, 4]]])
+    self_critical_losses(logits, labels, torch.tensor([[2.0, -1.0]]))[0].backward()
     assert logits.grad[0, 0, 1] < 0 and logits.grad[0, 1, 2] < 0, "descent raises them"
     assert logits.grad[1, 0, 3] > 0 and logits.grad[1, 2, 4] > 0
     assert not logits.grad[0, 2].any(), "padding has no say"
+
+
+def test_the_human_captions_loss_counts_by_its_weight(tokenizer):
+    model = tiny_repository_model(tokenizer).eval()
+    labels = torch.tensor([[5, 7, 2, -100], [9, 2, -100, -100], [4, 4, 4, 2], [6, 2, -100, -100]])
+    batch = {"pixel_values": torch.randn(2, 3, 24, 24), "references": [["one"], ["two"]], "labels": labels}
+    found = {}
+    for weight in (0.0, 0.25):
+        torch.manual_seed(3)
+        objective = SelfCriticalObjective(tokenizer, lambda *given: torch.arange(6.0), 3, 5, weight)
+        found[weight] = objective(model, model, batch, None)
+    assert "cross_entropy" not in found[0.0] and found[0.0]["loss"] == found[0.0]["scst_loss"]
+    mixed, expected = found[0.25], model(pixel_values=batch["pixel_values"], labels=labels).caption_loss
+    torch.testing.assert_close(mixed["cross_entropy"], expected)
+    torch.testing.assert_close(mixed["scst_loss"], found[0.0]["scst_loss"])
+    torch.testing.assert_close(mixed["loss"], mixed["scst_loss"] + 0.25 * expected)
+    embeds = model.get_image_features(batch["pixel_values"]).pooler_output
+    torch.manual_seed(3)
+    cached = objective(model, model, {**batch, "pixel_values": None, "image_embeds": embeds}, None)
+    torch.testing.assert_close(cached["loss"], mixed["loss"])
 
 
 @pytest.mark.slow
@@ -86,3 +107,13 @@ def test_training_on_a_reward_raises_it(tokenizer):
         optimizer.zero_grad()
         rewards.append(losses["reward"].item())
     assert sum(rewards[:5]) < 4 and sum(rewards[-5:]) > 4.5, rewards
+
+
+def test_tokens_are_drawn_as_often_as_they_are_probable():
+    torch.manual_seed(0)
+    scores = torch.tensor([[0.0, -torch.inf, 2.0, 1.0, -torch.inf]]).expand(20_000, -1)
+    left = TokenDraw()(None, scores)
+    assert ((left == 0).sum(dim=1) == 1).all() and (left == -torch.inf).sum() == 4 * 20_000
+    shares = (left == 0).float().mean(dim=0)
+    torch.testing.assert_close(shares, scores[0].softmax(dim=0), atol=0.01, rtol=0)
+    assert shares[1] == shares[4] == 0

@@ -54,7 +54,23 @@ def test_every_weight_of_a_soup_is_the_mean_of_the_models(models, tmp_path):
     for name, value in found.items():
         torch.testing.assert_close(value, torch.stack([part[name] for part in parts]).mean(dim=0))
     assert not torch.equal(parts[0]["decoder.embed_tokens.weight"], parts[1]["decoder.embed_tokens.weight"])
-    assert json.loads((tmp_path / "soup" / soup.SOUP_FILE).read_text()) == {"models": list(map(str, models))}
+    assert json.loads((tmp_path / "soup" / soup.SOUP_FILE).read_text())["models"] == list(map(str, models))
+
+
+def test_a_model_counts_as_much_in_a_soup_as_its_weight_says(models, tmp_path):
+    flags = ["--models", *map(str, models), "--output_dir", str(tmp_path / "soup"), "--weights", "1", "2", "0.5"]
+    soup.main(flags)
+    found, (a, b, c) = weights(tmp_path / "soup"), [weights(folder) for folder in models]
+    for name, value in found.items():
+        torch.testing.assert_close(value, (a[name] + 2 * b[name] + 0.5 * c[name]) / 3.5)
+    assert json.loads((tmp_path / "soup" / soup.SOUP_FILE).read_text())["weights"] == [1.0, 2.0, 0.5]
+
+
+@pytest.mark.parametrize("given", (["1"], ["1", "-2"], ["1", "inf"], ["1", "0"]))
+def test_weights_that_do_not_fit_the_models_are_an_error(given, capsys):
+    with pytest.raises(SystemExit):
+        soup.parse_args(["--models", "a", "b", "--output_dir", "c", "--weights", *given])
+    assert "--weights: expected a positive number for each of 2 models, got [1.0" in capsys.readouterr().err
 
 
 def test_a_soup_is_a_repository_like_its_first_model(models, tmp_path):

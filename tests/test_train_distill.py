@@ -197,11 +197,11 @@ def test_a_captioner_goes_on_by_the_cider_of_its_own_samples(flags, tmp_path, re
     train_distill.main(
         [
             *(*without, "--model_name_or_path", str(repository), "--distill_weight", "0", "--max_train_steps", "2"),
-            *("--objective", "scst", "--scst_samples", "3"),
+            *("--objective", "scst", "--scst_samples", "3", "--cross_entropy_weight", "0.1"),
         ]
     )
     steps = [row for row in log_rows(tmp_path / "out") if "loss" in row]
-    assert len(steps) == 2 and all({"scst_loss", "reward"} <= set(row) for row in steps)
+    assert len(steps) == 2 and all({"scst_loss", "reward", "cross_entropy"} <= set(row) for row in steps)
     before, after = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
 
@@ -254,12 +254,19 @@ def test_a_decoder_is_trained_beside_a_student_that_stays(flags, tmp_path, token
     drop = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--patch_dropout")
     without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
     kept = [*without, "--model_name_or_path", str(repository), "--distill_weight", "0", "--freeze_vision_model"]
-    train_distill.main([*kept, "--memory_noise", "0.7", "--learning_rate", "1e-2"])
+    kept += ["--memory_noise", "0.7", "--learning_rate", "1e-2"]
+    train_distill.main(kept)
     before, after = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
     assert all(torch.equal(before[name], after[name]) for name in before if name.startswith("vision_model."))
     assert not torch.equal(before["decoder.embed_tokens.weight"], after["decoder.embed_tokens.weight"])
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert config["memory_noise"] == 0.7 and config["distill_weight"] == 1.0, "the weight it was taught with"
+    # Two epochs: as many views, so that both runs have the same crops.
+    cache = ["--teacher_cache_dir", str(tmp_path / "cache"), "--teacher_views", "2"]
+    train_distill.main([*kept, "--output_dir", str(tmp_path / "cached"), *cache])
+    for first, second in zip(log_rows(tmp_path / "out"), log_rows(tmp_path / "cached"), strict=True):
+        assert first.get("loss") == pytest.approx(second.get("loss"), abs=1e-5)
+    assert "cosine_distance" not in json.loads((tmp_path / "cached" / "eval_results.json").read_text())
 
 
 def test_another_memory_than_the_checkpoints_is_an_error(repository):
@@ -335,6 +342,7 @@ def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
         (["--config_name", "c", "--model_name_or_path", "m"], ["--config_name", "--model_name_or_path"]),
         (["--tokenizer_name", "c", "--model_name_or_path", "m"], ["--tokenizer_name", "--model_name_or_path"]),
         (["--objective", "scst"], ["--objective scst", "--model_name_or_path"]),
+        (["--cross_entropy_weight", "0.1"], ["--cross_entropy_weight", "--objective scst"]),
         (["--scst_samples", "1"], ["--scst_samples", "at least 2"]),
         (["--teacher_cache_dir", "c", "--streaming"], ["--teacher_cache_dir", "--streaming"]),
         (["--teacher_views", "3"], ["--teacher_views", "--teacher_cache_dir"]),

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
 
 from tinycap.training.augmentation import Augmentation, View
 from tinycap.training.device_images import pack_views
@@ -60,13 +61,15 @@ class CaptionDataset(SampleMaker, Dataset):
     """Samples of decoded rows, drawn anew in every epoch; see `SampleMaker`.
 
     A key is `(epoch, row)`, so that workers need not know the epoch, or a row of epoch 0. With a `TeacherCache`, epochs
-    cycle through its views, and samples carry `teacher_embeds`, the teacher's embedding of their view.
+    cycle through its views, and samples carry `teacher_embeds`, the teacher's embedding of their view; `image_embeds`
+    instead where it is a frozen student's (`caches_student`).
 
     Args:
         offsets: of every row in a `DevicePixels` that holds all images, which aren't read here then.
     """
 
     teacher_cache: Callable[[int, int], torch.Tensor] | None = None
+    caches_student: bool = False
     offsets: Sequence[int] | None = None
 
     def in_size(self, image_size: int) -> "CaptionDataset":
@@ -85,7 +88,7 @@ class CaptionDataset(SampleMaker, Dataset):
         view = epoch if self.teacher_cache is None else epoch % self.teacher_cache.num_views
         sample = self.make_sample(self._row(index), index, epoch, view, self._draw_row)
         if self.teacher_cache is not None:
-            sample["teacher_embeds"] = self.teacher_cache(view, index)
+            sample["image_embeds" if self.caches_student else "teacher_embeds"] = self.teacher_cache(view, index)
         return sample
 
     def _row(self, index: int) -> dict:
@@ -175,7 +178,8 @@ class CaptionCollator:
         dict of `pixel_values` (B, 3, H, W) float32, or the `views` that `DevicePixels` makes them of; `labels` (B * K,
         T) int64, the captions of an image in adjacent rows, each with its end token and -100 as padding, all -100 for
         an image that is mixed or has no captions; `num_tokens`, how many labels aren't -100; `references`, B lists of
-        all captions of an image; `image_ids`, B strings; `teacher_embeds` (B, embed_dim) where the samples carry them.
+        all captions of an image; `image_ids`, B strings; `teacher_embeds` or `image_embeds` (B, embed_dim) where the
+        samples carry them.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -212,8 +216,8 @@ class CaptionCollator:
             "references": [sample["references"] for sample in samples],
             "image_ids": [sample["image_id"] for sample in samples],
         }
-        if "teacher_embeds" in samples[0]:
-            batch["teacher_embeds"] = torch.stack([sample["teacher_embeds"] for sample in samples])
+        for name in {"teacher_embeds", "image_embeds"} & samples[0].keys():
+            batch[name] = torch.stack([sample[name] for sample in samples])
         return batch
 
     def dummy_batch(self, image_size: int, captions_per_image: int) -> dict:
@@ -234,3 +238,10 @@ def join_batches(first: dict, second: dict) -> dict:
         name: torch.cat([value, second[name]]) if isinstance(value, torch.Tensor) else value + second[name]
         for name, value in first.items()
     }
+
+
+def image_inputs(batch: dict) -> dict:
+    """What a model captions, by the names of its arguments: pixels, or a frozen student's embeddings of them."""
+    if "image_embeds" in batch:
+        return {"encoder_outputs": BaseModelOutput(last_hidden_state=batch["image_embeds"].unsqueeze(1))}
+    return {"pixel_values": batch["pixel_values"]}

@@ -99,7 +99,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         DistillFlag("teacher_feature", "pooled", "target: before the visual projection, or image_embeds", FEATURES),
         DistillFlag("distill_weight", 1.0, "weight of the distillation loss; 0: no teacher", NOT_NEGATIVE),
         DistillFlag(
-            "teacher_cache_dir", None, "store teacher embeddings here once; computed in each step if not given"
+            "teacher_cache_dir", None, "store a teacher's or frozen student's embeddings here; else asked in each step"
         ),
         DistillFlag("teacher_views", 8, "differently cropped views of an image in the cache", POSITIVE),
         DistillFlag("mixup", 0.0, "share of images mixed with another, trained by distillation alone", SHARE),
@@ -108,6 +108,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
     "choose the caption objective": (
         DistillFlag("objective", "cross_entropy", "scst: the CIDEr of sampled captions", ("cross_entropy", "scst")),
         DistillFlag("scst_samples", 5, "captions sampled for an image with scst", "[2, inf)"),
+        DistillFlag("cross_entropy_weight", 0.0, "weight of the human captions' loss with scst", NOT_NEGATIVE),
         DistillFlag("label_smoothing", 0.0, "label smoothing of the caption loss", SHARE),
         Flag("captions_per_image", {"distill": 5, "teacher": 1}, "captions of an image in a step", POSITIVE),
     ),
@@ -177,6 +178,7 @@ RULES = (
     ("teacher_views", "needs", "teacher_cache_dir", ""),
     ("unlabelled_split", "needs", "unlabelled_dataset_name", ""),
     ("objective scst", "needs", "model_name_or_path", "a model whose captions are worth comparing"),
+    ("cross_entropy_weight", "needs", "objective scst", "beside whose reward it counts"),
     ("load_best_model_at_end", "needs", "evaluation_steps", "validations to choose from"),
     ("hub_model_id", "needs", "push_to_hub", ""),
     ("config_name", "contradicts", "model_name_or_path", "which brings its own configuration"),

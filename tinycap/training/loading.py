@@ -23,7 +23,7 @@ from tinycap.training.scenes import scene_splits
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.streaming import EndlessStream, StreamingCaptionDataset
 from tinycap.training.teacher import Teacher
-from tinycap.training.teacher_cache import build_teacher_cache
+from tinycap.training.teacher_cache import FrozenStudent, build_teacher_cache
 from tinycap.training.train_batches import TrainBatches
 from tinycap.training.unlabelled import SharedOrder, Unlabelled, load_unlabelled
 
@@ -202,23 +202,26 @@ def create_loaders(
 def cache_teacher_embeddings(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    teacher: Teacher,
+    teacher: Teacher | FrozenStudent,
     data: Data,
     loaders: tuple[TrainBatches, DataLoader],
     teacher_crop_size: int,
 ) -> None:
-    """Computes the teacher's embeddings once, so that the batches of both loaders carry them.
+    """Computes the teacher's embeddings once, so that the batches of both loaders carry them; a frozen student's only
+    for training.
 
     Args:
         teacher_crop_size: side of the crops that the teacher sees, pixels; it may be larger than the student's.
     """
     collator = loaders[0].loader.collate_fn
     options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
-    # Validation images are always cropped alike: one view.
-    for dataset, num_views, fingerprint in (
-        (loaders[0].loader.dataset, args.teacher_views, data.fingerprint),
-        (loaders[1].dataset, 1, content_fingerprint(data.validation)),
-    ):
+    parts = [(loaders[0].loader.dataset, args.teacher_views, data.fingerprint)]
+    if isinstance(teacher, FrozenStudent):
+        loaders[0].loader.dataset.caches_student = True
+    else:
+        # Validation images are always cropped alike: one view.
+        parts.append((loaders[1].dataset, 1, content_fingerprint(data.validation)))
+    for dataset, num_views, fingerprint in parts:
         crops, options["dataset_fingerprint"] = dataset.in_size(teacher_crop_size), fingerprint
         dataset.teacher_cache = build_teacher_cache(
             accelerator, teacher, crops, collator, args.teacher_cache_dir, num_views, **options

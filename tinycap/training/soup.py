@@ -2,16 +2,17 @@
 
     python -m tinycap.training.soup --models outputs/flickr8k-a outputs/flickr8k-b --output_dir outputs/flickr8k
 
-The runs must have started from the same checkpoint: weights of different initialisations don't correspond. The soup
-isn't scored here: evaluate it before you keep it.
+With `--weights 2 1`, the first model counts twice. The runs must have started from the same checkpoint: weights of
+different initialisations don't correspond. The soup isn't scored here: evaluate it before you keep it.
 """
 
 import argparse
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
-from torch.optim.swa_utils import AveragedModel
+import torch
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.commands import run_command, writing
@@ -58,20 +59,22 @@ def main(argv: list[str] | None = None) -> None:
     check_output_dir(args)
     first, *others = args.models
     model, tokenizer, processor = load(first)
-    expected, mean = traits(model, tokenizer, processor), AveragedModel(model)
-    mean.update_parameters(model)
-    for name in others:
+    expected, total = traits(model, tokenizer, processor), args.weights[0]
+    for name, weight in zip(others, args.weights[1:]):
         loaded = load(name)
         actual = traits(*loaded)
         for field in sorted(expected.keys() | actual.keys()):
             if expected.get(field) != actual.get(field):
                 values = [f"{found.get(field)!r:.60}" for found in (expected, actual)]
                 raise ValueError(f"--models {name}: expected the {field} of {first}, {values[0]}, got {values[1]}")
-        mean.update_parameters(loaded[0])
+        total += weight
+        with torch.no_grad():
+            for parameter, other in zip(model.parameters(), loaded[0].parameters(), strict=True):
+                parameter.lerp_(other, weight / total)
     clear_output_dir(Path(args.output_dir))
     with writing(args.output_dir):
-        save_repository(args.output_dir, mean.module, tokenizer, processor)
-    write_json(Path(args.output_dir) / SOUP_FILE, {"models": args.models})
+        save_repository(args.output_dir, model, tokenizer, processor)
+    write_json(Path(args.output_dir) / SOUP_FILE, {"models": args.models, "weights": args.weights})
     print(f"{args.output_dir}: the mean of {len(args.models)} models")
 
 
@@ -79,11 +82,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     description = __doc__.split("\n\n")[0]
     parser = argparse.ArgumentParser("python -m tinycap.training.soup", description=description, allow_abbrev=False)
     parser.add_argument("--models", nargs="+", required=True, help="folders or Hub ids of two or more trained models")
+    parser.add_argument("--weights", nargs="+", type=float, help="how much each model counts; all alike if not given")
     parser.add_argument("--output_dir", required=True, help="folder that becomes the model repository")
     parser.add_argument("--overwrite_output_dir", action="store_true", help="write over an earlier one")
     args = parser.parse_args(argv)
     if len(args.models) < 2:
         parser.error(f"--models: expected two or more models, got {len(args.models)}")
+    args.weights = args.weights or [1.0] * len(args.models)
+    if len(args.weights) != len(args.models) or not all(0 < weight < math.inf for weight in args.weights):
+        parser.error(f"--weights: expected a positive number for each of {len(args.models)} models, got {args.weights}")
     if Path(args.output_dir).resolve() in [Path(name).resolve() for name in args.models]:
         parser.error(f"--output_dir: expected a folder other than the models', got {args.output_dir}")
     return args

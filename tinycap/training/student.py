@@ -118,10 +118,13 @@ def resolve_lengths(args: argparse.Namespace, config: TinyCapConfig) -> None:
 def distillation_problems(args: argparse.Namespace) -> Iterator[str]:
     """A message for each contradiction to `--distill_weight`, given or the configuration's."""
     if args.distill_weight == 0:
-        names = ("teacher_name_or_path", "teacher_cache_dir", "mixup")
+        # A frozen student's embeddings are cached like a teacher's.
+        names = ("teacher_name_or_path", "mixup", *(() if args.freeze_vision_model else ("teacher_cache_dir",)))
         for name in (*names, "unlabelled_dataset_name", "allow_missing_captions"):
             if getattr(args, name):
                 yield f"--{name}: contradicts --distill_weight 0, with which there is no teacher"
+        if args.teacher_cache_dir and args.memory == "patches":
+            yield "--teacher_cache_dir: contradicts memory patches, of which a cache would hold 197 vectors an image"
     elif args.dataset_name is not None and not args.teacher_name_or_path:
         yield "--teacher_name_or_path: needed with --dataset_name, unless --distill_weight is 0"
 

@@ -26,6 +26,7 @@ from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.batches import CaptionCollator, CaptionDataset
 from tinycap.training.loop import init_worker, wait_for_slow_process
 from tinycap.training.teacher import Teacher
+from tinycap.vision_tinycap import TinyCapVisionModel
 
 
 logger = logging.getLogger(__name__)
@@ -38,8 +39,26 @@ CACHE_VERSION = 2
 CHECKED_ROWS, MIN_COSINE = 32, 0.98
 
 
+class FrozenStudent:
+    """A student in a teacher's place: what a decoder alone trains on. `vision_model` is moved to the device."""
+
+    feature = "student"
+
+    def __init__(self, vision_model: TinyCapVisionModel, device: torch.device):
+        self.vision_model, self.embed_dim = vision_model.to(device), vision_model.config.projection_dim
+        # The pixels are normalised for it already.
+        self.scale = self.shift = torch.empty(0)
+
+    def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.vision_model(pixel_values).image_embeds
+
+
 def teacher_recipe(
-    teacher: Teacher, dataset: CaptionDataset, collator: CaptionCollator, dataset_fingerprint: str, precision: str
+    teacher: Teacher | FrozenStudent,
+    dataset: CaptionDataset,
+    collator: CaptionCollator,
+    dataset_fingerprint: str,
+    precision: str,
 ) -> dict:
     """Everything that an embedding of the cache depends on, as JSON."""
     weights = hashlib.sha256()
@@ -75,7 +94,7 @@ class TeacherCache:
 @torch.no_grad()
 def build_teacher_cache(
     accelerator: Accelerator,
-    teacher: Teacher,
+    teacher: Teacher | FrozenStudent,
     dataset: CaptionDataset,
     collator: CaptionCollator,
     cache_dir: str | Path,
