@@ -1,4 +1,5 @@
 import pytest
+import torch
 from tiny import tiny_config
 
 from tinycap.configuration_tinycap import TinyCapConfig, TinyCapTextConfig, TinyCapVisionConfig
@@ -6,7 +7,8 @@ from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 
 
 def test_the_defaults_are_the_seed_architecture_to_the_parameter():
-    model = TinyCapForConditionalGeneration(TinyCapConfig())
+    with torch.device("meta"):
+        model = TinyCapForConditionalGeneration(TinyCapConfig())
     assert model.num_parameters() == 18_189_888
     assert model.vision_model.num_parameters() == 3_003_456
     assert model.decoder.num_parameters() == 15_186_432

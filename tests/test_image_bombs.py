@@ -151,7 +151,7 @@ BOMBS = {
 
 
 # A million reads each; one such file is among the fast tests.
-SLOW = ("png-chunks", "jpeg-fill-bytes", "pgm-header-of-spaces")
+SLOW = ("png-chunks", "jpeg-fill-bytes", "jpeg-comments", "pgm-header-of-spaces")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +182,9 @@ def test_small_files_of_the_same_kinds_are_read(data):
     assert load_image(heif_of_shared_metadata(9) if data is None else data).mode == "RGB"
 
 
-@pytest.mark.parametrize("mode", ["LA", "RGBA", "P", "RGB", "I;16", "1"])
+@pytest.mark.parametrize(
+    "mode", ["RGBA", *(pytest.param(mode, marks=pytest.mark.slow) for mode in ("LA", "P", "RGB", "I;16", "1"))]
+)
 def test_narrow_images_are_shrunk_before_their_colours_are_converted(mode):
     """At full size, conversion took 580 to 1,090 MB for 67 million pixels in files of under a megabyte."""
     image, buffer = Image.new(mode, (3000, 12000)), io.BytesIO()

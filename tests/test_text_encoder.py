@@ -101,7 +101,7 @@ def test_a_sentence_encoder_with_a_trained_head_is_a_teacher(sentence_teacher, r
     tower, *encoder = sentence_teacher
     run(repository, tower, corpus, tmp_path / "out", *encoder)
     model = TinyCapForConditionalGeneration.from_pretrained(tmp_path / "out")
-    assert float(model.logit_scale) == 3.5
+    assert model.logit_scale.item() == 3.5
     teacher = text_encoder.TextTeacher(tower, encoder[1])
     alone, padded = teacher(["a dog"]), teacher(["a dog", "two men are walking along a wet street"])
     assert torch.allclose(alone[0], padded[0], atol=1e-5)
