@@ -21,7 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 import torch
 from accelerate import Accelerator
 from accelerate.logging import get_logger
-from accelerate.utils import set_seed
+from accelerate.utils import DynamoBackend, set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -64,7 +64,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     def problems(args: argparse.Namespace):
         # Where a configuration may set the weight, `build_config` checks it.
         is_default = args.model_name_or_path is None and args.config_name is None
-        return distillation_problems(args) if is_default or "distill_weight" in args.given else ()
+        if is_default or "distill_weight" in args.given:
+            yield from distillation_problems(args)
+        if args.streaming and (args.unlabelled_dataset_name is None) != (args.unlabelled_share is None):
+            yield "--streaming: needs --unlabelled_share with --unlabelled_dataset_name, since it counts no images"
 
     return parse_flags("distill", argv, __doc__.split("\n\n")[0], problems)
 
@@ -73,12 +76,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_teacher(args: argparse.Namespace, accelerator: Accelerator, run: RunFolder, image_processor) -> Teacher | None:
-    """The teacher on its device, trained first where scenes have none; `None` with `--distill_weight 0`."""
+    """The teacher on its device, trained first where scenes have none; `None` with `--distill_weight 0`.
+
+    It is compiled if accelerate is configured to compile models, as `prepare` does with the student.
+    """
     if args.distill_weight == 0:
         return None
     name_or_path = args.teacher_name_or_path or train_scene_teacher(args, accelerator, run)
     statistics = (image_processor.image_mean, image_processor.image_std)
-    return Teacher.from_pretrained(name_or_path, args.teacher_feature, *statistics).to(accelerator.device)
+    teacher = Teacher.from_pretrained(name_or_path, args.teacher_feature, *statistics).to(accelerator.device)
+    if accelerator.state.dynamo_plugin.backend != DynamoBackend.NO:
+        teacher.compile(**accelerator.state.dynamo_plugin.to_kwargs())
+    return teacher
 
 
 def train_scene_teacher(args: argparse.Namespace, accelerator: Accelerator, run: RunFolder) -> Path:
@@ -199,7 +208,7 @@ def describe_run(args, accelerator: Accelerator, data: Data, tokenizer, model, t
     precision = accelerator.mixed_precision.replace("no", "float32")
     facts = {
         "num_parameters": f"{model.num_parameters():,}",
-        "num_train_images": "a stream" if data.train is None else f"{len(data.train):,} images",
+        "num_train_images": count_train_images(args, data),
         "steps": f"{args.max_train_steps:,} of {batch_size} images with {args.captions_per_image} caption(s) each",
         "device": f"{accelerator.num_processes} x {accelerator.device.type}, {precision}",
         "teacher": "none",
@@ -211,6 +220,19 @@ def describe_run(args, accelerator: Accelerator, data: Data, tokenizer, model, t
     limit = args.max_caption_length
     facts["counts"] = count_truncated(tokenizer, data.captions(1000), limit) if accelerator.is_main_process else {}
     return facts
+
+
+def count_train_images(args, data: Data) -> str:
+    """How many images there are to train on, with and without captions, for the model card."""
+    source = f" of `{args.unlabelled_dataset_name}`" if args.unlabelled_dataset_name else ""
+    if data.train is None:
+        return f"a stream, and one without captions{source}" if source else "a stream"
+    counts = f"{len(data.train) - len(data.unlabelled):,} images"
+    if data.unlabelled:
+        counts += f" with captions and {len(data.unlabelled):,} without{source}"
+    if args.unlabelled_share is not None:
+        counts += f", which are {args.unlabelled_share:.0%} of a step's"
+    return counts
 
 
 def save_results(args, model, tokenizer, image_processor, data: Data, metrics, captions, run_info: dict) -> None:

@@ -30,13 +30,14 @@ from tinycap.train_distill import joint_losses, train_step
 from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.data import SkippedRows, content_fingerprint, decode_dataset, load_split, resolve_columns
-from tinycap.training.loop import StopSignals, TrainBatches, steps_of
+from tinycap.training.loop import StopSignals, steps_of
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor
 from tinycap.training.student import enable_gradient_checkpointing
 from tinycap.training.teacher import Teacher
 from tinycap.training.teacher_cache import build_teacher_cache
 from tinycap.training.tokenizer import train_tokenizer
+from tinycap.training.train_batches import TrainBatches
 
 
 IMAGE_SIZE, CAPTIONS_PER_IMAGE, SEED = 224, 5, 0
@@ -87,7 +88,7 @@ class Setup:
     def batches(self, num_images: int) -> Iterator[dict]:
         """Batches of endless epochs, with the loader settings of the training script."""
         sampler = EpochBatchSampler(len(self.dataset), num_images, SEED, equal=True)
-        options = {"collate_fn": self.collator, "num_workers": 1, "persistent_workers": True}
+        options = {"collate_fn": self.collator, "num_workers": 1}
         batches = TrainBatches(DataLoader(self.dataset, batch_sampler=sampler, **options), torch.device("cpu"))
         for epoch in count():
             yield from batches.epoch(epoch)

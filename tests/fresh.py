@@ -1,87 +1,158 @@
-"""Runs code as in a fresh interpreter that has imported torch and transformers, and nothing of this project.
+"""Python processes that start in a moment: forked from a server that has imported the libraries, and nothing of this
+project. Importing them takes longer than what most tests do.
 
-A server imports both once, with nothing but the network's guard on its path, and forks for each run: importing takes
-longer than what most tests do.
+They are real in all else: ids, streams, limits, signals, the end of an interpreter. On other systems than Linux, where
+a fork with these libraries isn't safe, they are new interpreters.
 """
 
 import atexit
 import json
 import os
+import select
+import signal
+import socket
+import struct
 import subprocess
 import sys
+import tempfile
 from functools import cache
 from pathlib import Path
 
-
-SERVER = """
-import importlib, json, os, sys, traceback
-
-for name in ("torch", "transformers", "transformers.pipelines", "transformers.generation", "PIL.Image"):
-    importlib.import_module(name)
-print("ready", flush=True)
-for line in sys.stdin:
-    job = json.loads(line)
-    child = os.fork()
-    if child == 0:
-        status = 1
-        try:
-            os.chdir(job["cwd"])
-            os.environ.clear()
-            os.environ.update(job["environment"])
-            sys.path[:0] = job["path"]
-            sys.argv = ["-c", *job["argv"]]
-            for number, file in ((0, os.devnull), (1, job["stdout"]), (2, job["stderr"])):
-                os.dup2(os.open(file, os.O_RDWR | os.O_CREAT), number)
-            exec(compile(job["code"], "<fresh>", "exec"), {"__name__": "__main__"})
-            status = 0
-        except SystemExit as stop:
-            status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(status)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+import pytest
 
 
-def environment() -> dict[str, str]:
-    """This process's, with a path that holds nothing but what forbids the network."""
-    return {**os.environ, "PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).with_name("no_network"))}
+CAN_FORK = sys.platform == "linux"
+LIBRARIES = [
+    *("torch", "transformers", "transformers.pipelines", "transformers.generation.utils", "transformers.trainer_utils"),
+    *("transformers.models.clip.modeling_clip", "transformers.models.git.processing_git", "PIL.Image", "sklearn"),
+    *("datasets", "datasets.distributed", "accelerate", "evaluate", "requests", "matplotlib.pyplot", "torchdata"),
+    *("torchdata.stateful_dataloader", "torch.distributed", "tqdm.auto", "yaml"),
+]
+# Forbids the network; all that is on the path of `run_fresh`.
+GUARD = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).with_name("no_network"))}
 
 
 @cache
-def server() -> subprocess.Popen:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-    process = subprocess.Popen([sys.executable, "-c", SERVER], env=environment(), **pipes)
-    atexit.register(process.kill)
-    assert process.stdout.readline() == "ready\n"
-    return process
+def server() -> socket.socket:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    environment = {**os.environ, "PYTHONPATH": GUARD["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONSAFEPATH", None)
+    command = [sys.executable, Path(__file__).with_name("fork_server.py"), str(theirs.fileno()), *LIBRARIES]
+    # Standard output as in a process whose output is a file, which is not written line by line.
+    options = {"pass_fds": [theirs.fileno()], "start_new_session": True, "stdout": subprocess.DEVNULL}
+    process = subprocess.Popen(command, env=environment, **options)
+    theirs.close()
+    atexit.register(process.wait)
+    atexit.register(ours.close)
+    assert ours.recv(16) == b"ready"
+    return ours
+
+
+class Process:
+    """A started `python WORDS...`, with the methods of `subprocess.Popen`.
+
+    Args:
+        words: of the command line: `-c CODE`, `-m MODULE` or a script, and its arguments.
+        cwd: working folder; this process's by default.
+        path: folders in front of its `sys.path`.
+        stdout, stderr: files; temporary ones by default, which `output()` and `errors()` read.
+        file_limit: the size in bytes that its files may have, like a disk with so much room.
+        new_session: whether it leads a session and a process group.
+        variables: of its environment; `None` for one to leave out. Of those that libraries read at their import, only
+            HF_DATASETS_CACHE has an effect.
+    """
+
+    def __init__(
+        self,
+        *words: object,
+        cwd: Path | str | None = None,
+        path: tuple = (),
+        stdout=None,
+        stderr=None,
+        file_limit: int | None = None,
+        new_session: bool = False,
+        **variables: str | None,
+    ):
+        self.returncode, self.report, self.interpreter = None, None, None
+        self.files = [stdout or tempfile.TemporaryFile(), stderr or tempfile.TemporaryFile()]
+        variables = {**os.environ, "PYTHONUNBUFFERED": None, **variables}
+        environment = {name: value for name, value in variables.items() if value is not None}
+        words, path, cwd = [str(word) for word in words], [str(folder) for folder in path], str(cwd or Path.cwd())
+        if CAN_FORK:
+            request = {"words": words, "cwd": cwd, "path": path, "environment": environment}
+            request |= {"file_limit": file_limit, "new_session": new_session}
+            self.report, theirs = os.pipe()
+            with open(os.devnull) as nothing:
+                files = [nothing.fileno(), *(file.fileno() for file in self.files), theirs]
+                socket.send_fds(server(), [json.dumps(request).encode()], files)
+            os.close(theirs)
+            self.pid = self._read_report()
+            return
+        if file_limit is not None:
+            pytest.skip("needs Linux")
+        environment["PYTHONPATH"] = os.pathsep.join([*path, environment.get("PYTHONPATH", "")])
+        streams = {"stdin": subprocess.DEVNULL, "stdout": self.files[0], "stderr": self.files[1]}
+        self.interpreter = subprocess.Popen(
+            [sys.executable, *words], cwd=cwd, env=environment, start_new_session=new_session, **streams
+        )
+        self.pid = self.interpreter.pid
+
+    def _read_report(self) -> int:
+        content = os.read(self.report, 4)
+        assert content, "the server of forked processes ended"
+        return struct.unpack("i", content)[0]
+
+    def poll(self) -> int | None:
+        try:
+            return self.wait(0)
+        except subprocess.TimeoutExpired:
+            return None
+
+    def wait(self, timeout: float = 120) -> int:
+        """Its exit status. Raises `subprocess.TimeoutExpired`."""
+        if self.interpreter is not None:
+            self.returncode = self.interpreter.wait(timeout)
+        if self.returncode is None:
+            if not select.select([self.report], [], [], timeout)[0]:
+                raise subprocess.TimeoutExpired("python", timeout)
+            self.returncode = self._read_report()
+            os.close(self.report)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def terminate(self) -> None:
+        self.send_signal(signal.SIGTERM)
+
+    def kill(self) -> None:
+        self.send_signal(signal.SIGKILL)
+
+    def output(self) -> str:
+        return self._read(self.files[0])
+
+    def errors(self) -> str:
+        return self._read(self.files[1])
+
+    @staticmethod
+    def _read(file) -> str:
+        """What is in a file so far; the process that writes it shares its position."""
+        size = os.fstat(file.fileno()).st_size
+        return os.pread(file.fileno(), size, 0).decode(errors="replace") if size else ""
 
 
 def run_fresh(
     code: str, *argv: object, folder: Path, path: tuple = (), expected_status: int = 0, **variables: str | None
 ) -> str:
-    """What `code` prints; if it is expected to fail, its errors.
+    """What `code` prints in a new process; if it is expected to fail, its errors.
 
     Args:
         argv: its `sys.argv`.
-        folder: where it runs, and where its output is kept.
-        path: folders in front of its `sys.path`.
+        folder: its working folder.
         expected_status: its exit status.
-        variables: of its environment; `None` for one to leave out.
+        path, variables: see `Process`; its path has none of this project's folders.
     """
-    shown, errors = folder / "fresh.stdout", folder / "fresh.stderr"
-    values = {name: value for name, value in {**environment(), **variables}.items() if value is not None}
-    job = {"code": code, "argv": list(map(str, argv)), "cwd": str(folder), "path": list(map(str, path))}
-    job |= {"stdout": str(shown), "stderr": str(errors), "environment": values}
-    process = server()
-    process.stdin.write(json.dumps(job) + "\n")
-    process.stdin.flush()
-    status = process.stdout.readline().strip()
-    assert status == str(expected_status), (status, errors.read_text())
-    found = (errors if expected_status else shown).read_text()
-    shown.unlink()
-    errors.unlink()
-    return found
+    process = Process("-c", code, *argv, cwd=folder, path=path, **{**GUARD, **variables})
+    assert process.wait() == expected_status, process.errors()
+    return process.errors() if expected_status else process.output()

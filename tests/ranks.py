@@ -1,39 +1,22 @@
-"""Ranks of a training script on this machine, as started by torchrun, but forked from a server that has already
-imported the libraries: imports take longer than a test's training."""
+"""Ranks of a training script on this machine, as started by torchrun, but as forks that import no libraries: imports
+take longer than a test's training.
 
+    python ranks.py SCRIPT WITNESS ARGUMENTS...
+
+is one of them, of `train_distill` or `train_teacher`. The former writes the ids of the images of every step to the file
+WITNESS, unless that is "".
+"""
+
+import importlib
 import json
 import multiprocessing
-import os
 import socket
+import sys
 from pathlib import Path
 
-from tinycap import train_distill, train_teacher
+from fresh import Process
 
-
-def run_rank(
-    rank: int, number: int, port: int, argv: list[str], log: Path, witness: Path | None, teacher: bool
-) -> None:
-    os.environ["ACCELERATE_USE_CPU"] = "true"
-    if number > 1:
-        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(number), LOCAL_WORLD_SIZE=str(number))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), OMP_NUM_THREADS="1")
-    # As in a process of torchrun: the loaders' workers are forked and import nothing.
-    multiprocessing.set_start_method("fork", force=True)
-    with open(log, "a") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    if witness is not None:
-        step_before = train_distill.train_step
-
-        def step_seen(*args):
-            step = args[-1]
-            ids = [name for batch in step.batches for name in batch["image_ids"] if name]
-            with open(f"{witness}-{rank}", "a") as file:
-                file.write(json.dumps({"step": step.number, "ids": ids}) + "\n")
-            return step_before(*args)
-
-        train_distill.train_step = step_seen
-    (train_teacher if teacher else train_distill).main(argv)
+from tinycap import REPOSITORY
 
 
 class Ranks:
@@ -47,20 +30,51 @@ class Ranks:
     """
 
     def __init__(self, argv: list, log: Path, witness: Path | None = None, number: int = 2, teacher: bool = False):
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["tinycap.train_distill"])
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
-        self.log = log
-        common = (number, port, list(map(str, argv)), log, witness, teacher)
-        self.ranks = [context.Process(target=run_rank, args=(rank, *common)) for rank in range(number)]
-        for process in self.ranks:
-            process.start()
+        self.log, self.ranks = log, []
+        for rank in range(number):
+            variables = rank_variables(rank, number, port) if number > 1 else {"ACCELERATE_USE_CPU": "true"}
+            script = "train_teacher" if teacher else "train_distill"
+            words = (__file__, script, f"{witness}-{rank}" if witness else "", *argv)
+            with open(log, "a") as file:
+                streams = {"stdout": file, "stderr": file}
+                self.ranks.append(Process(*words, path=(REPOSITORY,), **streams, **variables))
 
     def finish(self, timeout: float = 240) -> None:
-        for process in self.ranks:
-            process.join(timeout)
-        codes = [process.exitcode for process in self.ranks]
-        for process in self.ranks:
-            process.kill()
+        try:
+            codes = [process.wait(timeout) for process in self.ranks]
+        finally:
+            for process in self.ranks:
+                process.kill()
         assert codes == [0] * len(codes), self.log.read_text()[-4000:]
+
+
+def rank_variables(rank: int, number: int, port: int) -> dict[str, str]:
+    """The environment that torchrun gives a rank."""
+    values = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": number, "LOCAL_WORLD_SIZE": number, "MASTER_PORT": port}
+    values |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
+    return {name: str(value) for name, value in values.items()}
+
+
+def main(script: str, witness: str, *argv: str) -> None:
+    from tinycap import train_distill
+
+    # As in a process of torchrun: the loaders' workers are forked and import nothing.
+    multiprocessing.set_start_method("fork", force=True)
+    step_before = train_distill.train_step
+
+    def step_seen(*args):
+        step = args[-1]
+        ids = [name for batch in step.batches for name in batch["image_ids"] if name]
+        with open(witness, "a") as file:
+            file.write(json.dumps({"step": step.number, "ids": ids}) + "\n")
+        return step_before(*args)
+
+    if witness:
+        train_distill.train_step = step_seen
+    importlib.import_module(f"tinycap.{script}").main(list(argv))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

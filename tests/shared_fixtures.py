@@ -19,9 +19,20 @@ from transformers import (
 )
 
 from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.deploy import cli
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 from tinycap.training.tokenizer import train_tokenizer
+
+
+def skip_meta(kind: type[torch.nn.Module]) -> None:
+    """Initialises no weights on the meta device, which have no values: a fifth of the time of loading a tiny model."""
+    reset = kind.reset_parameters
+    kind.reset_parameters = lambda self: None if getattr(self.weight, "is_meta", False) else reset(self)
+
+
+for kind in (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.Conv2d):
+    skip_meta(kind)
 
 
 @pytest.fixture
@@ -60,6 +71,29 @@ def repository(tmp_path_factory, tokenizer):
     model = tiny_repository_model(tokenizer)
     model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
     save_repository(folder, model, tokenizer, create_image_processor(24))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported_repository(tmp_path_factory, tokenizer) -> Path:
+    """A repository of few layers, each of which takes seconds to export, with a confidence for one beam."""
+    folder = tmp_path_factory.mktemp("hub") / "exported-repository"
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, **ids}
+    model = tiny_model(vision_config={"num_hidden_layers": 1}, text_config=text)
+    model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
+    save_repository(folder, model, tokenizer, create_image_processor(24))
+    calibration = {"num_beams": 1, "intercept": 0.5, "coefficients": {"mean_log_prob": 1.0, "num_tokens": 0.1}}
+    (folder / "confidence.json").write_text(json.dumps({"calibrations": [calibration]}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported(exported_repository, tmp_path_factory) -> Path:
+    """What `tinycap export` writes of it: four graphs and the small files."""
+    folder = tmp_path_factory.mktemp("exported")
+    assert cli.main(["export", "--model", str(exported_repository), "--output", str(folder)]) == 0
+    assert len(list((folder / "onnx").glob("*.onnx"))) == 4
     return folder
 
 

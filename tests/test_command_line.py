@@ -1,5 +1,6 @@
 """`tinycap caption` and `tinycap embed` as called by a user, on the tiny repository."""
 
+import copy
 import csv
 import io
 import json
@@ -15,15 +16,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from fresh import Process
 from safetensors import safe_open
-from tiny import draw_picture, tiny_repository_model
+from tiny import draw_picture
 from transformers import pipeline
 
+from tinycap import REPOSITORY
 from tinycap.deploy import captioners, cli
 from tinycap.deploy.captioners import CaptionOptions, ImageResult
 from tinycap.deploy.inputs import list_images, read_ahead
 from tinycap.deploy.outputs import CaptionRows, RowFile, Sidecars, alt_attribute
-from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
+from tinycap.training.repository import load_repository
 
 
 NAMES = ["a.png", "b.png", "c.png", "deep/d.png", "deep/e.png"]
@@ -49,8 +52,16 @@ def expected(repository):
     return {f"photos/{name}": caption for name, caption in zip(NAMES, captions)}
 
 
+@pytest.fixture(scope="module")
+def loaded(repository):
+    return load_repository(str(repository))
+
+
 @pytest.fixture
-def run(repository):
+def run(repository, loaded, monkeypatch):
+    """The command line on the tiny repository, which is read from disk only once."""
+    monkeypatch.setattr("tinycap.training.repository.load_repository", lambda *_: copy.deepcopy(loaded))
+
     def run(*arguments) -> int:
         return cli.main([*map(str, arguments), "--model", str(repository)])
 
@@ -511,11 +522,11 @@ def test_rows_on_a_full_disk_are_gone_on_with(run, photos, expected, tmp_path, c
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs Linux")
 def test_a_full_disk_behind_the_standard_output_is_one_line(repository, photos):
-    command = [sys.executable, "-m", "tinycap.deploy", "caption", "photos", "--quiet", "--model", str(repository)]
+    words = ("-m", "tinycap.deploy", "caption", "photos", "--quiet", "--model", repository)
     with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 3
-    assert done.stderr == "tinycap caption: error: cannot write to the standard output: No space left on device\n"
+        process = Process(*words, path=(REPOSITORY,), stdout=full)
+    assert process.wait() == 3
+    assert process.errors() == "tinycap caption: error: cannot write to the standard output: No space left on device\n"
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv"])
@@ -769,24 +780,16 @@ def test_options_reach_generate():
 
 
 @pytest.mark.slow
-def test_without_pytorch_the_same_captions_and_confidences(tokenizer, photos, tmp_path):
-    """`tinycap export`, then `--backend onnx` in a process that never imports PyTorch."""
-    # One layer: the export of another takes three seconds.
-    captioner, model = tiny_repository_model(tokenizer, num_hidden_layers=1), tmp_path / "model"
-    captioner.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
-    save_repository(model, captioner, tokenizer, create_image_processor(24))
-    coefficients = {"mean_log_prob": 1.0, "num_tokens": 0.1}
-    calibration = {"num_beams": 1, "intercept": 0.5, "coefficients": coefficients}
-    (model / "confidence.json").write_text(json.dumps({"calibrations": [calibration]}))
+def test_without_pytorch_the_same_captions_and_confidences(exported_repository, exported, photos, tmp_path):
+    """What `tinycap export` wrote, by `--backend onnx` in a process that never imports PyTorch."""
     (photos / "bad.jpg").write_bytes(b"no picture")
-    assert cli.main(["export", "--model", str(model), "--output", "exported", "--no-quantize"]) == 0
     flags = ["caption", "photos", "--confidence", "--num-beams", "2", "--num-captions", "2", "--batch-size", "4"]
-    assert cli.main([*flags, "--model", str(model), "--output", "torch.jsonl"]) == 1
+    assert cli.main([*flags, "--model", str(exported_repository), "--output", "torch.jsonl"]) == 1
     code = (
         "import sys; from tinycap.deploy import cli; status = cli.main(sys.argv[1:])\n"
         "assert not {'torch', 'transformers'} & set(sys.modules); sys.exit(status)"
     )
-    onnx = ["--model", "exported", "--backend", "onnx", "--num-threads", "1", "--num-workers", "2"]
+    onnx = ["--model", str(exported), "--backend", "onnx", "--num-threads", "1", "--num-workers", "2"]
     process = subprocess.run(
         [sys.executable, "-c", code, *flags, *onnx, "--output", "onnx.jsonl"],
         capture_output=True,
@@ -798,6 +801,6 @@ def test_without_pytorch_the_same_captions_and_confidences(tokenizer, photos, tm
     for row, other in zip(expected, found, strict=True):
         assert row.pop("confidence") == pytest.approx(other.pop("confidence"), abs=2e-4)
         assert row == other
-    assert cli.main(["embed", "photos", "--model", str(model), "--output", "torch.npy"]) == 1
+    assert cli.main(["embed", "photos", "--model", str(exported_repository), "--output", "torch.npy"]) == 1
     assert cli.main(["embed", "photos", *onnx, "--output", "onnx.npy"]) == 1
     np.testing.assert_allclose(np.load("torch.npy"), np.load("onnx.npy"), atol=1e-5)

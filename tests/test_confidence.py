@@ -350,14 +350,14 @@ def test_one_command_calibrates_a_model_and_reports_it(repository, captioned, tm
         confidence.main([*flags, "--min_cider", "5000", "--num_beams", "1"])
 
 
-def test_log_probabilities_of_a_data_set_stay_with_their_captions(repository, captioned):
+def test_log_probabilities_of_a_data_set_stay_with_their_captions(repository, photos):
     from transformers import AutoProcessor
 
     from tinycap.training.data import load_split
 
     captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
     processor = AutoProcessor.from_pretrained(repository, trust_remote_code=True)
-    rows = load_split(str(captioned), "validation").select(range(5))
+    rows = load_split(photos, "validation").select(range(5))
     together = caption_dataset(captioner.model, processor, rows, batch_size=3, num_beams=2)
     alone = caption_dataset(captioner.model, processor, rows, batch_size=1, num_beams=2)
     assert together.captions == alone.captions and together.num_tokens == alone.num_tokens

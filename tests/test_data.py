@@ -1,6 +1,7 @@
 import json
 import sys
 from dataclasses import replace
+from itertools import islice
 
 import datasets
 import pytest
@@ -12,10 +13,10 @@ from torchdata.stateful_dataloader import StatefulDataLoader
 from tinycap.training import streaming
 from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
+from tinycap.training.captions import clean_captions
 from tinycap.training.data import (
     NoSplitError,
     SkippedRows,
-    clean_captions,
     content_fingerprint,
     decode_dataset,
     decoded_image,
@@ -354,9 +355,8 @@ def test_every_draw_follows_from_seed_epoch_and_row():
     rows, augmentation = decode(rows_of(6)), Augmentation(0.3, True, 0.4)
     first = CaptionDataset(rows, 24, augmentation, 1, seed=5)
     again = CaptionDataset(rows, 24, augmentation, 1, seed=5)
-    assert (
-        torch.equal(first[(2, 3)]["pixels"], again[(2, 3)]["pixels"]) and first[(2, 3)]["gain"] == again[(2, 3)]["gain"]
-    )
+    assert torch.equal(first[(2, 3)]["pixels"], again[(2, 3)]["pixels"])
+    assert first[(2, 3)]["view"] == again[(2, 3)]["view"] != first[(3, 3)]["view"]
     assert not torch.equal(first[(2, 3)]["pixels"], first[(3, 3)]["pixels"])
     captions = {first[(epoch, 3)]["captions"][0] for epoch in range(12)}
     assert captions == set(rows[3]["captions"])
@@ -379,7 +379,7 @@ def test_a_mixed_picture_is_two_photos_in_one_and_has_no_captions(tokenizer):
     batch = batch_of(half, tokenizer, keys)
     others = set()
     for (_, row), sample, labels in zip(keys, samples, batch["labels"].unflatten(0, (len(keys), 2))):
-        mixed = sample.get("mixed", False)
+        mixed = sample["mixed"]
         assert (labels == -100).all() == mixed
         if not mixed:
             assert torch.equal(sample["pixels"].float(), alone[row])
@@ -394,7 +394,7 @@ def test_a_mixed_picture_is_two_photos_in_one_and_has_no_captions(tokenizer):
         found = min(errors, key=errors.get)
         assert errors[found][0] <= 1.0 and -0.01 <= errors[found][1] <= 0.51
         others.add((row, found))
-    assert 0.4 < sum(sample.get("mixed", False) for sample in samples) / len(keys) < 0.6
+    assert 0.4 < sum(sample["mixed"] for sample in samples) / len(keys) < 0.6
     assert len(others) > 25, "every photo meets every other one"
 
 
@@ -407,18 +407,39 @@ def test_mixup_follows_from_seed_view_and_row_and_changes_no_other_draw():
     mixed = 0
     for key in [(epoch, row) for epoch in range(5) for row in range(6)]:
         assert torch.equal(mixing[key]["pixels"], again[key]["pixels"])
-        assert mixing[key]["captions"] == plain[key]["captions"] and mixing[key]["gain"] == plain[key]["gain"]
-        assert torch.equal(mixing[key]["pixels"], plain[key]["pixels"]) == ("mixed" not in mixing[key])
-        mixed += "mixed" in mixing[key]
+        assert mixing[key]["captions"] == plain[key]["captions"]
+        assert mixing[key]["view"].gain == plain[key]["view"].gain
+        assert torch.equal(mixing[key]["pixels"], plain[key]["pixels"]) != mixing[key]["mixed"]
+        mixed += mixing[key]["mixed"]
     assert 5 < mixed < 25
+
+
+def test_cutmix_pastes_boxes_and_its_share_is_one_of_the_mixed():
+    rows = decode(rows_of(6))
+    blend, cut, half = (CaptionDataset(rows, 24, Augmentation(mixup=0.6, cutmix=share), 1, 5) for share in (0, 1, 0.5))
+    keys, covered, boxes = [(epoch, row) for epoch in range(40) for row in range(6)], [], 0
+    for key in keys:
+        view, pixels = cut[key]["view"], cut[key]["pixels"]
+        assert cut[key]["mixed"] == half[key]["mixed"] == blend[key]["mixed"] == (view.other is not None)
+        if view.other is None:
+            continue
+        assert view.other == blend[key]["view"].other == half[key]["view"].other, "the same images are mixed"
+        boxes += half[key]["view"].weight == 1.0
+        left, top, right, bottom = view.region_pixels(24)
+        inside = torch.zeros(24, 24, dtype=torch.bool)
+        inside[top:bottom, left:right] = True
+        covered.append(inside.float().mean().item())
+        assert torch.equal(pixels[inside], view.other.pixels(24)[inside])
+        assert torch.equal(pixels[~inside], view.crop.pixels(24)[~inside])
+    assert 0.4 < boxes / len(covered) < 0.6
+    # A uniform share of the area, less what lies beyond the edges.
+    assert 0.25 < sum(covered) / len(covered) < 0.45 and max(covered) > 0.6
 
 
 def share_of(num_rows: int, batch_size: int, process: int = 0, processes: int = 1, epoch: int = 0, **kwargs) -> list:
     sampler = EpochBatchSampler(num_rows, batch_size, 4, process, processes, **kwargs)
     sampler.set_position(epoch, 0)
-    batches = list(sampler)
-    assert len(batches) == len(sampler)
-    return batches
+    return list(islice(sampler, len(sampler)))
 
 
 def test_each_epoch_visits_every_row_once_in_an_order_of_its_own():
@@ -454,7 +475,8 @@ def test_an_epoch_goes_on_from_any_of_its_batches():
     whole = share_of(31, 4, 1, 2, epoch=3)
     sampler = EpochBatchSampler(31, 4, 4, 1, 2)
     sampler.set_position(3, 2)
-    assert list(sampler) == whole[2:]
+    following = share_of(31, 4, 1, 2, epoch=4)
+    assert list(islice(sampler, len(whole) - 2 + 3)) == [*whole[2:], *following[:3]], "and then to the next"
 
 
 @pytest.mark.parametrize("equal, words", [(False, "one of the training images"), (True, "a batch of 4")])
@@ -478,9 +500,18 @@ def test_a_stream_gives_the_same_pictures_and_skips_bad_rows():
     assert all(torch.equal(streamed[mapped[i]["image_id"]], mapped[i]["pixels"]) for i in range(12) if i != 2)
 
 
-def test_a_stream_refuses_to_mix_photos():
-    with pytest.raises(ValueError, match="mixup: expected 0 for a stream"):
-        stream_of(rows_of(3), 1, augmentation=Augmentation(mixup=0.5))
+def test_a_stream_mixes_images_of_a_block_but_no_bad_ones():
+    stream = stream_of(rows_of(12, image_1=b""), 1, augmentation=Augmentation(mixup=0.9), shuffle_block=4)
+    rows = {row["pixels"]: number for number, row in enumerate(decode(rows_of(12)))}
+    pairs = []
+    for epoch in range(8):
+        stream.set_epoch(epoch)
+        for view in (sample["view"] for sample in stream):
+            if view.other is not None:
+                pairs.append((rows[view.crop.row["pixels"]], rows[view.other.row["pixels"]]))
+    assert len(pairs) > 60 and all(own // 4 == other // 4 for own, other in pairs)
+    assert {other for _, other in pairs} == {*range(12)} - {1}
+    assert stream.skipped.count == 8, "once an epoch, in its own turn"
 
 
 def test_two_processes_share_a_stream_without_overlap():
@@ -490,7 +521,8 @@ def test_two_processes_share_a_stream_without_overlap():
 
 
 def varied_stream(num_rows: int, num_shards: int, epoch: int = 0, **kwargs) -> StreamingCaptionDataset:
-    variation = {"augmentation": Augmentation(0.3, True, 0.4), "captions_per_image": 1, "seed": 9}
+    mixing = {"mixup": kwargs.pop("mixup", 0.0), "cutmix": 0.5}
+    variation = {"augmentation": Augmentation(0.3, True, 0.4, **mixing), "captions_per_image": 1, "seed": 9}
     stream = stream_of(rows_of(num_rows), num_shards, **variation, **kwargs)
     stream.set_epoch(epoch)
     return stream
@@ -526,7 +558,8 @@ def test_a_resumed_stream_reads_only_the_block_it_was_in_again(seen, monkeypatch
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loader_of_a_stream_goes_on_at_the_place_of_each_of_its_workers(workers):
     def loader():
-        return StatefulDataLoader(varied_stream(23, 4, 1, shuffle_block=3), 2, num_workers=workers, collate_fn=told)
+        stream = varied_stream(23, 4, 1, shuffle_block=3, mixup=0.6)
+        return StatefulDataLoader(stream, 2, num_workers=workers, collate_fn=told)
 
     whole = list(loader())
     stopped = loader()

@@ -189,6 +189,7 @@ def test_saving_over_the_code_itself_is_refused(tokenizer):
         save_repository(tinycap.REPOSITORY, tiny_model(), tokenizer, create_image_processor(24))
 
 
+@pytest.mark.slow
 def test_the_root_of_the_project_is_such_a_repository(pictures, tmp_path):
     root = str(tinycap.REPOSITORY)
     captioner = pipeline("image-to-text", model=root, **TRUST)

@@ -13,7 +13,7 @@ import torch
 from fresh import run_fresh
 from PIL import Image
 from tiny import CAPTIONS, draw_picture
-from transformers import AutoModel, AutoProcessor
+from transformers import AutoModel, AutoProcessor, pipeline
 
 from tinycap import REPOSITORY, evaluation
 from tinycap.evaluation import caption_metrics, confidence, reports
@@ -194,15 +194,17 @@ def rows_of(tmp_path, num: int = 7, bad: tuple[int, ...] = ()) -> datasets.Datas
     return datasets.Dataset.from_dict(rows).cast_column("image", datasets.Image())
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 10])
-def test_captions_come_in_the_data_sets_order_whatever_the_batch(tinycap, tmp_path, batch_size):
-    from transformers import pipeline
+@pytest.fixture(scope="module")
+def expected(repository) -> list[str]:
+    """The pipeline's captions of the images of `rows_of`."""
+    captioner = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
+    return [captioner(draw_picture(index), num_beams=2)[0]["generated_text"] for index in range(7)]
 
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10])
+def test_captions_come_in_the_data_sets_order_whatever_the_batch(tinycap, expected, tmp_path, batch_size):
     model, processor = tinycap
-    rows = rows_of(tmp_path)
-    found = caption_dataset(model, processor, rows, batch_size=batch_size, num_beams=2)
-    captioner = pipeline("image-to-text", model=model.name_or_path, trust_remote_code=True)
-    expected = [captioner(row["image"], num_beams=2)[0]["generated_text"] for row in rows]
+    found = caption_dataset(model, processor, rows_of(tmp_path), batch_size=batch_size, num_beams=2)
     assert found.captions == expected and found.rows == list(range(7))
     assert [processor.decode(tokens, skip_special_tokens=True).strip() for tokens in found.tokens] == expected
     end = model.generation_config.eos_token_id
@@ -380,6 +382,7 @@ def test_evaluation_runs_no_code_of_the_models_repository(command, repository, p
     assert not (tmp_path / "was_run").exists()
 
 
+@pytest.mark.usefixtures("undrawn_figures")
 def test_evaluation_ends_with_a_short_table(repository, photos, tmp_path, capsys):
     flags = ["--model_name_or_path", str(repository), "--dataset_name", photos, "--output_dir", str(tmp_path / "out")]
     results = main([*flags, "--report_photos", "0"])
@@ -396,6 +399,7 @@ def test_evaluation_refuses_a_model_that_is_not_a_tinycap(teacher, photos, tmp_p
         main([*flags, str(tmp_path / "nowhere"), "--overwrite_output_dir"])
 
 
+@pytest.mark.usefixtures("undrawn_figures")
 def test_rows_without_captions_are_skipped_and_counted_before_captioning(repository, tmp_path):
     data = tmp_path / "data"
     data.mkdir()
@@ -409,6 +413,7 @@ def test_rows_without_captions_are_skipped_and_counted_before_captioning(reposit
     assert lines[-1]["image_id"] == "2.png" and "expected a caption" in lines[-1]["error"]
 
 
+@pytest.mark.usefixtures("undrawn_figures")
 @pytest.mark.parametrize("given", [True, False])
 def test_without_a_validation_split_what_training_held_out_is_scored(given, repository, tmp_path, caplog):
     model = tmp_path / "model"
@@ -440,7 +445,9 @@ def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
 @pytest.mark.slow
 def test_importing_the_model_does_not_import_the_metrics(tmp_path):
     code = (
-        "import sys, tinycap.modeling_tinycap, tinycap.pipeline_tinycap; "
-        "print([m for m in ('pycocoevalcap', 'matplotlib', 'evaluate', 'datasets.load') if m in sys.modules])"
+        "import sys; names = ('pycocoevalcap', 'matplotlib', 'evaluate', 'datasets.load')\n"
+        # The server of such processes has imported some.
+        "for name in names: sys.modules.pop(name, None)\n"
+        "import tinycap.modeling_tinycap, tinycap.pipeline_tinycap; print([n for n in names if n in sys.modules])"
     )
     assert run_fresh(code, folder=tmp_path, path=(REPOSITORY,)).strip().endswith("[]")

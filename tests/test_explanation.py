@@ -46,6 +46,7 @@ def test_the_likeliest_alternative_is_what_greedy_decoding_takes(model, pixel_va
         assert [alternatives[0][0] for _, _, alternatives in caption] == [token for token, _, _ in caption]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("memory", ["embedding", "patches"])
 def test_a_map_sums_to_what_the_image_adds_to_the_log_probability(pixel_values, memory):
     model = tiny_model(memory=memory)

@@ -9,10 +9,10 @@ import pytest
 from tiny import CAPTIONS, draw_picture, png_bytes
 
 from tinycap.training.batches import CaptionCollator, CaptionDataset
+from tinycap.training.captions import clean_captions
 from tinycap.training.data import (
     NoSplitError,
     SkippedRows,
-    clean_captions,
     decode_dataset,
     load_split,
     load_splits,

@@ -39,6 +39,10 @@ class Page(HTMLParser):
         return json.loads(self.scripts[0])
 
 
+# Those of a whole evaluation, which captions 140 drawings too.
+whole = pytest.mark.slow
+
+
 @pytest.fixture(scope="module")
 def evaluated(repository, tmp_path_factory):
     """The output folder for five images with hostile captions and a corrupt one."""
@@ -62,6 +66,7 @@ def page(evaluated) -> Page:
     return Page((evaluated / "report.html").read_text(encoding="utf-8"))
 
 
+@whole
 def test_the_report_holds_every_photo_with_its_captions_and_scores(page, evaluated):
     lines = [json.loads(line) for line in (evaluated / "captions.jsonl").read_text(encoding="utf-8").splitlines()]
     photos = {photo["id"]: photo for photo in page.data["photos"]}
@@ -85,6 +90,7 @@ def test_the_report_holds_every_photo_with_its_captions_and_scores(page, evaluat
     assert len(page.data["unlike_photos"]) == 20
 
 
+@whole
 def test_captions_are_text_and_never_markup(page, evaluated):
     text = (evaluated / "report.html").read_text(encoding="utf-8")
     assert "alert(1)" in text and EVIL not in text
@@ -96,12 +102,14 @@ def test_captions_are_text_and_never_markup(page, evaluated):
     assert all(word not in page.scripts[1] for word in ("innerHTML", "outerHTML", "insertAdjacentHTML", "eval("))
 
 
+@whole
 def test_the_report_fetches_nothing(page):
     assert not [value for name, value in page.attributes if name in ("src", "href", "srcset")]
     assert ("http-equiv", "Content-Security-Policy") in page.attributes
     assert "http" not in page.scripts[1]
 
 
+@whole
 def test_fewer_photos_are_drawn_by_seed_and_none_means_no_report(repository, evaluated, tmp_path):
     data = str(evaluated.parent / "data")
     flags = ["--model_name_or_path", str(repository), "--dataset_name", data, "--num_beams", "1"]
@@ -114,6 +122,7 @@ def test_fewer_photos_are_drawn_by_seed_and_none_means_no_report(repository, eva
     assert not (tmp_path / "none" / "failures.json").exists()
 
 
+@whole
 def test_failures_json_holds_the_tables(evaluated):
     found = json.loads((evaluated / "failures.json").read_text(encoding="utf-8"))
     assert {"failures", "gender", "categories", "token_probability", "unlike_photos"} == set(found)

@@ -73,3 +73,26 @@ def test_a_checkpoints_tokenizer_is_loaded_without_a_warning(repository):
     finally:
         library.removeHandler(handler)
     assert records == []
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight_and_is_found_in_any_batch():
+    accelerator = Accelerator()
+    model = torch.nn.Linear(3, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+    args = SimpleNamespace(seed=0, gradient_accumulation_steps=2, max_grad_norm=1.0)
+
+    def losses_of(batch: dict) -> dict:
+        return {"loss": batch["scale"] * model(torch.ones(3)).sum(), "reward": torch.tensor(batch["scale"])}
+
+    def take(*scales: float) -> dict:
+        batches = [{"image_ids": [f"image-{place}"], "scale": scale} for place, scale in enumerate(scales)]
+        step = loop.Step(batches, [0.5, 0.5], [0.5, 0.5], 2, 0, 0.0, 0.0, number=7)
+        return loop.train_step(args, accelerator, model, optimizer, schedule, losses_of, step)
+
+    before = model.weight.detach().clone()
+    with pytest.raises(loop.NonFiniteLossError, match="step 7: .*'reward': inf}.* the ids image-1;"):
+        take(1.0, float("inf"))
+    assert torch.equal(model.weight, before)
+    optimizer.zero_grad()
+    assert take(1.0, 3.0)["reward"] == 2.0 and not torch.equal(model.weight, before)

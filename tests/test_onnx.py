@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from tiny import draw_picture, png_bytes, tiny_model
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, pipeline
 
 from tinycap import REPOSITORY
+from tinycap.deploy import cli
 from tinycap.deploy.export import DecoderGraph, EncoderGraph, export_onnx
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
@@ -30,16 +32,8 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def exported(repository, tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("exported")
-    paths = export_onnx(repository, folder, quantize=True)
-    assert all(path.is_file() for path in paths.values()) and len(paths) == 4
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(repository):
-    return AutoModelForImageTextToText.from_pretrained(repository, trust_remote_code=True)
+def model(exported_repository):
+    return AutoModelForImageTextToText.from_pretrained(exported_repository, trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
@@ -47,13 +41,49 @@ def captioner(exported) -> OnnxCaptioner:
     return OnnxCaptioner.from_pretrained(exported, num_threads=1)
 
 
-def test_the_captions_are_the_pipelines(repository, captioner, pictures):
-    pipe = pipeline("image-to-text", model=str(repository), trust_remote_code=True)
+def test_the_captions_are_the_pipelines(exported_repository, captioner, pictures):
+    pipe = pipeline("image-to-text", model=str(exported_repository), trust_remote_code=True)
     for options in ({}, {"num_beams": 4}, {"num_beams": 3, "num_return_sequences": 2}, {"prompt": "A brown "}):
         expected = [[found["generated_text"] for found in row] for row in pipe(pictures, **options)]
         assert [[found.text for found in row] for row in captioner(pictures, **options)] == expected
         alone = [[found.text for found in captioner(picture, **options)[0]] for picture in pictures]
         assert alone == expected, "batches change nothing"
+
+
+NPM = os.environ.get("TINYCAP_NPM", "")
+HAS_TRANSFORMERS_JS = Path(NPM, "node_modules/@huggingface/transformers").is_dir() and shutil.which("node") is not None
+
+
+@pytest.mark.skipif(
+    not NPM or not HAS_TRANSFORMERS_JS,
+    reason="needs node, and TINYCAP_NPM, a folder where npm installed @huggingface/transformers",
+)
+def test_transformers_js_captions_with_the_exported_folder(exported, captioner, tmp_path):
+    """Greedily, in both precisions, from images of the model's size: its resize isn't Pillow's."""
+    images = [str(tmp_path / f"{seed}.png") for seed in range(6)]
+    for seed, path in enumerate(images):
+        draw_picture(seed, (24, 24)).save(path)
+    script = Path(__file__).with_name("slow") / "transformers_js.mjs"
+    found = json.loads(subprocess.check_output(["node", script, NPM, exported, *images], text=True))
+    quantized = OnnxCaptioner.from_pretrained(exported, quantized=True, num_threads=1)
+    for name, each in (("fp32", captioner), ("q8", quantized)):
+        assert found[name] == [row[0].text for row in each(images, num_beams=1)]
+
+
+def test_the_exported_config_has_stock_names_and_older_exports_load(
+    exported_repository, exported, captioner, pictures, tmp_path
+):
+    config, own = (json.loads((folder / "config.json").read_text()) for folder in (exported, exported_repository))
+    assert config["model_type"] == "vision-encoder-decoder" and not {"auto_map", "custom_pipelines"} & set(config)
+    text = own["text_config"]
+    assert config["decoder"]["model_type"] == "trocr" and config["decoder"]["d_model"] == text["hidden_size"]
+    assert config["decoder"]["decoder_layers"] == text["num_hidden_layers"]
+    assert config["decoder"]["decoder_attention_heads"] == text["num_attention_heads"]
+    older = Path(shutil.copytree(exported, tmp_path / "older"))
+    shutil.copy(exported_repository / "config.json", older / "config.json")
+    found = OnnxCaptioner.from_pretrained(older, num_threads=1)
+    assert found.max_positions == captioner.max_positions == text["max_position_embeddings"]
+    assert found(pictures) == captioner(pictures)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3, "num_return_sequences": 3, "length_penalty": 0.4}])
@@ -98,8 +128,10 @@ def test_memory_of_patches_is_exported_too(tokenizer, tmp_path, pictures):
     processor = create_image_processor(24)
     save_repository(tmp_path / "patches", model, tokenizer, processor)
     # Into the repository itself, which already has the small files.
-    export_onnx(tmp_path / "patches", tmp_path / "patches", quantize=False)
+    folder = str(tmp_path / "patches")
+    assert cli.main(["export", "--model", folder, "--output", folder, "--no-quantize"]) == 0
     assert not list((tmp_path / "patches" / "onnx").glob("*quantized*"))
+    assert json.loads((tmp_path / "patches" / "config.json").read_text())["model_type"] == "tinycap"
     captioner = OnnxCaptioner.from_pretrained(tmp_path / "patches")
     sequences = model.generate(processor(pictures, return_tensors="pt").pixel_values)
     expected = [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tinycap import REPOSITORY, train_distill, train_teacher
+from tinycap.commands import run_command
 from tinycap.training import efficientnet_lite, recipe, soup
 
 
@@ -63,6 +64,15 @@ def test_an_interrupted_stage_goes_on_from_its_newest_checkpoint(launched, tmp_p
     monkeypatch.setattr(recipe, "complete_checkpoints", lambda folder: [folder / "checkpoint-7"])
     recipe.main([str(RECIPE), "--output_dir", str(tmp_path), *VARIABLES])
     assert launched[2][-2:] == ["--resume_from_checkpoint", "latest"]
+
+
+def test_a_stage_that_fails_is_1_and_its_messages_stay(tmp_path, monkeypatch, capfd):
+    (tmp_path / "recipe.yaml").write_text("stages: {one: {run: train_distill.py}}")
+    failing = [sys.executable, "-c", "import sys; sys.exit('no split')"]
+    monkeypatch.setattr(recipe, "stage_command", lambda stage, folder: failing)
+    assert run_command("recipe", lambda: recipe.main([str(tmp_path / "recipe.yaml")])) == 1
+    messages = "no split\nrecipe: error: stage one failed with exit status 1; see its messages above\n"
+    assert capfd.readouterr().err == messages
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -43,7 +44,7 @@ def made_models(repository, tmp_path_factory):
 
 
 def weights(folder) -> dict[str, torch.Tensor]:
-    return TinyCapForConditionalGeneration.from_pretrained(folder).state_dict()
+    return load_file(folder / "model.safetensors")
 
 
 def test_every_weight_of_a_soup_is_the_mean_of_the_models(models, tmp_path):

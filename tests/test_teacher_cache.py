@@ -22,14 +22,16 @@ def make_teacher(seed: int = 0) -> Teacher:
     return Teacher(CLIPVisionModelWithProjection(CLIPVisionConfig(image_size=16, patch_size=8, **sizes)))
 
 
-def make_dataset(num_rows: int = 11, seed: int = 5, crop_scale: float = 0.4, mixup: float = 0.0) -> CaptionDataset:
+def make_dataset(
+    num_rows: int = 11, seed: int = 5, crop_scale: float = 0.4, mixup: float = 0.0, cutmix: float = 0.0
+) -> CaptionDataset:
     rows = []
     for index in range(num_rows):
         picture = draw_picture(index)
         row = {"pixels": picture.tobytes(), "height": 29, "width": 37, "captions": CAPTIONS, "image_id": str(index)}
         rows.append({**row, "reason": ""})
     decoded = Dataset.from_list(rows, features=DECODED_FEATURES).remove_columns("reason")
-    return CaptionDataset(decoded, 24, Augmentation(crop_scale, True, 0.2, mixup), 2, seed)
+    return CaptionDataset(decoded, 24, Augmentation(crop_scale, True, 0.2, mixup, cutmix), 2, seed)
 
 
 @pytest.fixture
@@ -63,13 +65,13 @@ def build(collator, tmp_path, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("mixup", [0.0, 0.5])
-def test_the_cache_holds_the_teachers_embedding_of_the_students_crop(build, collator, mixup):
-    teacher, dataset = make_teacher(), make_dataset(mixup=mixup)
+@pytest.mark.parametrize("mixup, cutmix", [(0.0, 0.0), (0.5, 0.0), (0.5, 1.0)])
+def test_the_cache_holds_the_teachers_embedding_of_the_students_crop(build, collator, mixup, cutmix):
+    teacher, dataset = make_teacher(), make_dataset(mixup=mixup, cutmix=cutmix)
     dataset.teacher_cache = build(teacher, dataset)
     keys = [(epoch, random.Random(epoch).randrange(11)) for epoch in range(9)]
     samples = [dataset[key] for key in keys]
-    assert any("mixed" in sample for sample in samples) == (mixup > 0)
+    assert any(sample["mixed"] for sample in samples) == (mixup > 0)
     batch = collator(samples)
     torch.testing.assert_close(batch["teacher_embeds"], teacher(batch["pixel_values"]), atol=1e-6, rtol=0)
 
@@ -149,6 +151,7 @@ def test_an_interrupted_build_goes_on_where_it_stopped(build, tmp_path):
         {"dataset": lambda: make_dataset(crop_scale=0.5)},
         {"dataset": lambda: make_dataset(num_rows=10)},
         {"dataset": lambda: make_dataset(mixup=0.5)},
+        {"dataset": lambda: make_dataset(mixup=0.5, cutmix=0.5)},
     ],
 )
 def test_what_shapes_an_embedding_is_part_of_the_key(build, other, tmp_path):

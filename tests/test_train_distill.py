@@ -8,6 +8,8 @@ import datasets
 import pytest
 import torch
 import torch.nn.functional as F
+from accelerate.state import AcceleratorState
+from accelerate.utils import TorchDynamoPlugin
 from PIL import Image
 from ranks import Ranks
 from safetensors.torch import load_file
@@ -86,7 +88,8 @@ def die_in_step(monkeypatch, flags: list[str], dead_in_step: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("dead_in_steps", "more"), [([4, 6], []), ([4], ["--optimizer", "muon"]), ([4], ["--mixup", "0.9"])]
+    ("dead_in_steps", "more"),
+    [([4, 6], []), ([4], ["--optimizer", "muon"]), ([4], ["--mixup", "0.9", "--cutmix", "0.4"])],
 )
 @pytest.mark.slow
 def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monkeypatch, dead_in_steps, more):
@@ -105,6 +108,22 @@ def test_a_run_that_was_killed_resumes_to_the_same_weights(flags, tmp_path, monk
     assert times == sorted(times), "the clock goes on where it stopped"
     losses = [[(row["step"], row["loss"]) for row in log_rows(tmp_path / n) if "loss" in row] for n in ("whole", "out")]
     assert losses[0] == losses[1]
+
+
+@pytest.mark.slow
+def test_a_run_that_accelerate_compiles_is_the_plain_one_and_resumes_as_such(flags, tmp_path, monkeypatch):
+    flags = [*flags, "--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "4", "--mixup", "0.5"]
+    train_distill.main([*flags, "--output_dir", str(tmp_path / "plain")])
+    # As `accelerate launch --dynamo_backend` does; this backend runs the graphs without compiling them.
+    with monkeypatch.context() as patch:
+        patch.setitem(AcceleratorState._shared_state, "dynamo_plugin", TorchDynamoPlugin(backend="eager"))
+        train_distill.main(flags)
+    compiled = load_file(tmp_path / "out" / "model.safetensors")
+    train_distill.main([*flags, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")])
+    for name, value in load_file(tmp_path / "plain" / "model.safetensors").items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=0)
+    for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
+        torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("dead_in_step", [4, None])
@@ -333,7 +352,7 @@ def test_bf16_trains_and_saves_float32_weights(flags, tmp_path):
         (["--length_penalty", "0.5", "--num_beams", "1"], ["--length_penalty", "--num_beams"]),
         (["--mixup", "1"], ["--mixup", "[0, 1)"]),
         (["--mixup", "0.5", "--distill_weight", "0"], ["--mixup", "--distill_weight 0"]),
-        (["--mixup", "0.5", "--streaming", "--dataset_name", "x"], ["--mixup", "--streaming"]),
+        (["--cutmix", "0.5"], ["--cutmix", "needs --mixup"]),
         (["--mixup", "0.5", "--objective", "scst", "--model_name_or_path", "m"], ["--mixup", "--objective scst"]),
         (["--teacher_feature", "cls"], ["--teacher_feature", "pooled"]),
     ],

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -9,10 +10,12 @@ import warnings
 from collections import namedtuple
 
 import pytest
+from fresh import Process
 from PIL import Image
+from ranks import rank_variables
 from torch.utils.data import DataLoader
 
-from tinycap import pipeline_tinycap
+from tinycap import REPOSITORY, pipeline_tinycap
 from tinycap.pipeline_tinycap import usable_workers
 from tinycap.workers import start_worker
 
@@ -56,22 +59,27 @@ def test_a_worker_that_cannot_hand_over_a_batch_is_an_error(capfd):
     assert "data loader worker 0: expected to hand over a batch in shared memory" in capfd.readouterr().err
 
 
-SMALL = 'mount -t tmpfs -o size=1m tmpfs /dev/shm && exec "$@"'
+SMALL = "mount --make-rprivate / && mount -t tmpfs -o size=1m tmpfs /dev/shm"
+# A command in a mount namespace of its own, as by `unshare -m`.
+IN_SMALL = f"""
+import ctypes, runpy, subprocess
+assert ctypes.CDLL(None).unshare(0x20000) == 0
+subprocess.run({SMALL!r}, shell=True, check=True)
+runpy.run_module("tinycap.deploy", run_name="__main__", alter_sys=True)
+"""
 
 
 @linux
 @pytest.mark.slow
 def test_captions_need_no_more_shared_memory_than_docker_gives(repository, tmp_path):
-    alone = ["unshare", "-m", "sh", "-c", SMALL, "sh"]
-    if subprocess.run([*alone, "true"], capture_output=True, check=False).returncode != 0:
+    if subprocess.run(["unshare", "-m", "sh", "-c", SMALL], capture_output=True, check=False).returncode != 0:
         pytest.skip("needs the right to mount")
     for number in range(300):
         Image.new("RGB", (30, 30), (number % 256, 0, 0)).save(tmp_path / f"{number}.png")
-    command = [sys.executable, "-m", "tinycap.deploy", "caption", str(tmp_path), "--model", str(repository)]
-    command += ["--num-workers", "4", "--batch-size", "64"]
-    done = subprocess.run([*alone, *command], capture_output=True, text=True, timeout=100, check=False)
-    assert done.returncode == 0 and len(done.stdout.splitlines()) == 300, done.stderr
-    assert done.stderr.count("/dev/shm: expected room") == 1
+    words = ("caption", tmp_path, "--model", repository, "--num-workers", "4", "--batch-size", "64")
+    process = Process("-c", IN_SMALL, *words, path=(REPOSITORY,))
+    assert process.wait() == 0 and len(process.output().splitlines()) == 300, process.errors()
+    assert process.errors().count("/dev/shm: expected room") == 1
 
 
 # --- processes --------------------------------------------------------------------------------------------------------
@@ -92,33 +100,28 @@ loop.run_script(main)
 """
 
 
-def start_rank(rank: int, port: int, *seconds: int) -> subprocess.Popen:
-    ranks = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": port}
-    ranks |= {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": 1}
-    environment = {**os.environ, **{name: str(value) for name, value in ranks.items()}}
-    command = [sys.executable, "-c", START, *map(str, seconds)]
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+def start_rank(rank: int, port: int, *seconds: int) -> Process:
+    return Process("-c", START, *seconds, path=(REPOSITORY,), **rank_variables(rank, 2, port))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_process_that_never_comes_is_an_error(rank, free_port):
-    output, _ = start_rank(rank, free_port, 2, 0).communicate(timeout=100)
-    assert f"error: process {rank} of 2: expected all of them at 127.0.0.1:{free_port} within 0:00:02" in output
+    process = start_rank(rank, free_port, 1, 0)
+    assert process.wait() == 2
+    expected = f"error: process {rank} of 2: expected all of them at 127.0.0.1:{free_port} within 0:00:01"
+    assert expected in process.errors()
 
 
 @pytest.mark.slow
 def test_decoding_may_take_longer_than_other_work(free_port):
-    ranks = [start_rank(rank, free_port, 6, 9) for rank in range(2)]
+    ranks = [start_rank(rank, free_port, 4, 6) for rank in range(2)]
     for rank in ranks:
-        output, _ = rank.communicate(timeout=100)
-        assert rank.returncode == 0 and "all here" in output, output
+        assert rank.wait() == 0 and "all here" in rank.output(), rank.errors()
 
 
 @pytest.fixture
 def free_port() -> int:
-    import socket
-
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
@@ -138,20 +141,22 @@ time.sleep(60)
 def test_ranks_end_soon_after_their_launcher_was_killed(launcher, tmp_path):
     (tmp_path / "rank.py").write_text(RANK)
     number, flags = (1, ["--cpu"]) if "accelerate" in launcher else (2, ["--standalone", "--nproc_per_node", "2"])
-    command = [sys.executable, "-m", launcher, *flags, str(tmp_path / "rank.py")]
-    started = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
-    ranks = [int(started.stdout.readline()) for _ in range(number)]
+    started = Process("-m", launcher, *flags, tmp_path / "rank.py")
+    while started.output().count("\n") < number:
+        assert started.poll() is None, started.errors()
+        time.sleep(0.01)
+    ranks = [int(line) for line in started.output().splitlines()]
     started.kill()
-    started.wait()
+    assert started.wait() == -signal.SIGKILL
 
     def going_on() -> list[int]:
         there = [rank for rank in ranks if os.path.exists(f"/proc/{rank}")]
         return [rank for rank in there if open(f"/proc/{rank}/stat").read().split()[2] != "Z"]
 
-    for _ in range(50):
+    for _ in range(500):
         if not going_on():
             return
-        time.sleep(0.1)
+        time.sleep(0.01)
     left = going_on()
     for rank in left:
         os.kill(rank, signal.SIGKILL)

@@ -112,7 +112,12 @@ def add_search(parser: argparse.ArgumentParser) -> None:
 
 def add_export(parser: argparse.ArgumentParser) -> None:
     add(parser, "--model", "a TinyCap repository (default: the released checkpoint)", metavar="FOLDER")
-    add(parser, "--output", "folder for the files", metavar="FOLDER", required=True)
+    where = parser.add_mutually_exclusive_group(required=True)
+    add(where, "--output", "folder for the files", metavar="FOLDER")
+    page = "folder for a web page instead, which captions photos in the browser"
+    add(where, "--web", page, metavar="FOLDER")
+    npm = "with --web: a folder with the page's npm packages (default: npm installs them)"
+    add(parser, "--npm", npm, metavar="FOLDER")
     add(parser, "--quantize", "write int8 files too", action=argparse.BooleanOptionalAction, default=True)
 
 
@@ -309,10 +314,19 @@ def run_search(args: argparse.Namespace) -> int:
 
 def run_export(args: argparse.Namespace) -> int:
     model = check_model(args.model or str(REPOSITORY))
+    if args.web is None and args.npm is not None:
+        raise ValueError("--npm: expected --web with it")
+    if args.web is not None and not args.quantize:
+        raise ValueError("--no-quantize: the page of --web has the int8 files only")
     from tinycap.deploy.export import export_onnx
 
-    paths = export_onnx(model, args.output, args.quantize)
-    for path in paths.values():
+    if args.web is not None:
+        from tinycap.deploy.web_export import export_web
+
+        paths = export_web(model, args.web, args.npm)
+    else:
+        paths = export_onnx(model, args.output, args.quantize).values()
+    for path in paths:
         print(f"{Path(path).stat().st_size:>12,}  {path}")
     return DONE
 

@@ -4,13 +4,14 @@
     onnx/decoder_model_merged.onnx   input_ids, encoder_hidden_states, past_key_values.* -> logits, present.*
     onnx/text_model.onnx             input_ids, attention_mask -> text_embeds, of a checkpoint with a text encoder
 
-Names and folder are Optimum's and transformers.js's, the int8 ones end in `_quantized`. What is the encoder's
-`last_hidden_state` here is all that the decoder's cross-attention ever reads of an image, already projected: with one
-memory vector the constant that each layer adds, (B, 1, layers * hidden_size); with patches the keys and values of each
-layer, (B, tokens, layers * 2 * hidden_size). One decoder serves the first step, with a cache of length 0, and all
-others.
+Optimum and transformers.js load the folder by its names and `config.json`; the int8 graphs end in `_quantized`. What is
+the encoder's `last_hidden_state` here is all that the decoder's cross-attention ever reads of an image, already
+projected: with one memory vector the constant that each layer adds, (B, 1, layers * hidden_size); with patches the keys
+and values of each layer, (B, tokens, layers * 2 * hidden_size). One decoder serves the first step, with a cache of
+length 0, and all others.
 """
 
+import json
 import logging
 import shutil
 import warnings
@@ -36,8 +37,8 @@ COMPANIONS = (
 )
 # Maximum difference between outputs of an exported graph and the model, due to the order of summation.
 TOLERANCE = 1e-3
-# Weights of the decoder that share a scale.
-DECODER_BLOCK = 32
+# Weights that share a scale, where they are quantized in blocks.
+DECODER_BLOCK, ENCODER_BLOCK = 32, 64
 
 
 class EncoderGraph(nn.Module):
@@ -95,12 +96,15 @@ class TextGraph(nn.Module):
         return (self.model.get_text_features(input_ids, attention_mask, return_dict=True).text_embeds,)
 
 
-def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize: bool = True) -> dict[str, Path]:
+def export_onnx(
+    model_name_or_path: str | Path, output_dir: str | Path, quantize: bool = True, float_activations: bool = False
+) -> dict[str, Path]:
     """Writes the ONNX graphs of a checkpoint, and copies its configs and tokenizer.
 
     Args:
-        output_dir: gets `onnx/` and the small files; may be the repository itself.
+        output_dir: gets `onnx/` and the small files; may be the repository itself, whose config stays as it is.
         quantize: write the int8 graphs too.
+        float_activations: quantize only weights; see `quantize_graph`.
 
     Returns:
         The graphs written, by name: `encoder_model`, `decoder_model_merged`, with a text encoder `text_model`, and
@@ -128,7 +132,7 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
             path, quantized_path = (aside / "onnx" / f"{name}{suffix}.onnx" for suffix in ("", "_quantized"))
             export(model, path)
             if quantize:
-                quantize_graph(path, quantized_path, is_decoder=export is not _export_encoder)
+                quantize_graph(path, quantized_path, export is not _export_encoder, float_activations)
             written += [path, quantized_path][: 1 + quantize]
         for name in (*COMPANIONS, CONFIDENCE_NAME):
             # Only the calibration is optional.
@@ -137,33 +141,65 @@ def export_onnx(model_name_or_path: str | Path, output_dir: str | Path, quantize
                 (output_dir / name).unlink(missing_ok=True)
             elif Path(source).resolve() != (output_dir / name).resolve():
                 shutil.copyfile(source, aside / name)
+        if (aside / "config.json").exists():
+            # Not in the repository itself, which stays a TinyCap.
+            (aside / "config.json").write_text(
+                json.dumps(stock_config(model.config), indent=2) + "\n", encoding="utf-8"
+            )
     return {path.stem: output_dir / "onnx" / path.name for path in written}
 
 
-def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool) -> None:
+def stock_config(config) -> dict:
+    """The graphs' `config.json`: sizes and token ids by the names of stock models of transformers.js and Optimum."""
+    from tinycap.deploy.onnx_captioner import EXPORTED_TYPE, OWN_PARTS, PART_TYPES, SIZES
+
+    content = {"model_type": EXPORTED_TYPE, "is_encoder_decoder": True}
+    for part, names in SIZES.items():
+        own = getattr(config, OWN_PARTS[part])
+        content[part] = {
+            "model_type": PART_TYPES[part],
+            **{theirs: getattr(own, name) for name, theirs in names.items()},
+        }
+    if config.text_encoder_config is not None:
+        name = "max_position_embeddings"
+        content["text_encoder_config"] = {name: getattr(config.text_encoder_config, name)}
+    ids = ("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id")
+    return {**content, **{name: getattr(config, name) for name in ids}}
+
+
+def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool, float_activations: bool = False) -> None:
     """Quantizes weights of linear layers to int8, and activations at run time; docs/on_the_device.md compares variants.
 
     The encoder has a scale for each output channel, and seven bits, since processors without VNNI add two products of
     bytes in 16 bits. The decoder, whose small errors change words, has a scale for every 32 weights, and its token
     embeddings are float16.
+
+    With `float_activations` only weights are quantized, the encoder's in blocks too. Quantized activations amplify
+    differences of rounding: between WebAssembly and x86, one caption in ten differs.
     """
+    # The quantizer's import configures logging unless it is already; every node would be logged.
+    logging.basicConfig()
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
     from onnxruntime.quantization.matmul_nbits_quantizer import DefaultWeightOnlyQuantConfig, MatMulNBitsQuantizer
+    from onnxruntime.quantization.onnx_model import ONNXModel
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    # It logs every node.
-    logging.getLogger("onnxruntime.quantization.matmul_nbits_quantizer").setLevel(logging.WARNING)
     prepared = quantized_path.with_name(f".{quantized_path.name}")
     try:
         # Folds constants, including the transposed weight of the head, which is otherwise not quantized.
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        if is_decoder:
+        if is_decoder or float_activations:
             # Level 4 also quantizes activations, each block of a row separately.
-            options = {"bits": 8, "block_size": DECODER_BLOCK, "is_symmetric": True, "accuracy_level": 4}
-            quantizer = MatMulNBitsQuantizer(str(prepared), algo_config=DefaultWeightOnlyQuantConfig(**options))
+            options = {"bits": 8, "is_symmetric": True, "accuracy_level": 0 if float_activations else 4}
+            options["block_size"] = DECODER_BLOCK if is_decoder else ENCODER_BLOCK
+            model = ONNXModel(onnx.load(prepared))
+            # The quantizer skips Gemm.
+            model.replace_gemm_with_matmul()
+            quantizer = MatMulNBitsQuantizer(model.model, algo_config=DefaultWeightOnlyQuantConfig(**options))
             quantizer.process()
-            _halve_table(quantizer.model.model)
+            if is_decoder:
+                _halve_table(quantizer.model.model)
             onnx.save(quantizer.model.model, quantized_path)
         else:
             options = {"per_channel": True, "reduce_range": True, "weight_type": QuantType.QInt8}
@@ -190,7 +226,7 @@ def _halve_table(model) -> None:
 def _export_encoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     vision = model.config.vision_config
     inputs = {"pixel_values": torch.randn(2, vision.num_channels, vision.image_size, vision.image_size)}
-    shapes = {"pixel_values": {0: torch.export.Dim("batch")}}
+    shapes = {"pixel_values": {0: torch.export.Dim("batch_size")}}
     _export(EncoderGraph(model), inputs, path, list(inputs), ["last_hidden_state", "image_embeds"], shapes)
 
 
@@ -203,7 +239,7 @@ def _export_decoder(model: TinyCapForConditionalGeneration, path: Path) -> None:
     # Sizes other than 0 and 1, which the exporter would specialise on.
     past = [torch.randn(2, heads, 3, head_dim) for _ in range(2 * len(layers))]
     names = [f"{index}.decoder.{part}" for index in range(len(layers)) for part in ("key", "value")]
-    batch, new, before = (torch.export.Dim(name) for name in ("batch", "sequence_length", "past_sequence_length"))
+    batch, new, before = (torch.export.Dim(name) for name in ("batch_size", "sequence_length", "past_sequence_length"))
     inputs = {"input_ids": torch.tensor([[1, 2], [2, 1]]), "encoder_hidden_states": states, "past_key_values": past}
     shapes = {
         "input_ids": {0: batch, 1: new},
@@ -219,7 +255,7 @@ def _export_text(model: TinyCapForConditionalGeneration, path: Path) -> None:
     if hasattr(model, "visual_projection"):
         np.save(path.with_name(VISUAL_PROJECTION), model.visual_projection.weight.detach().numpy())
     inputs = {"input_ids": torch.tensor([[1, 2, 1], [2, 1, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
-    batch, length = torch.export.Dim("batch"), torch.export.Dim("sequence_length")
+    batch, length = torch.export.Dim("batch_size"), torch.export.Dim("sequence_length")
     shapes = dict.fromkeys(inputs, {0: batch, 1: length})
     _export(TextGraph(model), inputs, path, list(inputs), ["text_embeds"], shapes)
 

@@ -29,10 +29,17 @@ from tinycap.processing_tinycap import load_image
 
 # Optimum's and transformers.js's names, in their folder `onnx`.
 ENCODER, DECODER, TEXT_MODEL = "encoder_model", "decoder_model_merged", "text_model"
-# Fields of `config.json` that are read, by part.
+# The sizes that are read from `config.json`: in exports the names of these stock models, which transformers.js and
+# Optimum know, by part; in repositories, and exports of earlier versions, TinyCap's own.
+EXPORTED_TYPE, PART_TYPES = "vision-encoder-decoder", {"encoder": "vit", "decoder": "trocr"}
+OWN_PARTS = {"encoder": "vision_config", "decoder": "text_config"}
 SIZES = {
-    "vision_config": ("image_size", "num_channels"),
-    "text_config": ("vocab_size", "max_position_embeddings", "num_hidden_layers", "num_attention_heads", "hidden_size"),
+    "encoder": {"image_size": "image_size", "num_channels": "num_channels"},
+    "decoder": {
+        **{"vocab_size": "vocab_size", "max_position_embeddings": "max_position_embeddings"},
+        **{"num_hidden_layers": "decoder_layers", "num_attention_heads": "decoder_attention_heads"},
+        **{"hidden_size": "d_model"},
+    },
 }
 
 # Those of a search that neither generation config nor caller give, as in transformers.
@@ -94,6 +101,19 @@ def run_graph(session: onnxruntime.InferenceSession, outputs: list[str] | None, 
     return found
 
 
+def read_sizes(config: dict, place: str) -> dict[str, int]:
+    """The fields of `SIZES` by TinyCap's names; `ValueError` names one that is no positive integer."""
+    sizes, is_export = {}, config.get("model_type") == EXPORTED_TYPE
+    for part, names in SIZES.items():
+        part = part if is_export else OWN_PARTS[part]
+        section = config[part] if isinstance(config.get(part), dict) else {}
+        for name, exported in names.items():
+            key = exported if is_export else name
+            check_number(f"{place}: {part}.{key}", section.get(key), Integral, 1, MAX_INTEGER)
+            sizes[name] = section[key]
+    return sizes
+
+
 class OnnxCaptioner:
     """A TinyCap as two ONNX graphs, in a folder that `export_onnx` wrote.
 
@@ -121,12 +141,8 @@ class OnnxCaptioner:
         for name, value in generation_config.items():
             if name not in ANY_VALUE and (name not in NEUTRAL or value != NEUTRAL[name]):
                 raise ValueError(f"generation config: {name}={value!r} isn't supported without transformers")
-        config, sizes = read_json(folder / "config.json"), {}
-        for part, names in SIZES.items():
-            section = config[part] if isinstance(config.get(part), dict) else {}
-            for name in names:
-                check_number(f"{folder / 'config.json'}: {part}.{name}", section.get(name), Integral, 1, MAX_INTEGER)
-                sizes[name] = section[name]
+        config = read_json(folder / "config.json")
+        sizes = read_sizes(config, os.fspath(folder / "config.json"))
         # Number of the decoder's positions.
         self.max_positions = sizes["max_position_embeddings"]
         ids = {name: config.get(name) for name in ("decoder_start_token_id", "eos_token_id")}

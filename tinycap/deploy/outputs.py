@@ -82,7 +82,7 @@ def filling(folder: str | Path) -> Iterator[Path]:
             yield Path(aside)
             for path in [path for path in Path(aside).rglob("*") if path.is_file()]:
                 target = folder / path.relative_to(aside)
-                target.parent.mkdir(exist_ok=True)
+                target.parent.mkdir(parents=True, exist_ok=True)
                 os.replace(path, target)
 
 

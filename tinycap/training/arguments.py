@@ -146,7 +146,7 @@ def check_sources(args: argparse.Namespace) -> None:
     What may be a name on the Hub is left to the libraries, unless the Hub is offline and has never been asked for it.
     """
     flags = ("model_name_or_path", "teacher_name_or_path", "tokenizer_name", "text_model_name_or_path", "dataset_name")
-    sources = [(flag, getattr(args, flag, None)) for flag in flags]
+    sources = [(flag, getattr(args, flag, None)) for flag in (*flags, "unlabelled_dataset_name")]
     sources += [("image_model_name_or_path", name) for name in getattr(args, "image_model_name_or_path", None) or ()]
     for flag, name in sources:
         if name is None or os.path.exists(name):
@@ -158,7 +158,7 @@ def check_sources(args: argparse.Namespace) -> None:
             is_path = True
         if is_path:
             raise ValueError(f"--{flag}: no such folder: {name}")
-        cached = repo_folder_name(repo_id=name, repo_type="dataset" if flag == "dataset_name" else "model")
+        cached = repo_folder_name(repo_id=name, repo_type="dataset" if "dataset" in flag else "model")
         places = (Path(constants.HF_HUB_CACHE, cached), Path(HF_DATASETS_CACHE, name.replace("/", "___")))
         if constants.HF_HUB_OFFLINE and not any(place.exists() for place in places):
             raise ValueError(f"--{flag}: no such folder: {name}; as a name on the Hub it can't be had offline")

@@ -5,17 +5,21 @@ follows from (seed, epoch, row), never from a worker's state.
 """
 
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import count
 
 import datasets
 import torch
+import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
-from tinycap.training.augmentation import Augmentation
+from tinycap.training.augmentation import Augmentation, View
+from tinycap.training.device_images import pack_views
 from tinycap.training.tokenizer import encode_captions
 
 
@@ -27,6 +31,7 @@ class SampleMaker:
         image_size: side of the square images, pixels.
         captions_per_image: captions to draw, without repeats while there are enough; `None` for all.
         seed: with the epoch and the row, fixes every draw.
+        on_device: samples have no pixels: a `DevicePixels` computes them where the model is.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -34,16 +39,21 @@ class SampleMaker:
     augmentation: Augmentation = Augmentation()
     captions_per_image: int | None = None
     seed: int = 0
+    on_device: bool = False
 
-    def make_sample(self, row: dict, index: int | str, epoch: int, view: int) -> dict:
-        """`pixels`, `gain`, `shift` (see `Augmentation`) follow from (seed, view, index), `captions` from (seed, epoch,
-        index); `references` are all captions."""
-        captions = list(row["captions"])
+    def make_sample(self, row: dict, index: int | str, epoch: int, view: int, draw_row: Callable) -> dict:
+        """The `view` (see `View`) and its `pixels` follow from (seed, view, index), `captions` from (seed, epoch,
+        index); `references` are all captions. An image without captions has empty ones, and no references; a `mixed`
+        one holds a row of `draw_row` too, see `Augmentation`."""
+        captions = list(row["captions"]) or [""]
         if self.captions_per_image is not None:
             random.Random(f"{self.seed}/{epoch}/{index}").shuffle(captions)
             captions = [captions[i % len(captions)] for i in range(self.captions_per_image)]
-        image = self.augmentation(row, self.image_size, random.Random(f"picture/{self.seed}/{view}/{index}"))
-        return {**image, "captions": captions, "references": row["captions"], "image_id": row["image_id"]}
+        drawn = self.augmentation.draw_view(row, random.Random(f"picture/{self.seed}/{view}/{index}"))
+        self.augmentation.draw_mixing(drawn, draw_row, random.Random(f"mixup/{self.seed}/{view}/{index}"))
+        sample = {"view": drawn, "mixed": drawn.other is not None, "image_id": row["image_id"]}
+        image = {"image_size": self.image_size} if self.on_device else {"pixels": drawn.pixels(self.image_size)}
+        return {**sample, **image, "captions": captions, "references": row["captions"]}
 
 
 @dataclass(eq=False)
@@ -53,14 +63,22 @@ class CaptionDataset(SampleMaker, Dataset):
     A key is `(epoch, row)`, so that workers need not know the epoch, or a row of epoch 0. With a `TeacherCache`, epochs
     cycle through its views, and samples carry `teacher_embeds`, the teacher's embedding of their view; `image_embeds`
     instead where it is a frozen student's (`caches_student`).
+
+    Args:
+        offsets: of every row in a `DevicePixels` that holds all images, which aren't read here then.
     """
 
     teacher_cache: Callable[[int, int], torch.Tensor] | None = None
     caches_student: bool = False
+    offsets: Sequence[int] | None = None
 
     def in_size(self, image_size: int) -> "CaptionDataset":
-        """The same crops of the same images, resized to another side (pixels), without a teacher cache."""
-        return replace(self, image_size=image_size, teacher_cache=None)
+        """The same crops of the same images, resized to another side (pixels) on the CPU, without a teacher cache."""
+        return replace(self, image_size=image_size, teacher_cache=None, on_device=False, offsets=None)
+
+    @cached_property
+    def read_rows(self) -> datasets.Dataset:
+        return self.rows if self.offsets is None else self.rows.remove_columns("pixels")
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -68,26 +86,29 @@ class CaptionDataset(SampleMaker, Dataset):
     def __getitem__(self, key: int | tuple[int, int]) -> dict:
         epoch, index = key if isinstance(key, tuple) else (0, key)
         view = epoch if self.teacher_cache is None else epoch % self.teacher_cache.num_views
-        sample = self.make_sample(self.rows[index], index, epoch, view)
-        rng = random.Random(f"mixup/{self.seed}/{view}/{index}")
-        if self.augmentation.mixup > 0 and rng.random() < self.augmentation.mixup:
-            other = self.augmentation(self.rows[rng.randrange(len(self))], self.image_size, rng)["pixels"]
-            # The image's own share is the larger one; the other image is mixed at its own index.
-            mixed = torch.lerp(sample["pixels"].float(), other.float(), rng.uniform(0.0, 0.5))
-            sample.update(pixels=mixed.round_().to(torch.uint8), mixed=True)
+        sample = self.make_sample(self._row(index), index, epoch, view, self._draw_row)
         if self.teacher_cache is not None:
             sample["image_embeds" if self.caches_student else "teacher_embeds"] = self.teacher_cache(view, index)
         return sample
 
+    def _row(self, index: int) -> dict:
+        row = self.read_rows[index]
+        return row if self.offsets is None else {**row, "offset": self.offsets[index]}
+
+    def _draw_row(self, rng: random.Random) -> dict:
+        return self._row(rng.randrange(len(self)))
+
 
 @dataclass(eq=False)
 class EpochBatchSampler(Sampler):
-    """A process's share of the images of every step; yields lists of `(epoch, row)`.
+    """A process's share of the images of every step; yields lists of `(epoch, row)`, epoch after epoch without end, so
+    that a loader prepares an epoch's first batches while the one before ends.
 
     What all processes take together in a step follows from (seed, epoch) and the step's size only: two processes with
     batches of 8 see what one sees with batches of 16. Every image comes exactly once an epoch, and the steps of an
     epoch differ by one image at most. `equal` drops what doesn't fill a batch of every process, for objectives that
-    compare a batch's images.
+    compare a batch's images. `order` returns the keys of an epoch's `num_rows` images in their order, where it isn't a
+    shuffled pass over all rows.
 
     Raises:
         ValueError: there are too few images for the processes.
@@ -99,6 +120,7 @@ class EpochBatchSampler(Sampler):
     process_index: int = 0
     num_processes: int = 1
     equal: bool = False
+    order: Callable[[int], list[tuple[int, int]]] | None = None
     epoch: int = 0
     first_batch: int = 0
 
@@ -116,7 +138,7 @@ class EpochBatchSampler(Sampler):
             )
 
     def set_position(self, epoch: int, batch: int) -> None:
-        """Sets the next epoch, and the batch it starts from."""
+        """Sets the epoch and the batch that the next iteration starts from."""
         self.epoch, self.first_batch = epoch, batch
 
     def __len__(self) -> int:
@@ -124,13 +146,23 @@ class EpochBatchSampler(Sampler):
         return self.num_batches
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        order = list(range(self.num_rows))
-        random.Random(f"{self.seed}/{self.epoch}/-1").shuffle(order)
+        yield from self.epoch_batches(self.epoch, self.first_batch)
+        for epoch in count(self.epoch + 1):
+            yield from self.epoch_batches(epoch)
+
+    def epoch_batches(self, epoch: int, first_batch: int = 0) -> Iterator[list[tuple[int, int]]]:
+        """The batches of one epoch."""
+        keys = (self.order or self._shuffled)(epoch)
         shares = self.num_batches * self.num_processes
-        for batch in range(self.first_batch, self.num_batches):
+        for batch in range(first_batch, self.num_batches):
             share = batch * self.num_processes + self.process_index
             first, end = (self.used_rows * edge // shares for edge in (share, share + 1))
-            yield [(self.epoch, row) for row in order[first:end]]
+            yield keys[first:end]
+
+    def _shuffled(self, epoch: int) -> list[tuple[int, int]]:
+        rows = list(range(self.num_rows))
+        random.Random(f"{self.seed}/{epoch}/-1").shuffle(rows)
+        return [(epoch, row) for row in rows]
 
 
 @dataclass
@@ -143,9 +175,10 @@ class CaptionCollator:
         image_mean, image_std: per channel, of pixels from 0 to 1.
 
     Returns (from a call):
-        dict of `pixel_values` (B, 3, H, W) float32; `labels` (B * K, T) int64, the captions of an image in adjacent
-        rows, each with its end token and -100 as padding, all -100 for a mixed image; `references`, B lists of all
-        captions of an image; `image_ids`, B strings; `teacher_embeds` or `image_embeds` (B, embed_dim) where the
+        dict of `pixel_values` (B, 3, H, W) float32, or the `views` that `DevicePixels` makes them of; `labels` (B * K,
+        T) int64, the captions of an image in adjacent rows, each with its end token and -100 as padding, all -100 for
+        an image that is mixed or has no captions; `num_tokens`, how many labels aren't -100; `references`, B lists of
+        all captions of an image; `image_ids`, B strings; `teacher_embeds` or `image_embeds` (B, embed_dim) where the
         samples carry them.
     """
 
@@ -159,17 +192,27 @@ class CaptionCollator:
         self.image_mean, self.image_std = torch.tensor(self.image_mean), torch.tensor(self.image_std)
 
     def __call__(self, samples: list[dict]) -> dict:
-        pixels = torch.stack([sample["pixels"] for sample in samples]).permute(0, 3, 1, 2).float()
+        views = [sample["view"] for sample in samples]
         # Jitter, scaling to 0..1 and normalisation are one multiplication and one addition.
-        gain = torch.tensor([sample["gain"] for sample in samples]) / (255 * self.image_std)
-        shift = (torch.tensor([sample["shift"] for sample in samples]) - self.image_mean) / self.image_std
+        gain = torch.tensor([view.gain for view in views]) / (255 * self.image_std)
+        shift = (torch.tensor([view.shift for view in views]) - self.image_mean) / self.image_std
         captions = [caption for sample in samples for caption in sample["captions"]]
         encoded = encode_captions(self.tokenizer, captions, self.max_caption_length, self.end_truncated)
         labels = pad_sequence([torch.tensor(ids) for ids in encoded], batch_first=True, padding_value=-100)
-        labels[torch.tensor([sample.get("mixed", False) for sample in samples for _ in sample["captions"]])] = -100
+        # No caption describes these images: only the teacher does.
+        ignored = [sample["mixed"] or not sample["references"] for sample in samples]
+        labels[torch.tensor([image for image, sample in zip(ignored, samples) for _ in sample["captions"]])] = -100
+        if "pixels" in samples[0]:
+            pixels = torch.stack([sample["pixels"] for sample in samples]).permute(0, 3, 1, 2).float()
+            pixels = pixels.mul_(gain[:, :, None, None]).add_(shift[:, :, None, None]).contiguous()
+            images = {"pixel_values": pixels}
+        else:
+            images = {"views": {**pack_views(views, samples[0]["image_size"]), "gain": gain, "shift": shift}}
         batch = {
-            "pixel_values": pixels.mul_(gain[:, :, None, None]).add_(shift[:, :, None, None]).contiguous(),
+            **images,
             "labels": labels,
+            # Counted here: on a device, the count would wait for all its work.
+            "num_tokens": int((labels != -100).sum()),
             "references": [sample["references"] for sample in samples],
             "image_ids": [sample["image_id"] for sample in samples],
         }
@@ -180,8 +223,21 @@ class CaptionCollator:
     def dummy_batch(self, image_size: int, captions_per_image: int) -> dict:
         """A batch of one black image with empty captions, for a process without images where others have some."""
         pixels = torch.zeros(image_size, image_size, 3, dtype=torch.uint8)
-        sample = {"pixels": pixels, "gain": [1.0] * 3, "shift": [0.0] * 3, "references": [], "image_id": ""}
+        sample = {"pixels": pixels, "view": View(None), "mixed": False, "references": [], "image_id": ""}
         return self([{**sample, "captions": [""] * captions_per_image}])
+
+
+def join_batches(first: dict, second: dict) -> dict:
+    """One batch of the images of two with as many captions an image."""
+    length = max(batch["labels"].shape[1] for batch in (first, second))
+    first, second = (
+        {**batch, "labels": F.pad(batch["labels"], (0, length - batch["labels"].shape[1]), value=-100)}
+        for batch in (first, second)
+    )
+    return {
+        name: torch.cat([value, second[name]]) if isinstance(value, torch.Tensor) else value + second[name]
+        for name, value in first.items()
+    }
 
 
 def image_inputs(batch: dict) -> dict:

@@ -8,28 +8,23 @@ import math
 import os
 import random
 import re
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import datasets
-from datasets import Dataset, IterableDataset
-from huggingface_hub.constants import HF_HUB_CACHE
+from datasets import Dataset
 from PIL import Image
 
 from tinycap.processing_tinycap import load_image
-from tinycap.training.captions import clean_captions, text_of, usable_captions
+from tinycap.training.captions import usable_captions
+from tinycap.training.columns import AnyDataset, Columns, path_of, resolve_columns
 from tinycap.training.folders import UNREADABLE, NoSplitError, find_broken_shard, read_folder, read_shards
 from tinycap.training.skipped_rows import SkippedRows, refuse_remote_images
 
 
 logger = logging.getLogger(__name__)
 
-AnyDataset = Dataset | IterableDataset
-# Usual names, the most usual first.
-CAPTION_COLUMNS = tuple("captions caption text sentences txt sentence raw comment description alt_text".split())
-IMAGE_COLUMNS = ("image", "jpg", "jpeg", "png", "webp", "img", "photo")
-ID_COLUMNS = ("image_id", "id", "filename", "file_name", "__key__")
 TEXT = datasets.Value("string")
 # Number of a row in the table it was read from, or of the first row of its image.
 ROW_COLUMN = "__row__"
@@ -39,78 +34,17 @@ HELD_OUT = 0.05
 DECODE_VERSION = 3
 
 
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns of an image, its captions (`caption` and further ones) and its id, where there is one.
-
-    Args:
-        root: the data set (folder, or name on the Hub) that rows may name files of; `None` for rows of the caller's.
-        follow_links: links below `root` may lead out of it: they are the user's.
-        allow_remote_images: rows may name any file or URL.
-    """
-
-    image: str
-    caption: str
-    image_id: str | None = None
-    more_captions: tuple[str, ...] = ()
-    root: str | None = field(default=None, compare=False)
-    follow_links: bool = field(default=False, compare=False)
-    allow_remote_images: bool = field(default=False, compare=False)
-
-    @property
-    def captions(self) -> list[str]:
-        return [self.caption, *self.more_captions]
-
-    def captions_of(self, row: dict) -> list[str]:
-        """The row's usable captions; raises `ValueError` where there are none (see `clean_captions`)."""
-        return clean_captions([row[name] for name in self.captions] if self.more_captions else row[self.caption])
-
-    def id_of(self, row: dict, number: int | str) -> str | int:
-        """The row's id: the value of its id column, else its file's name, else `number`."""
-        if self.image_id and row[self.image_id] is not None:
-            return row[self.image_id]
-        path = path_of(row[self.image])
-        return number if path is None else os.path.basename(path) if os.path.isabs(path) else path
-
-    def image_of(self, row: dict) -> str | bytes | Image.Image | None:
-        """The row's image, for `load_image`: bytes, base64, or the path of a file below `root` or in the Hub's caches.
-
-        Raises:
-            ValueError: it is a URL or a file elsewhere, which the author of a data set must not choose to be opened.
-        """
-        source = row[self.image]
-        if isinstance(source, dict):
-            # Even empty bytes are the image: the path may name another.
-            source = source.get("path") if source.get("bytes") is None else source["bytes"]
-        if self.root is None or not isinstance(source, str) or source.startswith("data:"):
-            return source
-        roots = (self.root, datasets.config.DOWNLOADED_DATASETS_PATH, HF_HUB_CACHE)
-        paths = [os.path.abspath(path) for path in (source, os.path.join(self.root, source))]
-        # Others aren't even looked for: on Windows, a path may name another machine.
-        if not self.allow_remote_images:
-            paths = [path for path in paths if any(Path(path).is_relative_to(os.path.abspath(root)) for root in roots)]
-        for path in filter(os.path.isfile, paths):
-            is_own = any(Path(os.path.realpath(path)).is_relative_to(os.path.realpath(root)) for root in roots)
-            if is_own or self.follow_links or self.allow_remote_images:
-                return path
-        is_elsewhere = "://" in source or (os.path.isabs(source) and not paths)
-        if not self.allow_remote_images and (is_elsewhere or any(map(os.path.lexists, (source, *paths)))):
-            expected = f"bytes or a file below {self.root} (see --allow_remote_images)"
-            raise ValueError(f"expected {expected}, got {source[:300]}")
-        return source
-
-
-def path_of(image: dict | str | bytes | None) -> str | None:
-    """The path of an undecoded image; `None` where it has none."""
-    path = image.get("path") if isinstance(image, dict) else image
-    return path if isinstance(path, str) and 0 < len(path) < 4096 and not path.startswith("data:") else None
-
-
 def load_split(
-    dataset_name: str, split: str, config: str | None = None, streaming: bool = False, allow_remote: bool = False
+    dataset_name: str,
+    split: str,
+    config: str | None = None,
+    streaming: bool = False,
+    allow_remote: bool = False,
+    all_images: bool = False,
 ) -> AnyDataset:
     """Loads one split (slices such as `train[:100]` included) of a Hub dataset, of a local folder of shards (parquet,
-    WebDataset), or of plain image files, undecoded; a stream reads the shards on the fly.
+    WebDataset), or of plain image files, undecoded; a stream reads the shards on the fly. `all_images`: also those
+    image files that have no captions.
 
     Raises:
         NoSplitError: there is no such split; lists the splits.
@@ -119,7 +53,7 @@ def load_split(
     is_folder = os.path.isdir(dataset_name)
     if not is_folder and (os.path.isabs(dataset_name) or dataset_name.startswith(".")):
         raise ValueError(f"dataset_name: no such folder: {dataset_name}")
-    if is_folder and (rows := read_folder(dataset_name, split, config, allow_remote)) is not None:
+    if is_folder and (rows := read_folder(dataset_name, split, config, allow_remote, all_images)) is not None:
         rows = undecoded(rows)
         return rows.to_iterable_dataset(num_shards=min(64, len(rows))) if streaming else rows
     try:
@@ -141,6 +75,7 @@ def load_splits(
     streaming: bool = False,
     seed: int = 0,
     num_proc: int | None = None,
+    allow_missing_captions: bool = False,
     **columns: str | bool | None,
 ) -> tuple[AnyDataset, Dataset]:
     """The training and the validation split, one row for each image (a stream's training rows aren't merged).
@@ -149,12 +84,13 @@ def load_splits(
         validation_split: `None` for "validation" if there is one, else for 5 % of the training images, drawn by `seed`.
         max_train_samples, max_eval_samples: use only the first images; of a stream, 1,000 to validate on by default.
         num_proc: processes that hash the rows' images.
+        allow_missing_captions: train on all images of a folder of image files, see `load_split`.
 
     Raises:
         ValueError: a split or column is missing, a stream has no validation split, or there are too few images.
     """
     options = (dataset_config_name, streaming, columns.get("allow_remote_images", False))
-    train = load_split(dataset_name, train_split, *options)
+    train = load_split(dataset_name, train_split, *options, allow_missing_captions)
     columns = resolve_columns(train, root=dataset_name, **columns)
     try:
         validation = load_split(dataset_name, validation_split or "validation", *options)
@@ -196,73 +132,6 @@ def load_images(
     return rows, resolve_columns(rows, root=dataset_name, **columns)
 
 
-def resolve_columns(
-    dataset: AnyDataset,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    root: str | None = None,
-    allow_remote_images: bool = False,
-) -> Columns:
-    """Finds the image, caption (also caption_0 ...) and id columns, by the given names or by the usual ones.
-
-    `root` and `allow_remote_images`: see `Columns`. Of several candidates the most usual name is taken, with a warning.
-
-    Raises:
-        ValueError: there is no such column, or it holds no text, or neither images nor bytes nor paths.
-    """
-    names = list(dataset.column_names or next(iter(dataset)))
-    features = dataset.features or {}
-    # The name of each column, and its number.
-    parts = {name: re.fullmatch(r"(?s)(.*?)(?:[ _-]?(\d+))?", name.lower()).groups() for name in names}
-
-    def named(usual: tuple[str, ...], numbered: bool = False) -> list[str]:
-        found = [name for name, (word, number) in parts.items() if word in usual and bool(number) == numbered]
-        return sorted(found, key=lambda name: int(parts[name][1]) if numbered else usual.index(parts[name][0]))
-
-    def pick(flag: str, given: str | None, candidates: list[str], usual: tuple[str, ...]) -> str:
-        if given is not None:
-            candidates, usual = [name for name in names if name == given], (given,)
-        if not candidates:
-            raise ValueError(f"{flag}: expected a column named {' or '.join(usual)}, got columns {names}")
-        if len(candidates) > 1:
-            logger.warning("%s: took %r of the columns %s", flag, candidates[0], candidates)
-        return candidates[0]
-
-    candidates = named(CAPTION_COLUMNS) or named(CAPTION_COLUMNS, numbered=True)[:1]
-    caption = pick("caption_column", caption_column, candidates, CAPTION_COLUMNS)
-    more = [] if caption_column else [name for name in named(parts[caption][:1], numbered=True) if name != caption]
-    for name in (caption, *more):
-        if name in features and not _holds_text(kind := features[name]):
-            raise ValueError(f"caption_column: expected strings or lists of strings in {name!r}, got {kind}")
-    usual = [name for name in named(IMAGE_COLUMNS) if name != caption]
-    images = [name for name in usual if _holds_files(features.get(name))]
-    images += [name for name in names if isinstance(features.get(name), datasets.Image) and name not in images]
-    image = pick("image_column", image_column, images or usual, IMAGE_COLUMNS)
-    kind = features.get(image)
-    if not (kind is None or _is_value(kind, "string") or _holds_files(kind)):
-        raise ValueError(f"image_column: expected images, bytes of image files or paths in {image!r}, got {kind}")
-    image_id = next((name for name in ID_COLUMNS if name in names and name not in (caption, image)), None)
-    follow_links = dataset.info.builder_name == "generator"  # By `read_folder`, which found the files.
-    return Columns(image, caption, image_id, tuple(more), root, follow_links, allow_remote_images)
-
-
-def _is_value(kind: object, dtype: str) -> bool:
-    return isinstance(kind, datasets.Value) and dtype in kind.dtype
-
-
-def _holds_files(kind: object) -> bool:
-    is_struct = isinstance(kind, dict) and not {"bytes", "path"}.isdisjoint(kind)
-    return is_struct or isinstance(kind, datasets.Image) or _is_value(kind, "binary")
-
-
-def _holds_text(kind: object, is_list: bool = False) -> bool:
-    # Strings, lists of strings, or lists of objects with a text each.
-    if isinstance(kind, dict):
-        inner = text_of(kind)
-        return _holds_text(inner) and (is_list or not isinstance(inner, datasets.Value))
-    return _is_value(kind, "string") or (hasattr(kind, "feature") and _holds_text(kind.feature, is_list=True))
-
-
 def undecoded(rows: AnyDataset) -> AnyDataset:
     """The rows with files as bytes or paths: a damaged image only costs its own row, and `datasets` opens no URL."""
 
@@ -280,27 +149,31 @@ def undecoded(rows: AnyDataset) -> AnyDataset:
 
 
 def image_key(row: dict, number: int, columns: Columns) -> dict[str, str]:
-    """An equal `key` for rows of the same image: a hash of its file's bytes, else its path, else the row number."""
+    """An equal `key` for rows of the same image: a hash of its file's bytes, else its path, else its row."""
     try:
         content = columns.image_of(row)
     except ValueError:
         content = None
     if isinstance(content, str):
         content = Path(content).read_bytes() if os.path.isfile(content) else None
-    name = path_of(row[columns.image]) or f"row {number}"
+    name = path_of(row[columns.image]) or f"row {number} of {columns.root}"
     return {"key": hashlib.blake2b(content, digest_size=16).hexdigest() if content else name}
+
+
+def image_keys(rows: Dataset, columns: Columns, num_proc: int | None = None) -> list[str]:
+    """The `image_key` of every row. Nothing is decoded, and `datasets` caches the hashes."""
+    options = {"with_indices": True, "fn_kwargs": {"columns": columns}, "remove_columns": columns.image}
+    images = undecoded(rows).select_columns([columns.image])
+    refuse_remote_images(images, columns)
+    return images.map(image_key, num_proc=num_proc, desc="Looking for rows of the same image", **options)["key"][:]
 
 
 def merge_rows(rows: Dataset, columns: Columns, num_proc: int | None = None) -> Dataset:
     """One row for each image: the first of the rows whose files have the same bytes, with the distinct captions of all.
 
-    Nothing is decoded, and `datasets` caches the hashes. `ROW_COLUMN` keeps the number of the row in `rows`.
+    `ROW_COLUMN` keeps the number of the row in `rows`.
     """
-    files = undecoded(rows)
-    options = {"with_indices": True, "fn_kwargs": {"columns": columns}, "remove_columns": columns.image}
-    images = files.select_columns([columns.image])
-    refuse_remote_images(images, columns)
-    keys = images.map(image_key, num_proc=num_proc, desc="Looking for rows of the same image", **options)["key"][:]
+    keys = image_keys(rows, columns, num_proc)
     first: dict[str, int] = {}
     for number, key in enumerate(keys):
         first.setdefault(key, number)
@@ -313,20 +186,24 @@ def merge_rows(rows: Dataset, columns: Columns, num_proc: int | None = None) -> 
         texts[key] += usable_captions(row.values())
     captions = [list(dict.fromkeys(values)) for values in texts.values()]
     # Few rows at a time: images of several megabytes are held in memory.
-    merged = files.select(numbers).remove_columns(columns.captions)
+    merged = undecoded(rows).select(numbers).remove_columns(columns.captions)
     merged = merged.flatten_indices(writer_batch_size=100, num_proc=num_proc)
     merged = merged.add_column(columns.caption, captions, feature=datasets.List(TEXT)).add_column(ROW_COLUMN, numbers)
     return merged.cast_column(columns.image, rows.features[columns.image])
 
 
 def hold_out(rows: Dataset, columns: Columns, seed: int) -> tuple[Dataset, Dataset]:
-    """The images to train on and those held out, drawn by `seed`; rows that share an id stay together."""
+    """The images to train on and those held out, drawn by `seed` among those with captions; rows that share an id stay
+    together."""
     ids = list(range(len(rows)))
     if columns.image_id and len(set(names := rows[columns.image_id][:]) - {None}) > 1:
         ids = [number if name is None else f"id {name}" for number, name in enumerate(names)]
-    unique = list(dict.fromkeys(ids))
+    captions = rows.select_columns(columns.captions)
+    unique = list(dict.fromkeys(name for name, row in zip(ids, captions) if usable_captions(row.values())))
     if len(unique) < 2:
-        raise ValueError(f"expected at least 2 images, one of them to be held out for validation, got {len(unique)}")
+        raise ValueError(
+            f"expected at least 2 images with captions, one of them to be held out for validation, got {len(unique)}"
+        )
     drawn = set(random.Random(seed).sample(unique, math.ceil(HELD_OUT * len(unique))))
     kept, held_out = ([row for row, name in enumerate(ids) if (name in drawn) == out] for out in (False, True))
     return rows.select(kept), rows.select(held_out)

@@ -35,13 +35,15 @@ class Flag:
 
     @property
     def type(self) -> type:
-        """That of the default; without one, `int` for a number."""
+        """That of the default; without one, `float` for a `PROPER_SHARE`, `int` for another number."""
         default = self.default_of("teacher")
-        return type(default) if default is not None else int if isinstance(self.allowed, str) else str
+        if default is not None:
+            return type(default)
+        return float if self.allowed == PROPER_SHARE else int if isinstance(self.allowed, str) else str
 
 
 DistillFlag, TeacherFlag = partial(Flag, script="distill"), partial(Flag, script="teacher")
-POSITIVE, NOT_NEGATIVE, SHARE = "(0, inf)", "[0, inf)", "[0, 1)"
+POSITIVE, NOT_NEGATIVE, SHARE, PROPER_SHARE = "(0, inf)", "[0, inf)", "[0, 1)", "(0, 1)"
 SCHEDULES = tuple(kind.value for kind in SchedulerType)
 
 GROUPS: dict[str, tuple[Flag, ...]] = {
@@ -61,6 +63,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         Flag("allow_remote_images", False, "open URLs and files outside the data set's folder that its rows name"),
         Flag("on_bad_row", "skip", "what to do with an unusable row", ("skip", "error")),
         DistillFlag("streaming", False, "read the training images while training, without storing them"),
+    ),
+    "add images without captions, which teach the student alone": (
+        DistillFlag("unlabelled_dataset_name", None, "more images: Hub id, folder of shards or of image files"),
+        DistillFlag("unlabelled_split", "train", "split of these"),
+        DistillFlag("unlabelled_share", None, "their share of a batch; all of them in each epoch else", PROPER_SHARE),
+        DistillFlag("allow_missing_captions", False, "keep the training images that have no captions"),
     ),
     "start from a model or choose its sizes (a flag that isn't given never overrules a configuration)": (
         DistillFlag("model_name_or_path", None, "continue from this TinyCap checkpoint"),
@@ -94,7 +102,8 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
             "teacher_cache_dir", None, "store a teacher's or frozen student's embeddings here; else asked in each step"
         ),
         DistillFlag("teacher_views", 8, "differently cropped views of an image in the cache", POSITIVE),
-        DistillFlag("mixup", 0.0, "share of images blended with another, trained by distillation alone", SHARE),
+        DistillFlag("mixup", 0.0, "share of images mixed with another, trained by distillation alone", SHARE),
+        DistillFlag("cutmix", 0.0, "share of those with a box of the other image in place of a blend", "[0, 1]"),
     ),
     "choose the caption objective": (
         DistillFlag("objective", "cross_entropy", "scst: the CIDEr of sampled captions", ("cross_entropy", "scst")),
@@ -155,7 +164,7 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
 # A condition that needs or contradicts another one, and why. A condition is the name of a flag, which then differs from
 # its default, or a name with a value.
 DATA_FLAGS = ("dataset_config_name", "train_split", "validation_split", "image_column", "caption_column", "streaming")
-DATA_FLAGS += ("allow_remote_images",)
+DATA_FLAGS += ("allow_remote_images", "unlabelled_dataset_name", "allow_missing_captions")
 IMAGE_TOWER = ("patch_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "attention_dropout")
 TEXT_TOWER = ("text_hidden_size", "text_num_hidden_layers", "text_num_attention_heads", "tokenizer_name")
 RULES = (
@@ -167,6 +176,7 @@ RULES = (
     *((name, "needs", "freeze_image_model", "") for name in ("feature_views", "feature_cache_dir", "feature_dropout")),
     ("image_model_name_or_path", "needs", "text_model_name_or_path", "a sentence encoder to learn against"),
     ("teacher_views", "needs", "teacher_cache_dir", ""),
+    ("unlabelled_split", "needs", "unlabelled_dataset_name", ""),
     ("objective scst", "needs", "model_name_or_path", "a model whose captions are worth comparing"),
     ("cross_entropy_weight", "needs", "objective scst", "beside whose reward it counts"),
     ("load_best_model_at_end", "needs", "evaluation_steps", "validations to choose from"),
@@ -176,8 +186,10 @@ RULES = (
     *((name, "contradicts", "image_model_name_or_path", "which brings its own") for name in IMAGE_TOWER),
     *((name, "contradicts", "text_model_name_or_path", "which brings its own") for name in TEXT_TOWER),
     ("teacher_cache_dir", "contradicts", "streaming", "whose images are not stored"),
-    ("mixup", "contradicts", "streaming", "which has no other image to blend with"),
     ("mixup", "contradicts", "objective scst", "whose reward needs the captions of every image"),
+    ("cutmix", "needs", "mixup", "the share of mixed images"),
+    ("unlabelled_dataset_name", "contradicts", "objective scst", "whose reward needs the captions of every image"),
+    ("allow_missing_captions", "contradicts", "objective scst", "whose reward needs the captions of every image"),
     ("label_smoothing", "contradicts", "objective scst", "whose loss has no labels to smooth"),
     ("streaming", "contradicts", "objective scst", "whose CIDEr counts the words of all captions"),
     ("patch_dropout", "contradicts", "freeze_vision_model", "whose embeddings must be those of inference"),

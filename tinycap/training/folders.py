@@ -66,10 +66,10 @@ def split_of(path: str) -> str | None:
 
 
 def read_folder(
-    folder: str, split: str, config: str | None = None, allow_remote: bool = False
+    folder: str, split: str, config: str | None = None, allow_remote: bool = False, all_images: bool = False
 ) -> datasets.Dataset | None:
     """One split (slices included) of a plain folder of captioned images; `None` where it holds shards or no images, or
-    for a configuration.
+    for a configuration. `all_images`: images without captions are rows too, however many there are.
 
     Returns:
         Rows of `image` (paths), `file_name` (relative to the folder) and the table's other columns, or `captions`; one
@@ -100,7 +100,7 @@ def read_folder(
     if not rows:
         texts = ((image, text, _read_text(folder, text)) for image, text in sidecars.items())
         rows = [(text, {"image": image, "captions": captions}) for image, text, captions in texts]
-    if not rows:
+    if not rows and not all_images:
         raise ValueError(
             f"{folder}: expected captions for {len(images.names)} images: a text file of the same name beside each "
             f"image, or a table (CSV, TSV, JSON lines, JSON) with file names and captions; got {unused or 'neither'}"
@@ -108,7 +108,7 @@ def read_folder(
     endings = Counter(posixpath.splitext(name)[1] for name in others if not name.lower().endswith(TABLE_ENDINGS))
     if endings or unused:
         logger.info("%s: left out: files by ending %s, files that name no image %s", folder, dict(endings), unused)
-    rows += _uncaptioned(folder, rows, images)
+    rows += _uncaptioned(folder, rows, images, all_images)
     splits = defaultdict(list)
     for where, row in rows:
         splits[row.pop("split", None) or images.split_of(row["image"]) or "train"].append((where, row))
@@ -369,13 +369,16 @@ def _delimited_rows(text: str, path: str, ending: str) -> list[Row]:
     return [(where, dict(zip(header, cells))) for where, cells in rows]
 
 
-def _uncaptioned(folder: str, rows: list[Row], images: _Files) -> list[Row]:
+def _uncaptioned(folder: str, rows: list[Row], images: _Files, all_images: bool = False) -> list[Row]:
     """Rows for images without captions in folders where others have some: decoding skips and counts them.
 
-    More than a tenth: only a part of the folder was meant to be captioned. They are left out with a warning.
+    More than a tenth: only a part of the folder was meant to be captioned. They are left out with a warning, unless
+    `all_images` are wanted, of all folders.
     """
     used = {value for _, row in rows for value in row.values() if isinstance(value, str)}
     left = [image for image in images.names if image not in used]
+    if all_images:
+        return [(image, {"image": image}) for image in left]
     folders = {posixpath.dirname(row["image"]) for _, row in rows}
     beside = [image for image in left if posixpath.dirname(image) in folders]
     if left:

@@ -18,10 +18,10 @@ from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.data import content_fingerprint
 from tinycap.training.loading import Data
-from tinycap.training.loop import TrainBatches
 from tinycap.training.teacher_cache import TeacherCache, build_teacher_cache
 from tinycap.training.tokenizer import encode_captions
 from tinycap.training.towers import ImageTowers, PretrainedImageTower
+from tinycap.training.train_batches import TrainBatches
 
 
 # Of the crops: runs with other seeds share the features.
@@ -110,11 +110,12 @@ class FeatureDataset(Dataset):
 
 
 def collate_features(samples: list[dict]) -> dict:
-    """A batch of `features` (B, num_features), and `labels` and `image_ids` as in `CaptionCollator`."""
+    """A batch of `features` (B, num_features), and `labels`, `num_tokens` and `image_ids` as in `CaptionCollator`."""
     captions = [torch.tensor(ids) for sample in samples for ids in sample["captions"]]
     return {
         "features": torch.stack([sample["features"] for sample in samples]),
         "labels": pad_sequence(captions, batch_first=True, padding_value=-100),
+        "num_tokens": sum(map(len, captions)),
         "image_ids": [sample["image_id"] for sample in samples],
     }
 

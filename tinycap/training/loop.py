@@ -3,6 +3,7 @@
 import argparse
 import atexit
 import logging
+import math
 import multiprocessing
 import os
 import shlex
@@ -24,13 +25,12 @@ import transformers
 from accelerate import Accelerator
 from accelerate.logging import get_logger
 from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, send_to_device
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tinycap.commands import run_command
 from tinycap.training.checkpoints import seed_step
 from tinycap.training.run_folder import RunFolder
-from tinycap.training.streaming import StreamingCaptionDataset
+from tinycap.training.train_batches import TrainBatches
 from tinycap.workers import start_worker
 
 
@@ -52,44 +52,7 @@ EXPECTED_WARNINGS = {
 }
 
 
-# --- batches and steps ------------------------------------------------------------------------------------------------
-
-
-class TrainBatches:
-    """A process's training batches, epoch by epoch and from any position on.
-
-    Not prepared by accelerate, which repeats or drops images to give every process equally many batches: the loader's
-    `EpochBatchSampler`, or its stream, selects this process's share.
-    """
-
-    def __init__(self, loader: DataLoader, device: torch.device):
-        self.loader, self.device = loader, device
-        self.is_stream = isinstance(loader.dataset, StreamingCaptionDataset)
-        self.finished = False
-
-    def epoch(self, epoch: int, first_batch: int = 0) -> Iterator[dict]:
-        """The batches of an epoch; a stream ignores `first_batch` and continues from `load_state_dict`."""
-        if self.is_stream:
-            self.loader.dataset.set_epoch(epoch)
-        else:
-            self.loader.batch_sampler.set_position(epoch, first_batch)
-        if not self.finished:
-            for batch in self.loader:
-                yield send_to_device(batch, self.device)
-        # Until all processes have finished, see `optimizer_steps`: a checkpoint in between must not restart the epoch.
-        self.finished = self.is_stream
-
-    def state_dict(self) -> dict | None:
-        """The position in a stream, as JSON; `None` for a data set, whose epoch and batch suffice."""
-        if not self.is_stream:
-            return None
-        return {"finished": self.finished, "loader": None if self.finished else self.loader.state_dict()}
-
-    def load_state_dict(self, state: dict | None) -> None:
-        if state is not None:
-            self.finished = state["finished"]
-            if not self.finished:
-                self.loader.load_state_dict(state["loader"])
+# --- steps ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -118,6 +81,14 @@ class Step:
     saves: bool = False
 
 
+def gather_counts(accelerator: Accelerator, counts: list[int]) -> torch.Tensor:
+    """(processes, counts) on the CPU, gathered there: a GPU would finish all its work first."""
+    everyone = [torch.tensor(counts) for _ in range(accelerator.num_processes)]
+    if len(everyone) > 1:
+        torch.distributed.all_gather(everyone, torch.tensor(counts), group=cpu_group(PROCESS_TIMEOUT))
+    return torch.stack(everyone)
+
+
 def steps_of(
     accelerator: Accelerator,
     batches: Iterable[dict],
@@ -137,9 +108,8 @@ def steps_of(
         window = list(islice(batches, accumulation))
         waited = time.perf_counter() - started
         images = [len(batch["image_ids"]) for batch in window]
-        tokens = [int((batch["labels"] != -100).sum()) for batch in window]
-        mine = torch.tensor([[len(window), sum(images), sum(tokens), signals.received]])
-        everyone = accelerator.gather(mine.to(accelerator.device)).cpu() if accelerator.num_processes > 1 else mine
+        tokens = [batch["num_tokens"] for batch in window]
+        everyone = gather_counts(accelerator, [len(window), sum(images), sum(tokens), signals.received])
         length, stop = int(everyone[:, 0].max()), int(everyone[:, 3].max())
         if length == 0:
             return
@@ -193,11 +163,10 @@ class NonFiniteLossError(FloatingPointError):
     """A loss is infinite or NaN."""
 
 
-def check_finite(losses: dict[str, torch.Tensor], step: int, image_ids: list[str]) -> None:
-    if not all(torch.isfinite(loss) for loss in losses.values()):
-        values = {name: loss.item() for name, loss in losses.items()}
+def check_finite(losses: dict[str, float], step: int, image_ids: list[str]) -> None:
+    if not all(map(math.isfinite, losses.values())):
         raise NonFiniteLossError(
-            f"step {step}: expected finite losses, got {values} on the images with the ids {', '.join(image_ids)}; the "
+            f"step {step}: expected finite losses, got {losses} on the images with the ids {', '.join(image_ids)}; the "
             "last checkpoint is intact; try a lower --learning_rate, and look at these images"
         )
 
@@ -220,14 +189,14 @@ def train_step(
     Returns:
         This process's part of each loss, whose mean over the processes is the step's; `grad_norm`, if it is limited.
     """
-    named = {}
+    named, unchecked = {}, []
     for index, batch in enumerate(step.batches):
         # Dropout and patch dropout depend on the step only, so that a resumed run repeats them.
         seed_step(args.seed, step.number * args.gradient_accumulation_steps + index, accelerator.process_index)
         is_last = index == len(step.batches) - 1
         with nullcontext() if is_last else accelerator.no_sync(model):
             losses = compute_losses(batch)
-            check_finite(losses, step.number, batch["image_ids"])
+            unchecked.append(torch.stack([loss.detach().float() for loss in losses.values()]))
             images, tokens = step.image_shares[index], step.token_shares[index]
             loss = images * losses["loss"]
             if "caption_loss" in losses:
@@ -239,6 +208,9 @@ def train_step(
             named[name] = named.get(name, 0.0) + share * value.detach()
     if args.max_grad_norm > 0:
         named["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    # The one wait for a GPU in a step, before the weights change.
+    for batch, values in zip(step.batches, torch.stack(unchecked).tolist()):
+        check_finite(dict(zip(losses, values)), step.number, batch["image_ids"])
     optimizer.step()
     lr_scheduler.step()
     optimizer.zero_grad()
@@ -349,7 +321,8 @@ def create_accelerator(args: argparse.Namespace, **ddp_options) -> Accelerator:
             kwargs_handlers=handlers,
         )
         if accelerator.num_processes > 1:
-            slow_group()
+            # Made by all processes in the same order.
+            cpu_group(PROCESS_TIMEOUT), cpu_group(SLOW_TIMEOUT)
     except RuntimeError as error:
         rank, number = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
         if number == "1":
@@ -364,14 +337,14 @@ def create_accelerator(args: argparse.Namespace, **ddp_options) -> Accelerator:
 
 
 @cache
-def slow_group():
-    return torch.distributed.new_group(backend="gloo", timeout=SLOW_TIMEOUT)
+def cpu_group(timeout: timedelta):
+    return torch.distributed.new_group(backend="gloo", timeout=timeout)
 
 
 def wait_for_slow_process(accelerator: Accelerator) -> None:
     """A barrier after work that may take one process hours, where every other collective is bounded by minutes."""
     if accelerator.num_processes > 1:
-        torch.distributed.barrier(slow_group())
+        torch.distributed.barrier(cpu_group(SLOW_TIMEOUT))
 
 
 @contextmanager

@@ -61,13 +61,14 @@ def write_model_card(path: Path, args: Namespace, config: TinyCapConfig, metrics
     address, files = folder.as_posix(), folder.as_posix()
     if args.push_to_hub:
         address, files = args.hub_model_id, f"https://huggingface.co/{args.hub_model_id}/resolve/main"
-    on_hub = args.dataset_name is not None and not Path(args.dataset_name).exists()
+    sources = (args.dataset_name, args.unlabelled_dataset_name)
+    on_hub = [name for name in sources if name is not None and not Path(name).exists()]
     card_data = ModelCardData(
         library_name="transformers",
         pipeline_tag="image-to-text",
         tags=["image-captioning", "tinycap", "custom_code"],
         base_model=args.model_name_or_path and base_model_name(args.model_name_or_path),
-        datasets=[args.dataset_name] if on_hub else None,
+        datasets=on_hub or None,
         metrics=["cider", "bleu", "rouge"],
     )
     card = ModelCard.from_template(

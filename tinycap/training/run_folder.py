@@ -103,7 +103,7 @@ class RunFolder:
         plan_steps(args, steps_per_epoch, saved_args)
         if saved_args is not None:
             # With a fingerprint, the folder of the same images may have moved.
-            free = () if fingerprint is None else ("dataset_name",)
+            free = () if fingerprint is None else ("dataset_name", "unlabelled_dataset_name")
             compare_args(source, saved_args, run_args(args), free)
         if self.accelerator.is_main_process and getattr(args, "push_to_hub", False):
             args.hub_model_id = create_hub_repository(args)
@@ -193,7 +193,8 @@ def check_output_dir(args: argparse.Namespace) -> None:
         raise ValueError(f"--output_dir: expected a folder, got the file {folder}")
     if folder.resolve() == REPOSITORY or (folder / "train_distill.py").exists():
         raise ValueError(f"--output_dir: expected a folder other than the code's own, got {folder}")
-    for name in ("model_name_or_path", "teacher_name_or_path", "image_model_name_or_path", "dataset_name"):
+    models = ("model_name_or_path", "teacher_name_or_path", "image_model_name_or_path")
+    for name in (*models, "dataset_name", "unlabelled_dataset_name"):
         value = getattr(args, name, None)
         folders = [Path(source).resolve() for source in (value if isinstance(value, list) else [value]) if source]
         if folder.exists() and folder.resolve() in folders:

@@ -4,13 +4,15 @@ import copy
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 from datasets.distributed import split_dataset_by_node
 from torch.utils.data import IterableDataset, get_worker_info
 
 from tinycap.training.batches import SampleMaker
-from tinycap.training.data import Columns, cache_size, decode_row, undecoded
+from tinycap.training.columns import Columns
+from tinycap.training.data import cache_size, decode_row, image_key, undecoded
 from tinycap.training.folders import UNREADABLE
 from tinycap.training.skipped_rows import SkippedRows
 
@@ -22,6 +24,7 @@ MIN_ROWS_TO_JUDGE = 100
 @dataclass(eq=False, kw_only=True)
 class StreamingCaptionDataset(SampleMaker, IterableDataset):
     """The samples of a `CaptionDataset`, from a stream; each process, and in it each worker, reads its own shards.
+    Images are mixed with others of their block.
 
     The order of the shards is shuffled each epoch, and so are the rows of each block. Unlike `datasets`' shuffle
     buffer, a block and the position in it can be saved: `state_dict` is the stream's position, and `load_state_dict`
@@ -31,27 +34,27 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
         columns: of `rows`.
         skipped: counts bad rows; each worker counts its own.
         split: the split's name, for the report.
+        known: `image_key`s of images to leave out.
         process_index, num_processes: which share of the stream is this process's.
         shuffle_block: rows that are shuffled together.
 
     Raises:
-        ValueError: the augmentation mixes images, or (while iterating) a shard can't be read.
+        ValueError: (while iterating) a shard can't be read.
     """
 
     columns: Columns
     skipped: SkippedRows
     split: str
+    known: frozenset[str] = frozenset()
     process_index: int = 0
     num_processes: int = 1
     shuffle_block: int = 1000
 
     def __post_init__(self):
-        if (mixup := self.augmentation.mixup) > 0:
-            raise ValueError(f"mixup: expected 0 for a stream, which holds no other image, got {mixup}")
         # Only the order of the shards: a buffer of one row holds nothing that a state would have to save.
         rows = undecoded(self.rows).shuffle(self.seed, buffer_size=1, max_buffer_input_shards=1)
         self.rows = split_dataset_by_node(rows, rank=self.process_index, world_size=self.num_processes)
-        self.epoch = 0
+        self.epoch = self.num_seen = 0
         self.position = self.resumed = None
 
     def set_epoch(self, epoch: int) -> None:
@@ -76,6 +79,17 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
             raise ValueError(f"{where}: {error.__cause__ or error}") from error
         return rows
 
+    def _decoded(self, row: dict, name: str) -> dict | None:
+        if self.known and image_key(row, 0, self.columns)["key"] in self.known:
+            return None
+        return decode_row(row, name, self.columns, cache_size(self.image_size))
+
+    def _draw_row(self, rows: list[dict], rng: random.Random) -> dict:
+        """A usable one of the block's rows, which holds at least one; bad ones are counted in their own turn."""
+        while (decoded := self._decoded(rows[rng.randrange(len(rows))], "")) is None or decoded["reason"]:
+            pass
+        return decoded
+
     def __iter__(self) -> Iterator[dict]:
         worker = get_worker_info()
         share = f"{self.process_index}.{worker.id if worker else 0}"
@@ -90,11 +104,40 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
                 self.position = {**start, "given": place + 1}
                 index = start["block"] * self.shuffle_block + order[place]
                 name = f"{share}/{index}"
-                decoded = decode_row(rows[order[place]], name, self.columns, cache_size(self.image_size))
+                decoded = self._decoded(rows[order[place]], name)
+                if decoded is None:
+                    continue
+                self.num_seen += 1
                 if not decoded["reason"]:
-                    yield self.make_sample(decoded, name, self.epoch, self.epoch)
+                    others = partial(self._draw_row, rows)
+                    yield self.make_sample(decoded, name, self.epoch, self.epoch, others)
                     continue
                 self.skipped.add(self.split, None, decoded["image_id"], decoded["reason"])
-                if index >= MIN_ROWS_TO_JUDGE:
-                    self.skipped.check(self.split, index + 1)
+                if self.num_seen > MIN_ROWS_TO_JUDGE:
+                    self.skipped.check(self.split, self.num_seen)
             start = {"block": start["block"] + 1, "given": 0, "stream": copy.deepcopy(self.rows.state_dict())}
+
+
+class EndlessStream(StreamingCaptionDataset):
+    """A stream that begins another pass where one ends; the pass is its epoch, and part of its position."""
+
+    def state_dict(self) -> dict | None:
+        position = super().state_dict()
+        return position and {"pass": self.epoch, **position}
+
+    def __iter__(self) -> Iterator[dict]:
+        # The workers of a loader share a stream's epoch, in shared memory; each has passes of its own.
+        self.rows = copy.deepcopy(self.rows)
+        is_whole = self.resumed is None
+        if not is_whole:
+            self.set_epoch(self.resumed["pass"])
+        while True:
+            is_empty = True
+            for sample in super().__iter__():
+                is_empty = False
+                yield sample
+            # A worker without shards, or without a usable row.
+            if is_whole and is_empty:
+                return
+            self.set_epoch(self.epoch + 1)
+            is_whole = True

@@ -120,7 +120,7 @@ def distillation_problems(args: argparse.Namespace) -> Iterator[str]:
     if args.distill_weight == 0:
         # A frozen student's embeddings are cached like a teacher's.
         names = ("teacher_name_or_path", "mixup", *(() if args.freeze_vision_model else ("teacher_cache_dir",)))
-        for name in names:
+        for name in (*names, "unlabelled_dataset_name", "allow_missing_captions"):
             if getattr(args, name):
                 yield f"--{name}: contradicts --distill_weight 0, with which there is no teacher"
         if args.teacher_cache_dir and args.memory == "patches":

@@ -65,8 +65,9 @@ def teacher_recipe(
     for name, value in sorted(teacher.vision_model.state_dict().items()):
         weights.update(name.encode())
         weights.update(value.cpu().contiguous().numpy().tobytes())
-    # Without mixup, the key of caches from before mixup.
-    augmentation = {name: value for name, value in vars(dataset.augmentation).items() if name != "mixup" or value}
+    # Without mixing, the key of caches from before it.
+    mixing = ("mixup", "cutmix")
+    augmentation = {name: value for name, value in vars(dataset.augmentation).items() if name not in mixing or value}
     pixels = {"scale": teacher.scale, "shift": teacher.shift}
     pixels |= {"image_mean": collator.image_mean, "image_std": collator.image_std}
     return {

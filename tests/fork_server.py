@@ -1,0 +1,120 @@
+"""The server behind `fresh.py`, which starts it: imports libraries once, and forks a process for each request.
+
+    python fork_server.py SOCKET LIBRARY...
+
+A request is JSON, with four files: the process's standard input, output and error, and one to which its process id and,
+at its end, its exit status are written as C ints. A forked process leaves `serve` and ends as any interpreter does.
+"""
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import select
+import signal
+import socket
+import struct
+import sys
+
+
+def serve(connection: socket.socket) -> dict:
+    """Forks until the other end closes, then kills what still runs. Returns the request, in a forked process only."""
+    running: dict[int, int] = {}
+    while True:
+        if connection in select.select([connection], [], [], 0.01 if running else None)[0]:
+            message, files, *_ = socket.recv_fds(connection, 2**20, 4)
+            if not message:
+                for child in running:
+                    os.kill(child, signal.SIGKILL)
+                os._exit(0)
+            *streams, report = files
+            child = os.fork()
+            if child == 0:
+                for number, file in enumerate(streams):
+                    os.dup2(file, number)
+                for file in (*files, *running.values()):
+                    os.close(file)
+                connection.close()
+                return json.loads(message)
+            running[child] = report
+            os.write(report, struct.pack("i", child))
+            for file in streams:
+                os.close(file)
+        for child in list(running):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            if ended:
+                report = running.pop(child)
+                os.write(report, struct.pack("i", os.waitstatus_to_exitcode(status)))
+                os.close(report)
+
+
+ended: dict[str, int] = {}
+
+
+@atexit.register
+def skip_teardown() -> None:
+    """Registered first and called last: freeing all objects would copy the memory that is shared with the server."""
+    if "status" in ended:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+        os._exit(ended["status"])
+
+
+def become(request: dict) -> None:
+    """Becomes the requested process."""
+    if request["new_session"]:
+        os.setsid()
+    if request["file_limit"] is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (request["file_limit"], resource.RLIM_INFINITY))
+    # Anew, since the server's remember what kind of files they were opened on.
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        mode, buffering = "r" if name == "stdin" else "w", 1 if name == "stderr" else -1
+        stream = getattr(sys, name)
+        stream = open(number, mode, buffering, stream.encoding, stream.errors, closefd=False)
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["environment"])
+    sys.path[:0] = request["path"]
+    if "HF_DATASETS_CACHE" in os.environ:
+        # What it read from the server's environment.
+        importlib.reload(sys.modules["datasets.config"])
+    try:
+        run(*request["words"])
+        ended["status"] = 0
+    except SystemExit as stop:
+        if stop.code is None or isinstance(stop.code, int):
+            ended["status"] = stop.code or 0
+        raise
+
+
+def run(kind: str, *words: str) -> None:
+    if kind == "-c":
+        sys.argv = ["-c", *words[1:]]
+        exec(compile(words[0], "<string>", "exec"), {"__name__": "__main__"})
+    elif kind == "-m":
+        sys.argv = [*words]
+        runpy.run_module(words[0], run_name="__main__", alter_sys=True)
+    else:
+        sys.argv = [kind, *words]
+        sys.path.insert(0, os.path.dirname(kind))
+        runpy.run_path(kind, run_name="__main__")
+
+
+if __name__ == "__main__":
+    # This file's own folder.
+    sys.path.pop(0)
+    requests = socket.socket(fileno=int(sys.argv[1]))
+    # A collection in a forked process would copy the memory of all these objects; here it only takes time.
+    gc.disable()
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    gc.freeze()
+    gc.enable()
+    requests.send(b"ready")
+    become(serve(requests))
