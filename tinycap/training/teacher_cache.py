@@ -42,7 +42,7 @@ CHECKED_ROWS, MIN_COSINE = 32, 0.98
 class FrozenStudent:
     """A student in a teacher's place: what a decoder alone trains on. `vision_model` is moved to the device."""
 
-    feature = "student"
+    feature, is_normalised = "student", True
 
     def __init__(self, vision_model: TinyCapVisionModel, device: torch.device):
         self.vision_model, self.embed_dim = vision_model.to(device), vision_model.config.projection_dim
