@@ -66,6 +66,8 @@ def skip_teardown() -> None:
 
 def become(request: dict) -> None:
     """Becomes the requested process."""
+    # A shell without job control starts what runs in the background with SIGINT ignored, which is inherited.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     if request["new_session"]:
         os.setsid()
     if request["file_limit"] is not None:
