@@ -38,7 +38,7 @@ MAX_JPEG_PIXELS = 2**28
 # million pixels) and up to 20 where it is deeper. An animated PNG (APNG) is composed frame upon frame.
 DEEP_HEIF = "HEIF of more than 8 bits"
 MAX_SLOW_IMAGE_PIXELS = {
-    **{"AVIF": 2**25, "WEBP": 2**25, "HEIF": 8192 * 6144, DEEP_HEIF: 30_000_000},
+    **{"AVIF": 2**25, "WEBP": 2**25, "HEIF": 8192 * 6144, DEEP_HEIF: 28_000_000},
     **{"JPEG2000": 2**24, "APNG": 2**25},
 }
 # By decoders written in Python: RLE BMP and QOI take a microsecond a pixel, PPM one for each of its values.
