@@ -1,9 +1,7 @@
 """Copies a trained model to the repository's root, and its metrics to `model_card.md`.
 
-    python scripts/release.py --model_name_or_path outputs/flickr8k \\
-        --evaluation outputs/evaluation --teacher outputs/flickr8k-teacher \\
-        --stages outputs/flickr8k-112px outputs/flickr8k-112px-mixed outputs/flickr8k-224px outputs/flickr8k-decoder \\
-        outputs/flickr8k-cider \\
+    python scripts/release.py --model_name_or_path outputs/flickr8k --evaluation outputs/evaluation \\
+        --stages outputs/flickr8k-cider outputs/flickr8k-cider-44 \\
         --agreement outputs/tokenizer_agreement --latency outputs/caption_latency
 
 Fills `docs/model_card_template.md` from these folders, copies its front matter to `README.md`, where the Hub reads it,
@@ -44,10 +42,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_name_or_path", required=True, type=Path, help="output folder of train_distill.py or a soup")
     add("--evaluation", required=True, type=Path, help="folder of tinycap.evaluation --baselines --failures")
-    add("--teacher", required=True, type=Path, help="output folder of train_teacher.py")
-    add("--earlier_teachers", nargs="*", default=[], help="teachers of earlier stages, for the compute")
     add("--agreement", required=True, type=Path, help="output folder of benchmarks/tokenizer_agreement.py")
-    add("--latency", required=True, type=Path, help="output folder of benchmarks/caption_latency.py")
+    add("--latency", type=Path, help="folder of benchmarks/caption_latency.py; the card's section stays if not given")
     add("--stages", nargs="+", required=True, type=Path, help="output folders of the training runs, in order")
     return parser.parse_args(argv)
 
@@ -66,15 +62,25 @@ def draw_captions(evaluation: Path) -> dict[str, list]:
     return {"samples": random.Random(0).sample(captions, min(NUM_SAMPLES, len(captions))), "examples": examples}
 
 
+def read_section(card: Path, title: str) -> str:
+    """The text of one section of a card; `ValueError` if it has none of that title."""
+    text = card.read_text(encoding="utf-8") if card.is_file() else ""
+    match = re.search(rf"^## {title}\n\n(.*?)\n*(?=^## |\Z)", text, flags=re.DOTALL | re.MULTILINE)
+    if match is None:
+        raise ValueError(f"{card}: expected a section {title!r} to keep, got none; without it --latency is needed")
+    return match[1]
+
+
 def fill_card(args: argparse.Namespace) -> str:
     """The text of `model_card.md`; `ValueError` where a file or a value that the template names is missing."""
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
     values = {
         "evaluation": read_json(args.evaluation / "eval_results.json"),
         "failures": read_json(args.evaluation / "failures.json"),
-        "teacher": read_json(args.teacher / "eval_results.json"),
         "agreement": read_json(args.agreement / "tokenizer_agreement.json"),
-        "latency": read_json(args.latency / "caption_latency.json"),
+        "latency": read_json(args.latency / "caption_latency.json") if args.latency else None,
+        # Speed doesn't depend on the weights.
+        "speed": None if args.latency else read_section(ROOT / "model_card.md", "Speed"),
         **draw_captions(args.evaluation),
         "model": {
             "parameters": model.num_parameters(),
@@ -82,10 +88,7 @@ def fill_card(args: argparse.Namespace) -> str:
             "megabytes": (args.model_name_or_path / "model.safetensors").stat().st_size / 1e6,
             "vocabulary": model.config.text_config.vocab_size,
         },
-        "hours": {
-            "teacher": sum(map(hours_of, [*args.earlier_teachers, args.teacher])),
-            "student": sum(map(hours_of, args.stages)),
-        },
+        "hours": sum(map(hours_of, args.stages)),
         "date": date.today().isoformat(),
         "transformers": transformers.__version__,
         "torch": torch.__version__.split("+")[0],
@@ -99,7 +102,7 @@ def fill_card(args: argparse.Namespace) -> str:
     except jinja2.UndefinedError as error:
         raise ValueError(
             f"model_card_template.md: a value is in none of the given folders: {error}; was the evaluation run with "
-            "--teacher_name_or_path, --baselines and --failures?"
+            "--baselines and --failures?"
         ) from None
 
 

@@ -73,14 +73,10 @@ def folders(repository, tmp_path, monkeypatch):
         for index, (caption, group, photo) in enumerate(zip(captions, references, photos))
     ]
     lines.append({"image_id": "photo-9", "caption": None, "error": "broken"})
-    recalls = {f"{way}_recall_at_{k}": 3.0 for way in ("image_to_text", "text_to_image") for k in (1, 5, 10)}
     contents = {
         "evaluation/eval_results.json": json.dumps(evaluation),
         "evaluation/failures.json": json.dumps(failures),
         "evaluation/captions.jsonl": "".join(json.dumps(line) + "\n" for line in lines),
-        "teacher/eval_results.json": json.dumps(recalls),
-        "teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 3600.0}\n',
-        "first_teacher/metrics.jsonl": '{"step": 9, "elapsed_seconds": 1800.0}\n',
         "first/metrics.jsonl": '{"step": 1, "loss": 9.0}\n{"step": 9, "elapsed_seconds": 5400.0}\n',
         "agreement/tokenizer_agreement.json": '{"largest_move": 0.125}',
         "latency/caption_latency.json": json.dumps(LATENCY),
@@ -97,10 +93,8 @@ def folders(repository, tmp_path, monkeypatch):
 def flags(folders) -> list[str]:
     return [
         *("--model_name_or_path", str(folders / "model"), "--evaluation", str(folders / "evaluation")),
-        *("--teacher", str(folders / "teacher"), "--agreement", str(folders / "agreement")),
-        *("--latency", str(folders / "latency")),
+        *("--agreement", str(folders / "agreement"), "--latency", str(folders / "latency")),
         *("--stages", str(folders / "first"), str(folders / "model")),
-        *("--earlier_teachers", str(folders / "first_teacher")),
     ]
 
 
@@ -118,7 +112,8 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "value: 21.46" in card and "| **TinyCap** | 21.5 | 50.0 | 12.0 | 40.0 | 321 |" in card
     assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
     assert "beam search with 3 beams, length penalty 0.8" in card
-    assert "teacher 1.5 hours, student 2.0 hours" in card, "both stages of each"
+    assert "the decoder of 3: 2.0 hours" in card, "both stages"
+    assert "the nearest to the student's for 7.0 %" in card and "--teacher_name_or_path" in card
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
     assert "{{" not in card and "{%" not in card and "@" not in card
@@ -142,6 +137,29 @@ def test_a_length_penalty_that_no_config_names_is_the_default(folders):
     path.write_text(json.dumps({**evaluation, "decoding": {"num_beams": 3, "length_penalty": None}}))
     release.main(flags(folders))
     assert "beam search with 3 beams, length penalty 1.0" in read_card(folders)
+
+
+def test_a_release_without_latency_keeps_the_section_of_the_card(folders):
+    without = flags(folders)
+    del without[(start := without.index("--latency")) : start + 2]
+    with pytest.raises(ValueError, match="--latency is needed"):
+        release.main(without)
+    release.main(flags(folders))
+    card = folders / "root" / "model_card.md"
+    before = card.read_text()
+    card.write_text(before.replace("| vit-gpt2 | 1066,", "| vit-gpt2 | 1077,"))
+    release.main(without)
+    assert card.read_text() == before.replace("| vit-gpt2 | 1066,", "| vit-gpt2 | 1077,")
+
+
+def test_an_evaluation_without_a_teacher_has_the_fidelity_of_the_log(folders):
+    path = folders / "evaluation" / "eval_results.json"
+    evaluation = json.loads(path.read_text())
+    del evaluation["fidelity"]
+    path.write_text(json.dumps(evaluation))
+    release.main(flags(folders))
+    card = read_card(folders)
+    assert "student's for 56.0 %" in card and "--teacher_name_or_path" not in card
 
 
 def test_the_card_shows_what_is_wrong_with_evidence(folders):
@@ -174,7 +192,7 @@ def test_the_hub_finds_the_results_in_card_and_readme(folders):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("teacher/metrics.jsonl", "log of a run"),
+        ("first/metrics.jsonl", "log of a run"),
         ("agreement/tokenizer_agreement.json", "no such file"),
         ("latency/caption_latency.json", "no such file"),
         ("evaluation/failures.json", "no such file"),
