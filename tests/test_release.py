@@ -179,7 +179,7 @@ def test_the_hub_finds_the_results_in_card_and_readme(folders):
     release.main(flags(folders))
     for name in ("model_card.md", "README.md"):
         data = ModelCard.load(folders / "root" / name).data
-        assert data.license == "apache-2.0" and data.pipeline_tag == "image-to-text"
+        assert data.license == "other" and data.pipeline_tag == "image-to-text"
         results = {result.metric_name: result for result in data.eval_results}
         assert results["CIDEr"].metric_value == 21.46 and results["CIDEr"].metric_args == {"num_beams": 3}
         assert results["BLEU-4"].dataset_split == "validation"
