@@ -1,6 +1,6 @@
 """Size of an index of N images, and milliseconds of a query, on random embeddings.
 
-    python benchmarks/search_index.py --sizes 1000 100000 1000000
+    python -m benchmarks.search_index --sizes 1000 100000 1000000
 
 A query is timed from the embedding to the ten best paths, on an index that stays open (the median of `--repeats`), and
 once more with the index opened anew.
