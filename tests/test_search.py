@@ -109,7 +109,7 @@ def test_like_leaves_the_image_itself_out(text_repository, photos, capsys):
 
 def test_duplicates_are_shown_by_group(text_repository, photos, capsys):
     shutil.copy(photos / "2.png", photos / "copy.png")
-    rows, _ = search(capsys, text_repository, "--duplicates", "0.99999", photos)
+    rows, _ = search(capsys, text_repository, "--duplicates", photos, "--threshold", "0.99999")
     assert rows == [{"group": 1, "image": str(photos / "2.png")}, {"group": 1, "image": str(photos / "copy.png")}]
 
 

@@ -99,8 +99,9 @@ def add_search(parser: argparse.ArgumentParser) -> None:
     add_inputs(parser)
     how = parser.add_mutually_exclusive_group()
     add(how, "--like", "look for images like this one, in place of a query", metavar="IMAGE")
-    near = {"type": number(float, 0, 1), "metavar": "COSINE", "nargs": "?", "const": 0.95}
-    add(how, "--duplicates", "groups of images linked by cosines of at least this, in place of a query (0.95)", **near)
+    add(how, "--duplicates", "groups of near duplicates, in place of a query", action="store_true")
+    near = number(float, 0, 1)
+    add(parser, "--threshold", "cosine from which on images are duplicates", type=near, metavar="COSINE", default=0.95)
     add(parser, "--number", "images, or groups of duplicates, to show", type=POSITIVE, default=10)
     add(parser, "--format", "html is a page of thumbnails", choices=("text", "json", "tsv", "html"), default="text")
     add(parser, "--output", "file for the answer (default: the screen)", metavar="FILE")
@@ -292,7 +293,7 @@ def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed
 
 
 def run_search(args: argparse.Namespace) -> int:
-    if args.like is not None or args.duplicates is not None:
+    if args.like is not None or args.duplicates:
         # Without a query, its place is the first image's.
         args.images, args.query = [args.query, *args.images] if args.query is not None else args.images, None
     elif args.query is None or not args.query.strip():

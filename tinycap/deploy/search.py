@@ -160,7 +160,7 @@ def render(rows: list[dict], kind: str, title: str) -> str:
 
 def embed_query(args: argparse.Namespace, captioner: Captioner) -> np.ndarray | None:
     """The embedding of the words or of the image; `None` for duplicates. Raises `ValueError` where it can't be had."""
-    if args.duplicates is not None:
+    if args.duplicates:
         return None
     if args.like is None:
         return captioner.embed_texts([args.query])[0]
@@ -173,7 +173,7 @@ def embed_query(args: argparse.Namespace, captioner: Captioner) -> np.ndarray | 
 def find(args: argparse.Namespace, index: ImageIndex, captioner: Captioner, query: np.ndarray | None) -> list[dict]:
     """The result's rows."""
     if query is None:
-        groups = index.duplicates(args.duplicates)[: args.number]
+        groups = index.duplicates(args.threshold)[: args.number]
         return [{"group": number, "image": path} for number, group in enumerate(groups, 1) for path in group]
     matches = index.search(query, args.number, without=args.like)
     rows = [{"score": round(match.score, 3), "image": match.path} for match in matches]
