@@ -46,10 +46,6 @@ class Match:
     score: float
 
 
-class DamagedIndexError(ValueError):
-    """Raised for an index that can't be read; names it and says how to have it made anew."""
-
-
 class ImageIndex:
     """Opens the index in `folder`, or begins one.
 
@@ -83,8 +79,8 @@ class ImageIndex:
         if size < self.num_rows * 4 * self.width:
             raise self._damaged(f"{self.embeddings_path.name} has {size} bytes")
 
-    def _damaged(self, reason: object) -> DamagedIndexError:
-        return DamagedIndexError(f"index {self.folder}: damaged ({reason}); delete it, and it is made anew")
+    def _damaged(self, reason: object) -> ValueError:
+        return ValueError(f"index {self.folder}: damaged ({reason}); delete it, and it is made anew")
 
     @contextlib.contextmanager
     def _reading(self) -> Iterator[None]:
@@ -331,6 +327,3 @@ class ImageIndex:
 
     def close(self) -> None:
         self.table.close()
-
-
-__all__ = ["DamagedIndexError", "ImageIndex", "Match"]
