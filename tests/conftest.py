@@ -19,7 +19,10 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The others have the other cores.
     os.environ["OMP_NUM_THREADS"] = "1"
-
+else:
+    # Of `fresh.py`, for all processes of this run.
+    os.environ["TINYCAP_FORK_SERVER"] = os.path.join(tempfile.mkdtemp(prefix="tinycap-server-"), "socket")
+    atexit.register(shutil.rmtree, os.path.dirname(os.environ["TINYCAP_FORK_SERVER"]), ignore_errors=True)
 import no_network.sitecustomize  # noqa: F401
 import pytest
 

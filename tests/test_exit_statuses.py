@@ -3,8 +3,6 @@
 import json
 import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -115,11 +113,8 @@ def test_a_standard_output_that_cannot_be_written_is_3(repository, images, photo
 
 
 def test_a_standard_output_that_was_closed_before_python_began_is_3(repository, images):
-    words = [sys.executable, *TINYCAP, "caption", str(images), "--model", str(repository)]
-    code = "import os, sys; os.close(1); os.execv(sys.argv[1], sys.argv[1:])"
-    closed = subprocess.run([sys.executable, "-c", code, *words], stderr=subprocess.PIPE, text=True, check=False)
-    line = "tinycap caption: error: cannot write to the standard output: it is closed\n"
-    assert closed.returncode == 3 and closed.stderr.endswith(line) and "Traceback" not in closed.stderr
+    process = start(*TINYCAP, "caption", images, "--model", repository, closed=("stdout",))
+    assert end(process) == (3, "tinycap caption: error: cannot write to the standard output: it is closed")
 
 
 def test_captions_that_nobody_reads_on_are_0(repository, images):

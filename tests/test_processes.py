@@ -1,7 +1,6 @@
 """Training in two real processes over gloo on a CPU, with DDP."""
 
 import json
-import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -9,12 +8,11 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
-from fresh import Process
 from ranks import Ranks
 from safetensors.torch import load_file
 from tiny import CAPTIONS, draw_picture, log_rows, png_bytes
 
-from tinycap import REPOSITORY, train_distill
+from tinycap import train_distill
 
 
 pytestmark = pytest.mark.slow
@@ -56,13 +54,6 @@ def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
     assert [row["step"] for row in log_rows(out) if "loss" in row] == [1, 2, 3]
     assert (out / "model.safetensors").exists() and (out / "checkpoint-3" / "random_states_1.pkl").exists()
     assert len((out / "skipped.jsonl").read_text().splitlines()) == 1
-
-
-def test_two_processes_train_a_patch_memory_without_a_teacher(flags, tmp_path):
-    flags = without(flags, "--teacher_name_or_path")
-    patches = ("--distill_weight", "0", "--memory", "patches")
-    Ranks([*flags, "--per_device_train_batch_size", "3", *patches], tmp_path / "log").finish()
-    assert len([row for row in log_rows(tmp_path / "out") if "loss" in row]) == 6
 
 
 @pytest.fixture
@@ -112,20 +103,19 @@ def test_uneven_shards_show_every_image_once_an_epoch_also_resumed(flags, uneven
 
 
 def test_a_stopped_pair_of_processes_leaves_a_checkpoint_and_goes_on(flags, tmp_path):
-    # A schedule with which a resumed run may have another length.
-    common = [*flags, "--per_device_train_batch_size", "3", "--checkpointing_steps", "100000"]
+    # A schedule with which a resumed run may have another length; patches, of which a teacher has none.
+    common = [*without(flags, "--teacher_name_or_path"), "--distill_weight", "0", "--memory", "patches"]
+    common += ["--per_device_train_batch_size", "3", "--checkpointing_steps", "100000"]
     common += ["--lr_scheduler_type", "constant_with_warmup"]
-    # The real launcher; `accelerate launch --cpu --num_processes 2` would start one process.
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "train_distill.py")
-    variables = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    process = Process(*launcher, *common, "--max_train_steps", "100000", cwd=REPOSITORY, **variables)
+    both = Ranks([*common, "--max_train_steps", "100000"], tmp_path / "log")
     log = tmp_path / "out" / "metrics.jsonl"
     for _ in range(6000):
         if log.exists() and log.stat().st_size:
             break
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() != 0
+    # One of them: both must agree on the step after which they stop.
+    both.ranks[1].terminate()
+    assert [rank.wait() for rank in both.ranks] == [143, 143], both.log.read_text()[-4000:]
     checkpoints = sorted((tmp_path / "out").glob("checkpoint-*"))
     assert len(checkpoints) == 1 and not list((tmp_path / "out").glob(".checkpoint-*"))
     step = int(checkpoints[0].name.split("-")[1])

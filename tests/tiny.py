@@ -52,6 +52,9 @@ TEXT = {
     "eos_token_id": 2,
 }
 
+# For `tiny_model`, where a layer costs seconds: graphs are traced layer by layer.
+ONE_LAYER = {"vision_config": {"num_hidden_layers": 1}, "text_config": {"num_hidden_layers": 1}}
+
 # Of a text encoder.
 ENCODER = {
     **{"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 22},
