@@ -16,6 +16,7 @@ from transformers import (
     MobileNetV2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    dynamic_module_utils,
 )
 
 from tinycap.configuration_tinycap import TinyCapConfig
@@ -31,6 +32,20 @@ def skip_meta(kind: type[torch.nn.Module]) -> None:
     kind.reset_parameters = lambda self: None if getattr(self.weight, "is_meta", False) else reset(self)
 
 
+def read_imports_once() -> None:
+    """Parses each version of a remote code's file once, where transformers does for every model that it loads."""
+    get_imports, found = dynamic_module_utils.get_imports, {}
+
+    def cached(path) -> list[str]:
+        content = Path(path).read_bytes()
+        if content not in found:
+            found[content] = get_imports(path)
+        return found[content]
+
+    dynamic_module_utils.get_imports = cached
+
+
+read_imports_once()
 for kind in (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.Conv2d):
     skip_meta(kind)
 

@@ -109,7 +109,7 @@ def test_the_teacher_sees_a_students_pixels_as_clip_sees_the_photo(folder, pictu
         assert (unaware - clips_own[feature]).abs().max() > 1e-3, "unless it takes them for pixels of its own"
 
 
-def test_a_student_is_distilled_from_it_by_one_command(folder, photos, pictures, clips_own, tmp_path):
+def test_a_student_is_distilled_from_it_by_one_command(folder, photos, pictures, clips_own, tmp_path, undrawn_figures):
     vision = {"image_size": 224, "patch_size": 56, "hidden_size": 12, "num_hidden_layers": 1}
     text = {name: TEXT[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     (tmp_path / "tiny.json").write_text(

@@ -9,8 +9,6 @@ import zlib
 
 import pytest
 from fuzz.hostile_images import MUTATIONS, SEEDS, caption_by_command, cases, drive, make_case, peak_memory, png_of
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 from tiny import draw_picture, png_bytes
 from transformers import pipeline
@@ -44,6 +42,9 @@ def test_whole_files_are_opened_as_a_viewer_shows_them(captioner, folder):
 
 @pytest.mark.slow
 def test_500_broken_files_end_in_captions_or_errors_naming_the_file(captioner, folder):
+    from hypothesis import HealthCheck, given, settings
+    from hypothesis import strategies as st
+
     seen = []
 
     @settings(max_examples=20, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck))

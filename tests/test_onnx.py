@@ -10,7 +10,6 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from fresh import run_fresh
@@ -276,6 +275,8 @@ def test_onnxruntime_is_imported_with_its_telemetry_off(tmp_path, module):
 
 
 def test_int8_graphs_are_close_and_hold_small_weights(exported, captioner, pictures):
+    import onnx
+
     quantized = OnnxCaptioner.from_pretrained(exported, quantized=True)
     pixel_values = captioner.preprocessor(pictures)
     cosines = (captioner.encode(pixel_values)[1] * quantized.encode(pixel_values)[1]).sum(axis=-1)
@@ -312,6 +313,8 @@ def test_captions_depend_on_no_other_image_of_their_batch(exported, captioner):
 
 
 def test_the_graphs_name_no_source_files(exported):
+    import onnx
+
     for path in (exported / "onnx").glob("*.onnx"):
         assert b"modeling_tinycap" not in path.read_bytes()
         onnx.checker.check_model(str(path))

@@ -298,7 +298,7 @@ def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_path, monkeypatch):
+def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_path, monkeypatch, undrawn_figures):
     flags = ["--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "5"]
     flags += ["--per_device_train_batch_size", "20", "--max_train_steps", "1", "--dataloader_num_workers", "0"]
     parse_args = train_teacher.parse_args
