@@ -57,6 +57,7 @@ def test_a_batch_of_pairs_repeats_each_image_for_its_captions():
     "name, millions",
     [("Florence-2", 232), ("SmolVLM", 256), ("BLIP", 224), ("vit-gpt2", 239), ("GIT", 177), ("distilvit", 182)],
 )
+@pytest.mark.slow
 def test_peers_have_their_published_sizes(name, millions):
     peer = next(peer for full_name, peer in PEERS.items() if full_name.startswith(name))
     with torch.device("meta"):

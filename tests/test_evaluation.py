@@ -283,6 +283,7 @@ def test_curves_have_no_panel_without_finite_values(tmp_path):
         plot_curves(log, tmp_path / "curves.png")
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_from_the_log(tmp_path):
     rows = [{"step": step, "loss": 3.0 / step, "learning_rate": 0.1, "epoch": 0} for step in range(1, 30)]
     rows.append({"step": 30, "epoch": 1, "eval_cider": 9.0})

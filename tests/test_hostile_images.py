@@ -123,6 +123,7 @@ def test_thousands_of_scans_over_a_large_jpeg_are_refused():
         load_image(data[:end] + last_scan * 300 + data[end:])
 
 
+@pytest.mark.slow
 def test_large_images_are_shrunk_before_their_colours_are_converted():
     """At full size, transparency over white would take four copies of all pixels: 2 GB for 3 MB of PNG."""
     picture = Image.new("LA", (4_500, 4_400), (0, 0))
@@ -149,6 +150,7 @@ def test_shrinking_keeps_the_colours_of_every_mode(mode, monkeypatch):
     assert max(abs(ours - theirs) for ours, theirs in zip(small.tobytes(), whole.reduce(4).tobytes())) <= 2
 
 
+@pytest.mark.slow
 def test_large_photos_are_decoded_small_the_callers_own_is_untouched():
     buffer = io.BytesIO()
     draw_picture(6, (6_000, 4_100)).save(buffer, "JPEG")
@@ -166,6 +168,7 @@ def test_more_pixels_than_any_phone_takes_are_refused():
     assert not peak or peak[0] < 50
 
 
+@pytest.mark.slow
 def test_a_jpeg_of_200_megapixels_is_decoded_at_a_fraction():
     """Phones take such photos; Pillow's limit is 179 million pixels."""
     flat = Image.new("L", (16_320, 12_240), 90)

@@ -62,6 +62,7 @@ def test_a_run_with_a_constant_rate_is_made_longer(flags, tmp_path):
     assert log_rows(tmp_path / "out")[-1]["step"] == 21
 
 
+@pytest.mark.slow
 def test_a_teacher_resumes_with_its_own_flags_only(photos, tmp_path):
     sizes = ["--image_size", "16", "--patch_size", "8", "--hidden_size", "8", "--num_hidden_layers", "1"]
     sizes += ["--text_hidden_size", "8", "--text_num_hidden_layers", "1", "--vocab_size", "300"]
@@ -290,6 +291,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_the_command_that_goes_on(flags, tmp_
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
     Interrupts(monkeypatch, step=3, times=2)
     with pytest.raises(KeyboardInterrupt):

@@ -178,6 +178,7 @@ def test_accumulated_batches_make_one_step(flags, tmp_path):
     assert [row["step"] for row in log_rows(tmp_path / "out") if "loss" in row] == [1, 2, 3]
 
 
+@pytest.mark.slow
 def test_training_goes_on_from_a_checkpoint_with_its_tokenizer_and_config(flags, tmp_path, repository):
     without = [flag for pair in zip(flags[::2], flags[1::2]) for flag in pair if pair[0] != "--config_name"]
     without = [flag for pair in zip(without[::2], without[1::2]) for flag in pair if "teacher" not in pair[0]]

@@ -374,6 +374,7 @@ def test_a_streams_batch_has_the_share_without_captions(flags, unlabelled, colla
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_with_images_without_captions_says_so_in_its_card(flags, unlabelled, tmp_path):
     train_distill.main([*flags, "--unlabelled_dataset_name", unlabelled, "--unlabelled_share", "0.7"])
     card = (tmp_path / "out" / "README.md").read_text()
