@@ -47,8 +47,9 @@ def pytest_cmdline_main(config) -> None:
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Puts the users of `exported`, which takes long, first: neighbours run in one process, which makes it once."""
-    items.sort(key=lambda item: "exported" not in getattr(item, "fixturenames", ()))
+    """Puts the users of exports, which take long, first: neighbours run in one process, which makes them once."""
+    exports = {"exported", "exported_patches"}
+    items.sort(key=lambda item: exports.isdisjoint(getattr(item, "fixturenames", ())))
 
 
 def pytest_collection_finish(session) -> None:

@@ -113,6 +113,28 @@ def exported(exported_repository, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def patches_repository(tmp_path_factory, tokenizer) -> Path:
+    """A repository of single layers with a text encoder, whose decoder attends to the patches."""
+    folder = tmp_path_factory.mktemp("hub") / "patches"
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    parts = {"text_config": {"vocab_size": len(tokenizer), **ids}, "vision_config": {}, "text_encoder_config": ENCODER}
+    parts = {name: {**part, "num_hidden_layers": 1} for name, part in parts.items()}
+    model = tiny_model(memory="patches", **parts)
+    model.generation_config = create_generation_config(tokenizer, max_new_tokens=7, num_beams=2)
+    save_repository(folder, model, tokenizer, create_image_processor(24))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported_patches(patches_repository, tmp_path_factory) -> Path:
+    """What `tinycap export` writes of it: six graphs and the small files."""
+    folder = tmp_path_factory.mktemp("exported-patches")
+    assert cli.main(["export", "--model", str(patches_repository), "--output", str(folder)]) == 0
+    assert len(list((folder / "onnx").glob("*.onnx"))) == 6
+    return folder
+
+
+@pytest.fixture(scope="session")
 def text_repository(tmp_path_factory, tokenizer):
     """A repository with a text encoder, of random weights."""
     folder = tmp_path_factory.mktemp("hub") / "with-a-text-encoder"
