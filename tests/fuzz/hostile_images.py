@@ -1,7 +1,7 @@
 """Image files in all variants of six formats (`SEEDS`), mutations (`MUTATIONS`), and the expected outcomes.
 
 `cases` is a hypothesis strategy for a file; `drive` opens files with the image loader, the training data's decoder and
-the pipeline. Used by `test_hostile_images.py` for 500 cases and by `fuzz_images.py` for any number.
+the pipeline. Used by `test_hostile_images.py` for 250 cases and by `fuzz_images.py` for any number.
 """
 
 import contextlib
