@@ -117,14 +117,15 @@ def test_a_run_that_accelerate_compiles_is_the_plain_one_and_resumes_as_such(fla
     config = {part: {**values, "num_hidden_layers": 1} for part, values in config.items()}
     (tmp_path / "one-layer.json").write_text(json.dumps(config))
     flags = [*flags, "--config_name", str(tmp_path / "one-layer.json"), "--max_train_samples", "21", "--mixup", "0.5"]
-    flags += ["--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "3", "--num_beams", "1"]
+    flags += ["--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "2", "--num_beams", "1"]
+    flags += ["--checkpointing_steps", "1"]
     train_distill.main([*flags, "--output_dir", str(tmp_path / "plain")])
     # As `accelerate launch --dynamo_backend` does; this backend runs the graphs without compiling them.
     with monkeypatch.context() as patch:
         patch.setitem(AcceleratorState._shared_state, "dynamo_plugin", TorchDynamoPlugin(backend="eager"))
         train_distill.main(flags)
     compiled = load_file(tmp_path / "out" / "model.safetensors")
-    train_distill.main([*flags, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-2")])
+    train_distill.main([*flags, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")])
     for name, value in load_file(tmp_path / "plain" / "model.safetensors").items():
         torch.testing.assert_close(compiled[name], value, atol=1e-4, rtol=0)
     for name, value in load_file(tmp_path / "out" / "model.safetensors").items():
