@@ -47,9 +47,17 @@ def pytest_cmdline_main(config) -> None:
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Puts the users of exports, which take long, first: neighbours run in one process, which makes them once."""
+    """Puts what takes long first, so that no process waits for another's last test.
+
+    First the users of exports, which a process makes once for all neighbours, then files of slow tests only.
+    """
     exports = {"exported", "exported_patches"}
-    items.sort(key=lambda item: exports.isdisjoint(getattr(item, "fixturenames", ())))
+
+    def order(item) -> tuple[bool, bool]:
+        is_slow = any(mark.name == "slow" for mark in item.parent.own_markers)
+        return exports.isdisjoint(getattr(item, "fixturenames", ())), not is_slow
+
+    items.sort(key=order)
 
 
 def pytest_collection_finish(session) -> None:
