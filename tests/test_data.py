@@ -555,7 +555,7 @@ def test_a_resumed_stream_reads_only_the_block_it_was_in_again(seen, monkeypatch
     assert told(resumed) == told(varied_stream(20, 4, 3, shuffle_block=4, num_processes=2)), "then a whole epoch"
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_loader_of_a_stream_goes_on_at_the_place_of_each_of_its_workers(workers):
     def loader():
         stream = varied_stream(23, 4, 1, shuffle_block=3, mixup=0.6)

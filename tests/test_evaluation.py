@@ -232,6 +232,7 @@ def test_a_teacher_sees_the_same_pixels(tinycap, tmp_path):
 # --- reports and the command ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_contact_sheet_shows_every_picture(tmp_path):
     pictures = [Image.new("RGB", (30, 20), color) for color in ("#e01010", "#10e010", "#1010e0", "#e0e010", "#e010e0")]
     captions = ["one", "", "costs $5 & 10$", "a very long caption " * 9, "日本"]

@@ -53,11 +53,13 @@ def trained(repository, clip_folder, corpus, tmp_path_factory):
     return out, run(repository, clip_folder, corpus, out, *flags)
 
 
+@pytest.mark.slow
 def test_held_out_texts_come_near_the_teachers_embeddings(trained, repository, clip_folder, corpus, tmp_path):
     fresh = run(repository, clip_folder, corpus, tmp_path / "fresh", "--learning_rate", "1e-9")
     assert trained[1]["text_cosine_distance"] < 0.3 * fresh["text_cosine_distance"]
 
 
+@pytest.mark.slow
 def test_captions_and_image_embeddings_stay_as_they_were(trained, repository, pixel_values):
     before, after = (AutoModel.from_pretrained(each, trust_remote_code=True) for each in (repository, trained[0]))
     for name, value in before.state_dict().items():
@@ -66,6 +68,7 @@ def test_captions_and_image_embeddings_stay_as_they_were(trained, repository, pi
     assert torch.equal(before.generate(pixel_values), after.generate(pixel_values))
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(repository, clip_folder, corpus, tmp_path):
     models = []
     for name in ("first", "second"):
@@ -74,6 +77,7 @@ def test_the_same_seed_gives_the_same_weights(repository, clip_folder, corpus, t
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
+@pytest.mark.slow
 def test_a_pooled_clips_projection_of_images_is_carried_along(repository, tokenizer, corpus, tmp_path):
     teacher = clip(tmp_path / "clip", tokenizer, 14, 10)
     run(repository, teacher, corpus, tmp_path / "out")
@@ -97,6 +101,7 @@ def sentence_teacher(tmp_path, tokenizer, classifier) -> list[str]:
     return [str(tmp_path / "tower"), "--text_model_name_or_path", str(tmp_path / "encoder")]
 
 
+@pytest.mark.slow
 def test_a_sentence_encoder_with_a_trained_head_is_a_teacher(sentence_teacher, repository, corpus, tmp_path):
     tower, *encoder = sentence_teacher
     run(repository, tower, corpus, tmp_path / "out", *encoder)

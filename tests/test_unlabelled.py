@@ -307,7 +307,7 @@ def test_an_endless_stream_shows_every_image_in_each_pass():
     assert all(len(set(order)) == 11 for order in orders) and orders[0] != orders[1] != orders[2]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_an_endless_stream_resumes_in_the_middle_of_any_pass(workers):
     def loader():
         return StatefulDataLoader(endless(), 3, num_workers=workers, collate_fn=ids_of)
@@ -429,7 +429,7 @@ def test_two_processes_with_them_come_to_the_weights_of_one(flags, unlabelled, t
 def test_two_processes_resume_two_streams_to_the_same_weights(flags, unlabelled, tmp_path):
     # Of four images in a batch, one has captions: one process has 12 batches an epoch, the other 11.
     flags = [*flags, "--streaming", "--unlabelled_dataset_name", unlabelled, "--unlabelled_share", "0.75"]
-    flags += ["--per_device_train_batch_size", "4", "--dataloader_num_workers", "1"]
+    flags += ["--per_device_train_batch_size", "4"]
     flags += ["--max_train_steps", "15", "--checkpointing_steps", "6"]
     out = tmp_path / "out"
     Ranks(flags, tmp_path / "log", tmp_path / "whole").finish()
