@@ -131,6 +131,7 @@ def joint_losses(model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | N
     output = model(
         **image_inputs(batch),
         labels=batch["labels"],
+        captioned=batch["captioned"],
         teacher_embeds=teacher_embeds,
         skip_logits=True,
         use_cache=False,

@@ -208,7 +208,7 @@ def measure_numerics(setup: Setup) -> dict:
         ("device", setup.device, None),
         ("device bf16", setup.device, torch.bfloat16),
     ):
-        moved = {key: expected[key].to(device) for key in ("pixel_values", "labels")}
+        moved = {key: expected[key].to(device) for key in ("pixel_values", "labels", "captioned")}
         with torch.autocast(device.type, precision, enabled=precision is not None):
             target = teacher_embeddings(teacher.to(device), moved)
             loss = joint_losses(model.to(device), model, moved, target)["loss"]

@@ -12,7 +12,6 @@ from itertools import count
 
 import datasets
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -167,7 +166,7 @@ class EpochBatchSampler(Sampler):
 
 @dataclass
 class CaptionCollator:
-    """B samples with K captions each to a batch of tensors.
+    """B samples with K captions each to a batch of tensors, C of them neither mixed nor without captions.
 
     Args:
         max_caption_length: ids a caption may have, the end token included.
@@ -175,11 +174,11 @@ class CaptionCollator:
         image_mean, image_std: per channel, of pixels from 0 to 1.
 
     Returns (from a call):
-        dict of `pixel_values` (B, 3, H, W) float32, or the `views` that `DevicePixels` makes them of; `labels` (B * K,
-        T) int64, the captions of an image in adjacent rows, each with its end token and -100 as padding, all -100 for
-        an image that is mixed or has no captions; `num_tokens`, how many labels aren't -100; `references`, B lists of
-        all captions of an image; `image_ids`, B strings; `teacher_embeds` or `image_embeds` (B, embed_dim) where the
-        samples carry them.
+        dict of `pixel_values` (B, 3, H, W) float32, or the `views` that `DevicePixels` makes them of; `captioned`
+        (C,), their numbers; `labels` (C * K, T) int64, their captions, those of an image in adjacent rows, each with
+        its end token and -100 as padding; `num_tokens`, how many labels aren't -100; `references`, B lists of all
+        captions of an image; `image_ids`, B strings; `teacher_embeds` or `image_embeds` (B, embed_dim) where the
+        samples carry them. With C = 0, `captioned` is the first image, and its labels are all -100.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -196,12 +195,13 @@ class CaptionCollator:
         # Jitter, scaling to 0..1 and normalisation are one multiplication and one addition.
         gain = torch.tensor([view.gain for view in views]) / (255 * self.image_std)
         shift = (torch.tensor([view.shift for view in views]) - self.image_mean) / self.image_std
-        captions = [caption for sample in samples for caption in sample["captions"]]
+        # Only the teacher describes the others. Without any, one image's labels of -100 keep the decoder in the graph.
+        captioned = [number for number, sample in enumerate(samples) if sample["references"] and not sample["mixed"]]
+        captions = [caption for number in captioned or [0] for caption in samples[number]["captions"]]
         encoded = encode_captions(self.tokenizer, captions, self.max_caption_length, self.end_truncated)
         labels = pad_sequence([torch.tensor(ids) for ids in encoded], batch_first=True, padding_value=-100)
-        # No caption describes these images: only the teacher does.
-        ignored = [sample["mixed"] or not sample["references"] for sample in samples]
-        labels[torch.tensor([image for image, sample in zip(ignored, samples) for _ in sample["captions"]])] = -100
+        if not captioned:
+            labels.fill_(-100)
         if "pixels" in samples[0]:
             pixels = torch.stack([sample["pixels"] for sample in samples]).permute(0, 3, 1, 2).float()
             pixels = pixels.mul_(gain[:, :, None, None]).add_(shift[:, :, None, None]).contiguous()
@@ -211,6 +211,7 @@ class CaptionCollator:
         batch = {
             **images,
             "labels": labels,
+            "captioned": torch.tensor(captioned or [0]),
             # Counted here: on a device, the count would wait for all its work.
             "num_tokens": int((labels != -100).sum()),
             "references": [sample["references"] for sample in samples],
@@ -227,17 +228,14 @@ class CaptionCollator:
         return self([{**sample, "captions": [""] * captions_per_image}])
 
 
-def join_batches(first: dict, second: dict) -> dict:
-    """One batch of the images of two with as many captions an image."""
-    length = max(batch["labels"].shape[1] for batch in (first, second))
-    first, second = (
-        {**batch, "labels": F.pad(batch["labels"], (0, length - batch["labels"].shape[1]), value=-100)}
-        for batch in (first, second)
-    )
-    return {
-        name: torch.cat([value, second[name]]) if isinstance(value, torch.Tensor) else value + second[name]
-        for name, value in first.items()
+def join_batches(batch: dict, uncaptioned: dict) -> dict:
+    """One batch of the images of two, the second of which has no captions."""
+    joined = {
+        name: torch.cat([value, uncaptioned[name]]) if isinstance(value, torch.Tensor) else value + uncaptioned[name]
+        for name, value in batch.items()
+        if name not in ("labels", "captioned")
     }
+    return {**batch, **joined}
 
 
 def image_inputs(batch: dict) -> dict:
