@@ -72,7 +72,7 @@ def further(flags, repository) -> list[str]:
     return [*without(flags, *own), "--model_name_or_path", str(repository), "--distill_weight", "0"]
 
 
-def test_two_processes_cache_a_frozen_student_and_come_to_the_weights_of_one(further, repository, tmp_path):
+def test_two_processes_cache_a_frozen_student_and_train_as_one(further, repository, tmp_path):
     common = [*further, "--freeze_vision_model", "--dropout", "0", "--teacher_views", "2", "--max_train_steps", "6"]
     both = [*common, "--per_device_train_batch_size", "3", "--teacher_cache_dir", tmp_path / "by-two"]
     both = Ranks(both, tmp_path / "log")
@@ -89,7 +89,7 @@ def test_two_processes_cache_a_frozen_student_and_come_to_the_weights_of_one(fur
     assert views[0] == views[1] and len(views[0]) == 2, "one for each process"
 
 
-def test_two_processes_resume_a_reward_beside_human_captions_to_the_same_weights(further, tmp_path):
+def test_two_processes_resume_a_reward_with_human_captions_exactly(further, tmp_path):
     flags = [*further, "--objective", "scst", "--scst_samples", "3", "--cross_entropy_weight", "0.1"]
     flags += ["--per_device_train_batch_size", "3", "--max_train_steps", "3"]
     Ranks(flags, tmp_path / "log").finish()

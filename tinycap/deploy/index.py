@@ -11,7 +11,7 @@ the whole embeddings of the best by these.
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,13 +104,9 @@ class ImageIndex:
     def _transaction(self) -> Iterator[None]:
         with self._reading():
             self.table.execute("BEGIN IMMEDIATE")
-            try:
+            # Commits, or rolls back after an error.
+            with self.table:
                 yield
-                self.table.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    self.table.execute("ROLLBACK")
-                raise
 
     def _update(self, **facts: str | int) -> None:
         for name, value in facts.items():
@@ -157,14 +153,13 @@ class ImageIndex:
         with self._transaction():
             self.table.executemany("DELETE FROM images WHERE path = ?", ((self._key(path),) for path in paths))
 
-    def add(self, results: Iterable[ImageResult], facts: dict[str, tuple[int, int]]) -> None:
-        """Adds images, or replaces changed ones, all of `results` or none.
+    def add(self, results: Sequence[ImageResult], facts: dict[str, tuple[int, int]]) -> tuple[()]:
+        """Adds images, or replaces changed ones, all of `results` or none; as an output's `append`, none fails alone.
 
         Args:
             results: with an embedding, or the error of an unreadable image, which is remembered until it changes.
             facts: their size and time of change, from before they were read; see `changes`.
         """
-        results = list(results)
         embeddings = [result.embedding for result in results if result.error is None]
         width = len(embeddings[0]) if embeddings else self.width
         first = row = self.num_rows
@@ -180,6 +175,7 @@ class ImageIndex:
             self.table.executemany(command, rows)
             self._update(width=width, rows=row)
         self.num_rows, self.width = row, width
+        return ()
 
     def compact(self) -> None:
         """Writes the embeddings anew, without the rows of images that have left, if these are many."""

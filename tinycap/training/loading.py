@@ -23,7 +23,7 @@ from tinycap.training.scenes import scene_splits
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.streaming import EndlessStream, StreamingCaptionDataset
 from tinycap.training.teacher import Teacher
-from tinycap.training.teacher_cache import FrozenStudent, build_teacher_cache
+from tinycap.training.teacher_cache import FrozenModel, build_teacher_cache
 from tinycap.training.train_batches import TrainBatches
 from tinycap.training.unlabelled import SharedOrder, Unlabelled, load_unlabelled
 
@@ -147,9 +147,12 @@ def create_loaders(
     """
     mixing = (getattr(args, name, 0.0) for name in ("mixup", "cutmix"))
     augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter, *mixing)
-    pixels = DevicePixels(image_size) if augments_on(accelerator.device) else None
+    # Features of frozen towers, and a frozen student's embeddings in a cache, stand for the images.
+    all_cached = getattr(args, "freeze_image_model", False)
+    cached = all_cached or (not contrastive and args.freeze_vision_model and args.teacher_cache_dir is not None)
+    pixels = DevicePixels(image_size) if augments_on(accelerator.device) and not cached else None
     variation = {"image_size": image_size, "augmentation": augmentation, "on_device": pixels is not None}
-    variation |= {"captions_per_image": args.captions_per_image, "seed": args.seed}
+    variation |= {"captions_per_image": args.captions_per_image, "seed": args.seed, "without_pixels": cached}
     process = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     batch_size, captions_per_image = args.per_device_train_batch_size, args.captions_per_image
     options = {
@@ -175,7 +178,10 @@ def create_loaders(
     if dataset is None:
         loader, source = partial(StatefulDataLoader, num_workers=workers, **options), {"skipped": skipped, **process}
         if data.unlabelled_stream is not None:
-            size = data.unlabelled_stream.batch_size(batch_size, args.unlabelled_share)
+            if batch_size < 2:
+                expected = "at least 2, an image with and one without captions"
+                raise ValueError(f"--per_device_train_batch_size: expected {expected}, got {batch_size}")
+            size = min(max(1, round(args.unlabelled_share * batch_size)), batch_size - 1)
             endless_loader = loader(EndlessStream(**variation, **vars(data.unlabelled_stream), **source), size)
             batch_size -= size
         main = {"rows": data.stream, "columns": data.columns, "split": args.train_split}
@@ -192,7 +198,8 @@ def create_loaders(
         rows = order or dataset
         sampler = EpochBatchSampler(len(rows), batch_size, args.seed, **process, equal=contrastive, order=order)
         train_loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, **options)
-    validation = CaptionDataset(data.validation, image_size, Augmentation(), captions_per_image, args.seed)
+    sizes = {"captions_per_image": captions_per_image, "seed": args.seed, "without_pixels": all_cached}
+    validation = CaptionDataset(data.validation, image_size, **sizes)
     persistent = {"num_workers": eval_workers, "persistent_workers": eval_workers > 0}
     validation_loader = DataLoader(validation, eval_batch_size, **options, **persistent)
     batches = TrainBatches(train_loader, accelerator.device, pixels, endless_loader)
@@ -202,8 +209,7 @@ def create_loaders(
 def cache_teacher_embeddings(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    teacher: Teacher | FrozenStudent,
-    data: Data,
+    teacher: Teacher | FrozenModel,
     loaders: tuple[TrainBatches, DataLoader],
     teacher_crop_size: int,
 ) -> None:
@@ -215,14 +221,10 @@ def cache_teacher_embeddings(
     """
     collator = loaders[0].loader.collate_fn
     options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
-    parts = [(loaders[0].loader.dataset, args.teacher_views, data.fingerprint)]
-    if isinstance(teacher, FrozenStudent):
-        loaders[0].loader.dataset.caches_student = True
-    else:
+    parts = [(loaders[0].loader.dataset, args.teacher_views)]
+    if not isinstance(teacher, FrozenModel):
         # Validation images are always cropped alike: one view.
-        parts.append((loaders[1].dataset, 1, content_fingerprint(data.validation)))
-    for dataset, num_views, fingerprint in parts:
-        crops, options["dataset_fingerprint"] = dataset.in_size(teacher_crop_size), fingerprint
-        dataset.teacher_cache = build_teacher_cache(
-            accelerator, teacher, crops, collator, args.teacher_cache_dir, num_views, **options
-        )
+        parts.append((loaders[1].dataset, 1))
+    for dataset, num_views in parts:
+        sources = (accelerator, teacher, dataset.in_size(teacher_crop_size), collator)
+        dataset.teacher_cache = build_teacher_cache(*sources, args.teacher_cache_dir, num_views, **options)
