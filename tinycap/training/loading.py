@@ -15,7 +15,7 @@ from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.captions import usable_captions
-from tinycap.training.columns import AnyDataset, Columns, resolve_columns
+from tinycap.training.columns import Columns, resolve_columns
 from tinycap.training.data import content_fingerprint, decode_dataset, image_keys, load_splits
 from tinycap.training.device_images import DevicePixels, augments_on, load_images
 from tinycap.training.loop import init_worker, main_process_first
@@ -83,7 +83,7 @@ def load_data(
         stored_size: side of the largest crop that a model is given, pixels.
         skipped: counts the unusable rows.
     """
-    workers, scenes, limit = args.preprocessing_num_workers, None, args.max_eval_samples
+    workers, limit, scenes, unlabelled = args.preprocessing_num_workers, args.max_eval_samples, None, None
 
     def decode(rows: datasets.Dataset, columns: Columns, split: str) -> datasets.Dataset:
         return decode_dataset(rows, columns, stored_size, skipped, split, workers)
@@ -103,7 +103,12 @@ def load_data(
             columns = resolve_columns(train, args.image_column, args.caption_column, *source)
             # Recorded for an evaluation of the same rows.
             args.image_column, args.caption_column = columns.image, columns.caption
-        unlabelled = load_more_images(args, columns, train, validation)
+        if (more := getattr(args, "unlabelled_dataset_name", None)) is not None:
+            # What a stream holds isn't known before it is read.
+            others = [validation] if args.streaming else [validation, train]
+            known = {key for rows in others for key in image_keys(rows, columns, workers)}
+            options = (args.streaming, args.allow_remote_images, workers)
+            unlabelled = load_unlabelled(more, args.unlabelled_split, known, *options)
         shown = validation.take(min(limit or len(validation), len(validation)))
         shown = decode(shown, columns, args.validation_split or "validation")
         columns = replace(columns, requires_captions=not getattr(args, "allow_missing_captions", False))
@@ -114,20 +119,6 @@ def load_data(
             more = decode(unlabelled.rows, unlabelled.columns, unlabelled.split)
             train = datasets.concatenate_datasets([train, more])
         return Data(columns, train, shown, None, scenes)
-
-
-def load_more_images(
-    args: argparse.Namespace, columns: Columns, train: AnyDataset, validation: datasets.Dataset
-) -> Unlabelled | None:
-    """The images of `--unlabelled_dataset_name` that aren't among the others; `None` without this flag."""
-    name = getattr(args, "unlabelled_dataset_name", None)
-    if name is None:
-        return None
-    workers = args.preprocessing_num_workers
-    # What a stream holds isn't known before it is read.
-    others = [validation] if args.streaming else [validation, train]
-    known = {key for rows in others for key in image_keys(rows, columns, workers)}
-    return load_unlabelled(name, args.unlabelled_split, known, args.streaming, args.allow_remote_images, workers)
 
 
 def create_loaders(
@@ -176,7 +167,8 @@ def create_loaders(
     )
     endless_loader = None
     if dataset is None:
-        loader, source = partial(StatefulDataLoader, num_workers=workers, **options), {"skipped": skipped, **process}
+        loader = partial(StatefulDataLoader, num_workers=workers, persistent_workers=workers > 0, **options)
+        source = {"skipped": skipped, **process}
         if data.unlabelled_stream is not None:
             if batch_size < 2:
                 expected = "at least 2, an image with and one without captions"
@@ -185,7 +177,6 @@ def create_loaders(
             endless_loader = loader(EndlessStream(**variation, **vars(data.unlabelled_stream), **source), size)
             batch_size -= size
         main = {"rows": data.stream, "columns": data.columns, "split": args.train_split}
-        # Workers are started anew each epoch, since they get the epoch when they start.
         train_loader = loader(StreamingCaptionDataset(**main, **variation, **source), batch_size)
     else:
         order = None

@@ -152,7 +152,9 @@ def build_teacher_cache(
     rows = {shard: rng.choice(parts[shard[1]]) for shard in rng.sample(found, min(len(found), CHECKED_ROWS))}
     embeds = embed([(view, row) for (view, _), row in rows.items()]) if rows else ()
     for (shard, row), expected in zip(rows.items(), embeds):
-        _check_row(paths[shard], row, cache(shard[0], row), expected)
+        if (cosine := float(F.cosine_similarity(cache(shard[0], row), expected, dim=0))) < MIN_COSINE:
+            got = f"got another (cosine {cosine:.2f}); delete it"
+            raise ValueError(f"{paths[shard]}: expected this teacher's embedding of row {row}, {got}")
     return cache
 
 
@@ -178,11 +180,3 @@ def _open_shard(path: Path, shape: tuple[int, int], is_normalised: bool) -> torc
             "such rows; delete it"
         )
     return embeds
-
-
-def _check_row(path: Path, row: int, embed: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raises `ValueError` unless a row's embedding is the one that the teacher computes."""
-    if (cosine := float(F.cosine_similarity(embed, expected, dim=0))) < MIN_COSINE:
-        raise ValueError(
-            f"{path}: expected this teacher's embedding of row {row}, got another (cosine {cosine:.2f}); delete it"
-        )
