@@ -163,20 +163,14 @@ def _open_shard(path: Path, shape: tuple[int, int], is_normalised: bool) -> torc
         if not path.is_file():
             raise OSError("not a file")
         embeds = load_file(path)["image_embeds"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"{path}: expected a file of embeddings, delete it to have it made anew: {error}") from error
-    if embeds.shape != shape or embeds.dtype != torch.float32:
-        raise ValueError(
-            f"{path}: expected embeddings {shape} of torch.float32, got {tuple(embeds.shape)} of {embeds.dtype}; "
-            "delete it"
-        )
-    norms = embeds.norm(dim=1)
-    # Those in half precision are off by 0.004; NaN is close to nothing.
-    is_right = (norms - 1).abs() < 1e-2 if is_normalised else norms.isfinite()
-    if wrong := (~is_right).nonzero().flatten().tolist():
-        expected = "norm 1" if is_normalised else "finite norm"
-        raise ValueError(
-            f"{path}: expected embeddings of {expected}, got {norms[wrong[0]]:.3g} in row {wrong[0]} and {len(wrong)} "
-            "such rows; delete it"
-        )
+        if embeds.shape != shape or embeds.dtype != torch.float32:
+            raise ValueError(f"expected {shape} of torch.float32, got {tuple(embeds.shape)} of {embeds.dtype}")
+        norms = embeds.norm(dim=1)
+        # Those in half precision are off by 0.004; NaN is close to nothing.
+        is_right = (norms - 1).abs() < 1e-2 if is_normalised else norms.isfinite()
+        if wrong := (~is_right).nonzero().flatten().tolist():
+            expected, row = "norm 1" if is_normalised else "a finite norm", wrong[0]
+            raise ValueError(f"expected {expected}, got {norms[row]:.3g} in row {row} and {len(wrong)} such rows")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: expected embeddings, delete it to have it made anew: {error}") from error
     return embeds
