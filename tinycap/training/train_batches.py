@@ -68,8 +68,9 @@ class TrainBatches:
         return batch
 
     def _next_endless(self) -> dict:
-        # It goes on from epoch to epoch.
-        self.endless_batches = self.endless_batches or iter(self.endless_loader)
+        if self.endless_batches is None:
+            # It goes on from epoch to epoch.
+            self.endless_batches = iter(self.endless_loader)
         batch = next(self.endless_batches, None)
         if batch is None:
             split = self.endless_loader.dataset.split
