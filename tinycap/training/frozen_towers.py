@@ -84,9 +84,9 @@ def cache_features(
     for dataset, options["num_views"] in ((train, args.feature_views), (validation, 1)):
         caches = []
         for tower in model.image_model.towers:
-            # Pixels come by the tower's own statistics.
-            place = (torch.ones(3), torch.zeros(3))
-            source = FrozenModel(tower.to(accelerator.device), "features", tower.num_features, False, *place)
+            # Its pixels come by its own statistics: neither scaled nor shifted.
+            key = ("features", tower.num_features, False, torch.ones(3), torch.zeros(3))
+            source = FrozenModel(tower.to(accelerator.device), *key)
             crops = replace(dataset.in_size(tower.config.image_size), captions_per_image=1, seed=CROP_SEED)
             mean, std = tower.statistics
             collator = replace(loaders[0].loader.collate_fn, image_mean=mean, image_std=std)
