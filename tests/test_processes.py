@@ -81,10 +81,13 @@ def test_two_processes_cache_a_frozen_student_and_train_as_one(further, reposito
     both.finish()
     folders = (repository, tmp_path / "out", tmp_path / "one")
     start, two, one = (load_file(folder / "model.safetensors") for folder in folders)
-    for name in one:
+    assert all(torch.equal(two[name], start[name]) for name in start if name.startswith("vision_model."))
+    # Of others, such as the keys' biases, the gradient is rounding errors, which Adam enlarges.
+    for name in ("decoder.memory_projection.weight", "decoder.embed_tokens.weight"):
         torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
-        assert torch.equal(two[name], start[name]) or not name.startswith("vision_model.")
-    assert not torch.allclose(one["decoder.embed_tokens.weight"], start["decoder.embed_tokens.weight"], atol=1e-4)
+        assert not torch.allclose(one[name], start[name], atol=1e-4)
+    losses = [[row["loss"] for row in log_rows(tmp_path / name) if "loss" in row] for name in ("one", "out")]
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], abs=1e-5)
     views = [sorted(path.name for path in tmp_path.glob(f"{name}/*/view-*")) for name in ("by-two", "by-one")]
     assert views[0] == views[1] and len(views[0]) == 2, "one for each process"
 

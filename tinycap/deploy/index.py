@@ -11,7 +11,7 @@ the whole embeddings of the best by these.
 import contextlib
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -153,13 +153,14 @@ class ImageIndex:
         with self._transaction():
             self.table.executemany("DELETE FROM images WHERE path = ?", ((self._key(path),) for path in paths))
 
-    def add(self, results: Sequence[ImageResult], facts: dict[str, tuple[int, int]]) -> tuple[()]:
+    def add(self, results: Iterable[ImageResult], facts: dict[str, tuple[int, int]]) -> tuple[()]:
         """Adds images, or replaces changed ones, all of `results` or none; as an output's `append`, none fails alone.
 
         Args:
             results: with an embedding, or the error of an unreadable image, which is remembered until it changes.
             facts: their size and time of change, from before they were read; see `changes`.
         """
+        results = list(results)
         embeddings = [result.embedding for result in results if result.error is None]
         width = len(embeddings[0]) if embeddings else self.width
         first = row = self.num_rows
