@@ -503,8 +503,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, TextFeaturesMixin,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        needs_no_logits = skip_logits and labels is not None
-        logits = None if needs_no_logits else self.lm_head(decoded.last_hidden_state[:, kept])
+        logits = None if skip_logits and labels is not None else self.lm_head(decoded.last_hidden_state[:, kept])
         losses = self.named_losses(decoded.last_hidden_state, labels, logits, image_embeds, teacher_embeds)
         output = TinyCapOutput(
             losses.pop("loss", None),
