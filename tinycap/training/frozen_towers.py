@@ -20,7 +20,7 @@ from tinycap.training.data import content_fingerprint
 from tinycap.training.loading import Data
 from tinycap.training.teacher_cache import TeacherCache, build_teacher_cache
 from tinycap.training.tokenizer import encode_captions
-from tinycap.training.towers import ImageTowers, PretrainedImageTower
+from tinycap.training.towers import ImageTowers, PretrainedImageTower, StudentTower
 from tinycap.training.train_batches import TrainBatches
 
 
@@ -29,7 +29,7 @@ CROP_SEED = 0
 
 
 class FrozenTowers(nn.Module):
-    """A linear head to train on the features of frozen towers; called like an image tower.
+    """A linear head to train on the features of frozen towers; called like an image tower. A student has no head.
 
     The towers' own heads are removed until they are saved: with their parts of the head, they are an ordinary teacher.
 
@@ -37,21 +37,26 @@ class FrozenTowers(nn.Module):
         dropout: of the features.
     """
 
-    def __init__(self, towers: PretrainedImageTower | ImageTowers, dropout: float):
+    def __init__(self, towers: PretrainedImageTower | ImageTowers | StudentTower, dropout: float):
         super().__init__()
         self.config = towers.config
         self.image_model = towers.eval().requires_grad_(False)
-        for tower in towers.towers:
-            tower.classifier.set_submodule(tower.head_name, nn.Identity())
-        num_features = sum(tower.num_features for tower in towers.towers)
-        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(num_features, towers.config.projection_dim)
+        self.dropout, self.head = nn.Dropout(dropout), nn.Identity()
+        if not isinstance(towers, StudentTower):
+            for tower in towers.towers:
+                tower.remove_head()
+            num_features = sum(tower.num_features for tower in towers.towers)
+            self.head = nn.Linear(num_features, towers.config.projection_dim)
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         """Features (B, num_features) in place of pixels to `image_embeds` (B, projection_dim)."""
         return SimpleNamespace(image_embeds=self.head(self.dropout(pixel_values)))
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
-        """Writes the towers with their parts of the head, from the `state_dict` as `accelerate` gathers it."""
+        """Writes the towers with their parts of the head, from the `state_dict` as `accelerate` gathers it. A student,
+        which hasn't changed, isn't written."""
+        if isinstance(self.image_model, StudentTower):
+            return
         prefix, towers = "image_model.", self.image_model.towers
         tensors = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         weight, bias = state_dict["head.weight"], state_dict["head.bias"]
@@ -69,7 +74,7 @@ class FeatureExtractor(nn.Module):
 
     feature, is_normalised = "features", False
 
-    def __init__(self, tower: PretrainedImageTower):
+    def __init__(self, tower: PretrainedImageTower | StudentTower):
         super().__init__()
         self.vision_model, self.embed_dim = tower, tower.num_features
         # Pixels come by the tower's own statistics.
