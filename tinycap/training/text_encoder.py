@@ -23,6 +23,7 @@ from accelerate.utils import send_to_device, set_seed
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, CLIPModel, get_scheduler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tinycap.commands import run_command, writing
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
@@ -178,6 +179,22 @@ def add_text_encoder(
     return new
 
 
+def create_sampler(args: argparse.Namespace, accelerator: Accelerator, lengths: list[int]) -> EpochBatchSampler:
+    """This process's batches of texts, whose `lengths` are alike in a step, so that little of it is padding."""
+    size = max(1, min(args.per_device_train_batch_size, len(lengths) // accelerator.num_processes))
+    step_size = size * accelerator.num_processes
+
+    def order(epoch: int) -> list[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(args.seed + epoch)
+        rows = get_length_grouped_indices(lengths, step_size, generator=generator)
+        steps = [rows[start : start + step_size] for start in range(0, len(rows) - step_size + 1, step_size)]
+        random.Random(f"{args.seed}/{epoch}").shuffle(steps)
+        return [(epoch, row) for step in steps for row in step]
+
+    process = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    return EpochBatchSampler(len(lengths), size, args.seed, **process, equal=True, order=order)
+
+
 def train(args: argparse.Namespace, accelerator: Accelerator, model, tokenizer, texts, targets) -> float:
     """Trains the model's text encoder; returns the mean cosine distance of held-out texts."""
     held_out = min(MAX_HELD_OUT, max(1, int(HELD_OUT * len(texts))))
@@ -194,8 +211,7 @@ def train(args: argparse.Namespace, accelerator: Accelerator, model, tokenizer, 
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
         return send_to_device(batch | {"targets": targets[[row for _, row in keys]].float()}, accelerator.device)
 
-    process = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
-    sampler = EpochBatchSampler(len(texts) - held_out, args.per_device_train_batch_size, args.seed, **process)
+    sampler = create_sampler(args, accelerator, [len(text) for text in texts[held_out:]])
     steps = max(1, round(args.num_train_epochs * len(sampler)))
     optimizer = create_optimizer(student, args.learning_rate, args.weight_decay, args.optimizer)
     schedule = get_scheduler("cosine", optimizer, min(100, steps // 10), steps)
