@@ -74,7 +74,7 @@ class FeatureExtractor(nn.Module):
 
     feature, is_normalised = "features", False
 
-    def __init__(self, tower: PretrainedImageTower | StudentTower):
+    def __init__(self, tower: PretrainedImageTower):
         super().__init__()
         self.vision_model, self.embed_dim = tower, tower.num_features
         # Pixels come by the tower's own statistics.
