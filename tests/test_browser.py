@@ -231,7 +231,7 @@ def search_words(page, query: str) -> str:
     """Types a query as a user does; returns what screen readers are told."""
     page.locator("#found").evaluate("found => { found.textContent = ''; }")
     page.get_by_label("Find photos by words").press_sequentially(query)
-    page.wait_for_function("/photos|failed/.test(document.querySelector('#found').textContent)")
+    page.locator("#found", has_text=re.compile("photos|failed")).wait_for()
     return page.locator("#found").text_content()
 
 
