@@ -235,11 +235,12 @@ def search_words(page, query: str) -> str:
     return page.locator("#found").text_content()
 
 
-def test_words_sort_the_photos_by_pythons_similarity(page, site, files):
+def test_words_sort_the_photos_by_pythons_similarity(page, site, files, tmp_path):
     names = [path.name for path in files]
     assert search_words(page, "dog") == "No photos to search yet."
     # They are sorted as they come, the unreadable one last.
-    drive.caption_files(page, [{"name": "bad.png", "mimeType": "image/png", "buffer": b""}, *files])
+    (tmp_path / "bad.png").touch()
+    drive.caption_files(page, [tmp_path / "bad.png", *files])
     python = OnnxRuntimeCaptioner(CaptionOptions(str(site / "model"), quantized=True, num_threads=1))
     images = np.stack([found.embedding for found in python.embed_for_texts([str(path) for path in files])])
     orders = []

@@ -174,8 +174,8 @@ def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool, float_act
     bytes in 16 bits. The decoder, whose small errors change words, has a scale for every 32 weights, and its token
     embeddings are float16.
 
-    With `float_activations` weights are only stored in int8, the encoder's in blocks too; see `store_as_int8`.
-    Quantized activations amplify differences of rounding: between WebAssembly and x86, one caption in ten differs.
+    With `float_activations` only weights are quantized, the encoder's in blocks too. Quantized activations amplify
+    differences of rounding: between WebAssembly and x86, one caption in ten differs.
     """
     # The quantizer's import configures logging unless it is already; every node would be logged.
     logging.basicConfig()
@@ -193,11 +193,13 @@ def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool, float_act
             model = ONNXModel(onnx.load(prepared))
             # Both ways skip Gemm.
             model.replace_gemm_with_matmul()
-            if float_activations:
-                store_as_int8(model.model, DECODER_BLOCK if is_decoder else ENCODER_BLOCK)
+            if is_decoder and float_activations:
+                store_as_int8(model.model, DECODER_BLOCK)
+                model.clean_initializers()
             else:
-                # Level 4 quantizes activations, each block of a row separately.
-                options = {"bits": 8, "is_symmetric": True, "accuracy_level": 4, "block_size": DECODER_BLOCK}
+                # Level 4 also quantizes activations, each block of a row separately.
+                options = {"bits": 8, "is_symmetric": True, "accuracy_level": 4 if is_decoder else 0}
+                options["block_size"] = DECODER_BLOCK if is_decoder else ENCODER_BLOCK
                 quantizer = MatMulNBitsQuantizer(model.model, algo_config=DefaultWeightOnlyQuantConfig(**options))
                 quantizer.process()
                 model = quantizer.model
@@ -214,8 +216,8 @@ def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool, float_act
 def store_as_int8(model, block_size: int) -> None:
     """Stores the weights of linear layers in int8, with a scale for each block of a column.
 
-    onnxruntime folds the constants when it loads the graph, and computes in float32. In WebAssembly that takes a third
-    of the time of `MatMulNBits`, which expands a weight at each use.
+    onnxruntime folds the constants when it loads the graph, and computes in float32. For a few rows, such as those of a
+    decoding step, `MatMulNBits` takes four times as long in WebAssembly; for an encoder's 197 it takes three quarters.
     """
     from onnx import TensorProto, helper, numpy_helper
 
