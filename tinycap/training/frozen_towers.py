@@ -55,8 +55,9 @@ class FrozenTowers(nn.Module):
         # The towers' sum has the bias once.
         biases = [bias, *[torch.zeros_like(bias)] * (len(towers) - 1)]
         parts = weight.split([tower.num_features for tower in towers], dim=1)
+        is_several = isinstance(self.image_model, ImageTowers)
         for index, (tower, own_weight, own_bias) in enumerate(zip(towers, parts, biases)):
-            name = f"{f'towers.{index}.' if len(towers) > 1 else ''}classifier.{tower.head_name}"
+            name = f"{f'towers.{index}.' if is_several else ''}classifier.{tower.head_name}"
             tensors |= {f"{name}.weight": own_weight.contiguous(), f"{name}.bias": own_bias}
         self.image_model.save_pretrained(output_dir, state_dict=tensors)
 
