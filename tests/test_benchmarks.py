@@ -23,7 +23,7 @@ def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
     labels = torch.randint(3, 37, (10, 7))
     labels[2, 4:] = labels[7, 2:] = -100
     teacher_embeds = torch.nn.functional.normalize(torch.randn(5, 14), dim=-1)
-    batch = {"pixel_values": pixel_values, "labels": labels}
+    batch = {"pixel_values": pixel_values, "labels": labels, "captioned": torch.arange(5)}
     ours = joint_losses(model, model, batch, teacher_embeds)
 
     def teacher(repeated):

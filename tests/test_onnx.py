@@ -69,6 +69,22 @@ def test_transformers_js_captions_with_the_exported_folder(exported, captioner, 
         assert found[name] == [row[0].text for row in each(images, num_beams=1)]
 
 
+@pytest.mark.skipif(
+    not os.environ.get("TINYCAP_OPTIMUM"),
+    reason="needs TINYCAP_OPTIMUM, a Python with optimum-onnx[onnxruntime], which requires transformers 4.57",
+)
+def test_optimum_captions_with_the_exported_folder(exported, captioner, tmp_path):
+    images = [str(tmp_path / f"{seed}.png") for seed in range(6)]
+    for seed, path in enumerate(images):
+        draw_picture(seed).save(path)
+    script = Path(__file__).with_name("slow") / "optimum_captions.py"
+    command = [os.environ["TINYCAP_OPTIMUM"], script, exported, *images]
+    # By itself, without this project.
+    found = json.loads(subprocess.check_output(command, text=True, cwd=tmp_path).splitlines()[-1])
+    for num_beams in (1, 3):
+        assert found[str(num_beams)] == [row[0].text for row in captioner(images, num_beams=num_beams)]
+
+
 def test_the_exported_config_has_stock_names_and_older_exports_load(
     exported_repository, exported, captioner, pictures, tmp_path
 ):

@@ -57,6 +57,46 @@ def test_two_processes_share_the_pictures_and_write_one_result(flags, tmp_path):
 
 
 @pytest.fixture
+def further(flags, repository) -> list[str]:
+    """A run without a teacher that starts from a captioner."""
+    own = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--patch_dropout", "--max_train_steps")
+    return [*without(flags, *own), "--model_name_or_path", str(repository), "--distill_weight", "0"]
+
+
+def test_two_processes_cache_a_frozen_student_and_train_as_one(further, repository, tmp_path):
+    common = [*further, "--freeze_vision_model", "--dropout", "0", "--teacher_views", "2", "--max_train_steps", "6"]
+    both = [*common, "--per_device_train_batch_size", "3", "--teacher_cache_dir", tmp_path / "by-two"]
+    both = Ranks(both, tmp_path / "log")
+    alone = [*common, "--per_device_train_batch_size", "6", "--teacher_cache_dir", str(tmp_path / "by-one")]
+    train_distill.main([*alone, "--output_dir", str(tmp_path / "one")])
+    both.finish()
+    folders = (repository, tmp_path / "out", tmp_path / "one")
+    start, two, one = (load_file(folder / "model.safetensors") for folder in folders)
+    assert all(torch.equal(two[name], start[name]) for name in start if name.startswith("vision_model."))
+    # Of others, such as the keys' biases, the gradient is rounding errors, which Adam enlarges.
+    for name in ("decoder.memory_projection.weight", "decoder.embed_tokens.weight"):
+        torch.testing.assert_close(two[name], one[name], atol=1e-5, rtol=0)
+        assert not torch.allclose(one[name], start[name], atol=1e-4)
+    losses = [[row["loss"] for row in log_rows(tmp_path / name) if "loss" in row] for name in ("one", "out")]
+    assert len(losses[0]) == 6 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+    views = [sorted(path.name for path in tmp_path.glob(f"{name}/*/view-*")) for name in ("by-two", "by-one")]
+    assert views[0] == views[1] and len(views[0]) == 2, "one for each process"
+
+
+def test_two_processes_resume_a_reward_with_human_captions_exactly(further, tmp_path):
+    flags = [*further, "--objective", "scst", "--scst_samples", "3", "--cross_entropy_weight", "0.1"]
+    flags += ["--per_device_train_batch_size", "3", "--max_train_steps", "3"]
+    Ranks(flags, tmp_path / "log").finish()
+    whole = load_file(tmp_path / "out" / "model.safetensors")
+    (tmp_path / "out" / "model.safetensors").unlink()
+    Ranks([*flags, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2"], tmp_path / "log").finish()
+    resumed = load_file(tmp_path / "out" / "model.safetensors")
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    rows = [row for row in log_rows(tmp_path / "out") if "loss" in row]
+    assert [row["step"] for row in rows] == [1, 2, 3] and all(row["cross_entropy"] > 0 for row in rows)
+
+
+@pytest.fixture
 def uneven(tmp_path) -> str:
     """Two shards of nine and two images, and three validation images."""
     folder = tmp_path / "uneven"

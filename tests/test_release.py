@@ -125,9 +125,44 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "the nearest to the student's for 7.0 %" in card and "--teacher_name_or_path" in card
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
-    assert "{{" not in card and "{%" not in card and "@" not in card
+    assert "{{" not in card and "{%" not in card and "@" not in card and "## Search" not in card
     assert Image.open(root / "docs" / "curves.png").width > 300
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
+
+
+@undrawn_curves
+def test_a_text_encoder_comes_with_what_it_finds(folders, text_repository):
+    shutil.copytree(text_repository, folders / "model", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="--retrieval: expected with a text encoder"):
+        release.main(flags(folders))
+    names = [f"{way}_recall_at_{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    row = {"category": "dogs", "images": 321, "share": 32.1, "average_precision": 65.4}
+    row |= {"named_in": 310, "caption_precision": 81.0, "precision": 72.0}
+    other = {**row, "category": "snow", "named_in": 0, "caption_precision": None, "precision": None}
+    found = {
+        **{"num_images": 1000, "captions_per_image": 5},
+        "recall": {"student": dict(zip(names, range(11, 17))), "teachers_texts": dict(zip(names, range(21, 27)))},
+        "reranking": {
+            **{"num_candidates": 100, "num_training_images": 500, "weight": 0.02},
+            **{
+                name: {f"recall_at_{k}": k * each for k in (1, 5, 10)}
+                for name, each in (("cosine", 1), ("reranked", 2))
+            },
+        },
+        "zero_shot": {"top_1": 60.0, "chance": 20.0, "num_images": 990, "categories": [row, other]},
+    }
+    (folders / "found").mkdir()
+    (folders / "found" / "retrieval.json").write_text(json.dumps(found))
+    release.main([*flags(folders), "--retrieval", str(folders / "found")])
+    card = read_card(folders)
+    assert "| **images and texts of this model** | 11.0 | 12.0 | 13.0 | 14.0 | 15.0 | 16.0 |" in card
+    assert "| its images, texts of the head it learned | 21.0 | 22.0 |" in card and "texts of the teacher" not in card
+    assert "the cosine finds 1.0 / 5.0 / 10.0 %" in card and "sorts them again, 2.0 / 10.0 / 20.0 %" in card
+    assert "| dogs | 321 | 32 | 65 | 310 | 81 | 72 |" in card and "| snow | 321 | 32 | 65 | 0 | - | - |" in card
+    assert "{{" not in card and "{%" not in card
+    lines = (folders / "root" / "model_card.md").read_text().splitlines()
+    table = next(index for index, line in enumerate(lines) if line.startswith("| **images and texts"))
+    assert lines[table + 1].startswith("| its images") and lines[table + 2] == ""
 
 
 @undrawn_curves

@@ -58,7 +58,6 @@ def build(collator, tmp_path, monkeypatch):
             tmp_path / "cache",
             num_views,
             batch_size=3,
-            dataset_fingerprint=content_fingerprint(dataset.rows),
         )
 
     run.seen = seen

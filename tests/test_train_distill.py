@@ -196,19 +196,19 @@ def test_training_goes_on_from_a_checkpoint_with_its_tokenizer_and_config(flags,
 
 
 @pytest.mark.slow
-def test_a_captioner_goes_on_by_the_cider_of_its_own_samples(flags, tmp_path, repository):
-    drop = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--max_train_steps")
-    without = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
-    train_distill.main(
-        [
-            *(*without, "--model_name_or_path", str(repository), "--distill_weight", "0", "--max_train_steps", "2"),
-            *("--objective", "scst", "--scst_samples", "3", "--cross_entropy_weight", "0.1"),
-        ]
-    )
-    steps = [row for row in log_rows(tmp_path / "out") if "loss" in row]
-    assert len(steps) == 2 and all({"scst_loss", "reward", "cross_entropy"} <= set(row) for row in steps)
-    before, after = (load_file(folder / "model.safetensors") for folder in (repository, tmp_path / "out"))
+def test_a_captioner_goes_on_by_the_cider_of_its_own_samples_also_resumed(flags, tmp_path, repository):
+    drop, out = ("--config_name", "--vocab_size", "--teacher_name_or_path", "--max_train_steps"), tmp_path / "out"
+    flags = [word for flag in zip(flags[::2], flags[1::2]) if flag[0] not in drop for word in flag]
+    flags += ["--model_name_or_path", str(repository), "--distill_weight", "0", "--max_train_steps", "3"]
+    flags += ["--objective", "scst", "--scst_samples", "3", "--cross_entropy_weight", "0.1"]
+    train_distill.main(flags)
+    steps = [row for row in log_rows(out) if "loss" in row]
+    assert len(steps) == 3 and all({"scst_loss", "reward", "cross_entropy"} <= set(row) for row in steps)
+    before, after = (load_file(folder / "model.safetensors") for folder in (repository, out))
     assert any(not torch.equal(before[name], after[name]) for name in before)
+    train_distill.main([*flags, "--resume_from_checkpoint", str(out / "checkpoint-2")])
+    resumed = load_file(out / "model.safetensors")
+    assert all(torch.equal(after[name], resumed[name]) for name in after)
 
 
 @pytest.mark.slow
