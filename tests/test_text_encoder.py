@@ -75,6 +75,7 @@ def test_captions_and_image_embeddings_stay_as_they_were(trained, repository, pi
     assert torch.equal(before.generate(pixel_values), after.generate(pixel_values))
 
 
+@pytest.mark.slow
 def test_the_captions_calibration_stays_with_the_digest_of_the_new_weights(repository, clip_folder, corpus, tmp_path):
     before = shutil.copytree(repository, tmp_path / "before")
     calibration = {"num_beams": 1, "intercept": 0.5, "coefficients": {"mean_log_prob": 1.0, "num_tokens": 0.1}}

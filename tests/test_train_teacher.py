@@ -169,6 +169,7 @@ def test_a_frozen_image_model_is_asked_once_for_each_crop(sentence_encoder, resn
     assert Teacher.from_pretrained(str(tmp_path / "pair"), "projected")(crops).shape == (6, 14)
 
 
+@pytest.mark.slow
 def test_texts_learn_where_a_captioner_embeds_images(sentence_encoder, repository, photos, tmp_path):
     flags = [*FROZEN, "--text_model_name_or_path", sentence_encoder, "--dataset_name", photos]
     flags = [*drop_flag(flags, "--image_size"), "--crop_scale", "1", "--no-horizontal_flip", "--color_jitter", "0"]
