@@ -140,6 +140,8 @@ if __name__ == "__main__":
     gc.disable()
     for name in sys.argv[2:]:
         importlib.import_module(name)
+    # Imports its formats.
+    sys.modules["PIL.Image"].init()
     gc.freeze()
     gc.enable()
     become(serve(listener))

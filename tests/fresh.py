@@ -26,7 +26,10 @@ LIBRARIES = [
     *("torch", "transformers", "transformers.pipelines", "transformers.generation.utils", "transformers.trainer_utils"),
     *("transformers.models.clip.modeling_clip", "transformers.models.git.processing_git", "PIL.Image", "sklearn"),
     *("datasets", "datasets.distributed", "accelerate", "evaluate", "requests", "matplotlib.pyplot", "torchdata"),
-    *("torchdata.stateful_dataloader", "torch.distributed", "tqdm.auto", "yaml"),
+    *("torchdata.stateful_dataloader", "torch.distributed", "tqdm.auto", "yaml", "scipy.io", "PIL.ImageDraw"),
+    *("PIL.ImageCms", "PIL.ImageFont", "pycocoevalcap.bleu.bleu_scorer", "pycocoevalcap.cider.cider"),
+    *("pycocoevalcap.rouge.rouge", "transformers.optimization", "transformers.pipelines.image_feature_extraction"),
+    *("matplotlib.backends.backend_agg", "torch.utils.serialization"),
 ]
 # Forbids the network; all that is on the path of `run_fresh`.
 GUARD = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).with_name("no_network"))}
