@@ -35,7 +35,7 @@ from tinycap.evaluation.metrics import retrieval_recall
 from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
-from tinycap.training.frozen_towers import FrozenTowers, cache_features, create_feature_loaders
+from tinycap.training.frozen_towers import FrozenTowers, cache_features
 from tinycap.training.loading import create_loaders, load_data
 from tinycap.training.logs import write_json
 from tinycap.training.loop import StopSignals, create_accelerator, optimizer_steps, run_script, train_step
@@ -129,7 +129,7 @@ def init_positions(model: CLIPModel | CLIPVisionModelWithProjection) -> None:
 
 def model_inputs(batch: dict, tokenizer) -> dict[str, torch.Tensor]:
     """A batch's pixels, or features of a frozen image model, and captions."""
-    images = batch["features"] if "features" in batch else batch["pixel_values"]
+    images = batch["image_embeds"] if "image_embeds" in batch else batch["pixel_values"]
     return {"pixel_values": images, **text_inputs(batch["labels"], tokenizer)}
 
 
@@ -235,14 +235,10 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
     set_seed(args.seed)
     model = build_model(args, tokenizer, image_model)
 
-    collator_of = partial(CaptionCollator, tokenizer, args.max_caption_length)
-    if args.freeze_image_model:
-        loaders = create_feature_loaders(args, accelerator, data, tokenizer)
-    else:
-        collator = collator_of(image_processor.image_mean, image_processor.image_std)
-        sources = (args, accelerator, data, collator, args.image_size, run.skipped)
-        loaders = create_loaders(*sources, contrastive=True)
-    batches, validation_loader = loaders
+    statistics = (image_processor.image_mean, image_processor.image_std)
+    collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics)
+    sources = (args, accelerator, data, collator, args.image_size, run.skipped)
+    loaders = batches, validation_loader = create_loaders(*sources, contrastive=True)
     run.start(batches)
     sizes = (model.num_parameters(), len(data.train), args.max_train_steps)
     logger.info("Training a teacher of {:,} parameters on {:,} images, {:,} steps.".format(*sizes))
@@ -250,7 +246,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
     counts = count_truncated(tokenizer, data.captions(), limit) if accelerator.is_main_process else {}
     if args.freeze_image_model:
         cache_dir = Path(args.feature_cache_dir or run.path / FEATURES_FOLDER)
-        cache_features(args, accelerator, model.vision_model, data, loaders, collator_of, cache_dir)
+        cache_features(args, accelerator, model.vision_model, loaders, cache_dir)
     optimizer, lr_scheduler = create_training(model, args, accelerator.num_processes)
     wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     run.resume(batches)

@@ -70,6 +70,9 @@ def main(script: str, witness: str, *argv: str) -> None:
             file.write(json.dumps({"step": step.number, "ids": ids}) + "\n")
         return step_before(*args)
 
+    # As by the fixture `undrawn_figures`.
+    train_distill.contact_sheet = lambda images, captions, path, **options: Path(path).touch()
+    train_distill.plot_curves = lambda metrics, path: Path(path).touch()
     if witness:
         train_distill.train_step = step_seen
     importlib.import_module(f"tinycap.{script}").main(list(argv))

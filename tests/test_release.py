@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -8,6 +9,14 @@ from PIL import Image
 from scripts import release
 from tinycap.evaluation.failures import analyse
 
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves the curves as an empty file."""
+    monkeypatch.setattr(release, "plot_curves", lambda metrics, path: Path(path).touch())
+
+
+undrawn_curves = pytest.mark.usefixtures("undrawn")
 
 SCORES = {"cider": 21.456, "bleu_1": 50.0, "bleu_4": 12.0, "rouge_l": 40.0, "distinct_captions": 321}
 FIDELITY = {
@@ -121,6 +130,7 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
 
 
+@undrawn_curves
 def test_a_text_encoder_comes_with_what_it_finds(folders, text_repository):
     shutil.copytree(text_repository, folders / "model", dirs_exist_ok=True)
     with pytest.raises(ValueError, match="--retrieval: expected with a text encoder"):
@@ -155,6 +165,7 @@ def test_a_text_encoder_comes_with_what_it_finds(folders, text_repository):
     assert lines[table + 1].startswith("| its images") and lines[table + 2] == ""
 
 
+@undrawn_curves
 def test_a_release_has_the_calibration_of_its_own_weights_or_none(folders):
     old, new = folders / "root" / "confidence.json", folders / "model" / "confidence.json"
     old.write_text("old")
@@ -165,6 +176,7 @@ def test_a_release_has_the_calibration_of_its_own_weights_or_none(folders):
     assert old.read_text() == "new"
 
 
+@undrawn_curves
 def test_a_length_penalty_that_no_config_names_is_the_default(folders):
     path = folders / "evaluation" / "eval_results.json"
     evaluation = json.loads(path.read_text())
@@ -173,6 +185,7 @@ def test_a_length_penalty_that_no_config_names_is_the_default(folders):
     assert "beam search with 3 beams, length penalty 1.0" in read_card(folders)
 
 
+@undrawn_curves
 def test_a_release_without_latency_keeps_the_section_of_the_card(folders):
     without = flags(folders)
     del without[(start := without.index("--latency")) : start + 2]
@@ -186,6 +199,7 @@ def test_a_release_without_latency_keeps_the_section_of_the_card(folders):
     assert card.read_text() == before.replace("| vit-gpt2 | 1066,", "| vit-gpt2 | 1077,")
 
 
+@undrawn_curves
 def test_an_evaluation_without_a_teacher_has_the_fidelity_of_the_log(folders):
     path = folders / "evaluation" / "eval_results.json"
     evaluation = json.loads(path.read_text())
@@ -196,6 +210,7 @@ def test_an_evaluation_without_a_teacher_has_the_fidelity_of_the_log(folders):
     assert "student's for 56.0 %" in card and "--teacher_name_or_path" not in card
 
 
+@undrawn_curves
 def test_the_card_shows_what_is_wrong_with_evidence(folders):
     release.main(flags(folders))
     card = read_card(folders)
@@ -209,6 +224,7 @@ def test_the_card_shows_what_is_wrong_with_evidence(folders):
     assert "| noise | 3 of 20 | 100 | 0.43 | A dog runs. |" in card and "is 0.39 on validation images" in card
 
 
+@undrawn_curves
 def test_the_hub_finds_the_results_in_card_and_readme(folders):
     release.main(flags(folders))
     for name in ("model_card.md", "README.md"):

@@ -94,6 +94,7 @@ def sentence_encoder(tmp_path) -> str:
 LOCKED = [word for flag in zip(TINY[::2], TINY[1::2]) if not flag[0].startswith("--text_") for word in flag]
 
 
+@pytest.mark.slow
 def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, tmp_path):
     out = tmp_path / "out"
     train_teacher.main([*LOCKED, "--text_model_name_or_path", sentence_encoder, "--output_dir", str(out)])

@@ -214,13 +214,16 @@ class ImageTowers(nn.Module):
             tower.set_image_size(image_size)
         self.image_sizes.fill_(image_size)
 
+    def outputs(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) pixels to each tower's own `image_embeds`."""
+        return [
+            tower(resize_pixels(pixel_values * scale + shift, tower.config.image_size)).image_embeds
+            for tower, scale, shift in zip(self.towers, self.scale, self.shift)
+        ]
+
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         """(B, 3, H, W) pixels to `image_embeds` (B, projection_dim)."""
-        embeds = 0
-        for tower, scale, shift in zip(self.towers, self.scale, self.shift):
-            own = resize_pixels(pixel_values * scale + shift, tower.config.image_size)
-            embeds = embeds + tower(own).image_embeds
-        return SimpleNamespace(image_embeds=embeds)
+        return SimpleNamespace(image_embeds=sum(self.outputs(pixel_values)))
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
         """Writes every tower to a subfolder."""
