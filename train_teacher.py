@@ -31,6 +31,7 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 # In a clone, `tinycap` adds the repository's root to its path: its modules import one another by the package's name.
 from tinycap.commands import writing
+from tinycap.evaluation.metrics import retrieval_recall
 from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
@@ -42,7 +43,7 @@ from tinycap.training.optimization import create_training
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.run_folder import RunFolder
 from tinycap.training.tokenizer import count_truncated, encode_captions, load_tokenizer, train_tokenizer
-from tinycap.training.towers import LockedTextModel, load_towers
+from tinycap.training.towers import LockedTextModel, StudentTower, load_towers
 
 
 logger = get_logger(__name__)
@@ -70,14 +71,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_image_model(args: argparse.Namespace) -> torch.nn.Module | None:
-    """The pretrained image towers with a new head, and sets `image_size` to theirs; `None` for a new tower."""
+    """Loads the pretrained image towers, and sets `image_size` to theirs; `None` for a new tower.
+
+    Raises `ValueError` where flags contradict a captioner, which is kept as it is.
+    """
     if args.image_model_name_or_path is None:
         return None
     set_seed(args.seed)
     towers = load_towers(args.image_model_name_or_path, args.projection_dim)
     if "image_size" in args.given:
         towers.set_image_size(args.image_size)
-    args.image_size = towers.config.image_size
+    args.image_size, width = towers.config.image_size, towers.config.projection_dim
+    if isinstance(towers, StudentTower) and not args.freeze_image_model:
+        raise ValueError("--freeze_image_model: expected with a captioner, whose embeddings are kept as they are")
+    if "projection_dim" in args.given and args.projection_dim != width:
+        raise ValueError(f"--projection_dim: expected {width}, the captioner's, got {args.projection_dim}")
     return towers
 
 
@@ -172,23 +180,6 @@ def compute_losses(accelerator: Accelerator, model, tokenizer, batch: dict) -> d
         embeds = [torch.cat(torch.distributed.nn.all_gather(part)) for part in embeds]
     loss = contrastive_loss(*embeds, accelerator.unwrap_model(model).logit_scale.exp())
     return {"loss": loss, "contrastive_loss": loss}
-
-
-def retrieval_recall(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict:
-    """Recall at k in percent, in both directions, of (N, D) images and (N * K, D) captions, an image's next to each
-    other; unit norm."""
-    num_images, num_texts = len(image_embeds), len(text_embeds)
-    similarity = image_embeds @ text_embeds.t()
-    is_own = torch.arange(num_images)[:, None] == torch.arange(num_texts) // (num_texts // num_images)
-    metrics = {}
-    for name, scores, is_right in (
-        ("image_to_text", similarity, is_own),
-        ("text_to_image", similarity.t(), is_own.t()),
-    ):
-        for k in ks:
-            nearest = scores.topk(min(k, scores.shape[1]), dim=1).indices
-            metrics[f"{name}_recall_at_{k}"] = 100 * is_right.gather(1, nearest).any(1).double().mean().item()
-    return metrics
 
 
 @torch.inference_mode()

@@ -7,6 +7,7 @@ Needs `chromium` (or Chrome) on the path and `pip install playwright`. Captions 
 on the same int8 graphs, greedily and with the beams of the generation config. Writes JSON and a Markdown table.
 """
 
+import collections
 import contextlib
 import functools
 import http.server
@@ -20,6 +21,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from benchmarks.results import benchmark_parser, markdown_table, save_results
+from tinycap.deploy.web_export import SEARCH_FILES
 
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
@@ -31,17 +33,28 @@ class FileHandler(http.server.SimpleHTTPRequestHandler):
 
     def copyfile(self, source, outputfile) -> None:
         super().copyfile(source, outputfile)
-        self.server.num_bytes += source.tell()
+        self.server.sent[self.path] += source.tell()
 
     def log_message(self, *args) -> None:
         pass
 
 
+class Server(http.server.ThreadingHTTPServer):
+    """A folder on this machine, at `url`; `sent` has the bytes sent so far, by path, `num_bytes` their sum."""
+
+    def __init__(self, folder: str | Path):
+        self.sent = collections.Counter()
+        super().__init__(("127.0.0.1", 0), functools.partial(FileHandler, directory=str(folder)))
+        self.url = f"http://127.0.0.1:{self.server_port}/"
+
+    @property
+    def num_bytes(self) -> int:
+        return self.sent.total()
+
+
 @contextlib.contextmanager
-def serving(folder: str | Path) -> Iterator[http.server.ThreadingHTTPServer]:
-    """Serves a folder on this machine; the server has `url` and `num_bytes`, the content sent so far."""
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(FileHandler, directory=str(folder)))
-    server.url, server.num_bytes = f"http://127.0.0.1:{server.server_port}/", 0
+def serving(folder: str | Path) -> Iterator[Server]:
+    server = Server(folder)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         yield server
@@ -109,12 +122,14 @@ def measure(site: Path, files: list[Path], beam_counts: Sequence[int]) -> tuple[
         context = browser.new_context()
         for visit in ("first", "second"):
             # Counted from the address to the caption, with a file chosen as soon as the page is there.
-            start, before, page = time.perf_counter(), server.num_bytes, context.new_page()
+            start, before, page = time.perf_counter(), server.sent.copy(), context.new_page()
             page.set_default_timeout(TIMEOUT_MS)
             page.goto(server.url)
             page.set_input_files("#files", files[0])
             wait_until_done(page)
-            seconds, num_bytes = time.perf_counter() - start, server.num_bytes - before
+            seconds, sent = time.perf_counter() - start, server.sent - before
+            # Sent after the first caption.
+            num_bytes = sum(size for path, size in sent.items() if not path.endswith(SEARCH_FILES))
             # onnxruntime-web's choice.
             threads = page.evaluate(
                 "crossOriginIsolated ? Math.min(4, Math.ceil(navigator.hardwareConcurrency / 2)) : 1"
@@ -132,6 +147,13 @@ def measure(site: Path, files: list[Path], beam_counts: Sequence[int]) -> tuple[
                 elapsed = time.perf_counter() - start
                 figures["ms_per_caption"][f"{num_beams} beams, {threads} threads"] = 1000 * elapsed / len(files)
                 captions[num_beams] = [row["caption"] for row in download_rows(page)]
+            if visit == "first" and page.locator("#query").is_visible():
+                figures["search_seconds"] = {}
+                for name, query in (("first", "a dog on the grass"), ("second", "two men")):
+                    start = time.perf_counter()
+                    page.fill("#query", query)
+                    page.locator("#found", has_text=query).wait_for()
+                    figures["search_seconds"][name] = time.perf_counter() - start
             page.close()
         figures["browser"] = browser.version
     return figures, captions
@@ -170,7 +192,8 @@ def main() -> None:
             pairs = zip(expected, captions[num_beams], strict=True)
             results["differing"][num_beams] = [pair for pair in pairs if pair[0] != pair[1]]
     sizes = {path: path.stat().st_size for path in args.site.rglob("*") if path.is_file()}
-    results["model_bytes"] = sum(size for path, size in sizes.items() if "model" in path.parts)
+    search_bytes = sum(size for path, size in sizes.items() if path.as_posix().endswith(SEARCH_FILES))
+    results["model_bytes"] = sum(size for path, size in sizes.items() if "model" in path.parts) - search_bytes
     rows = [
         *(
             (f"MB to the first caption, {visit} visit", f"{results[visit]['bytes'] / 1e6:.1f}")
@@ -180,6 +203,11 @@ def main() -> None:
         *(
             (f"s from opening to the first caption, {visit} visit", f"{results[visit]['seconds']:.1f}")
             for visit in ("first", "second")
+        ),
+        *([("MB of the text encoder, after the first caption", f"{search_bytes / 1e6:.1f}")] if search_bytes else []),
+        *(
+            (f"s from words to {len(files)} sorted photos, {name} query", f"{seconds:.1f}")
+            for name, seconds in results.get("search_seconds", {}).items()
         ),
         *((f"ms a caption, {name}", f"{value:.0f}") for name, value in results["ms_per_caption"].items()),
         *(

@@ -10,14 +10,17 @@ import shutil
 import subprocess
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
-from tiny import draw_picture
+from tiny import ENCODER, draw_picture, tiny_model
 
 from benchmarks import browser as drive
 from tinycap.confidence_tinycap import ConfidenceCalibration
+from tinycap.deploy.captioners import CaptionOptions, OnnxRuntimeCaptioner
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
-from tinycap.deploy.web_export import PACKAGES, export_web
+from tinycap.deploy.web_export import PACKAGES, SEARCH_FILES, export_web
+from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
 
 
 NPM = os.environ.get("TINYCAP_NPM", "")
@@ -32,14 +35,22 @@ CALIBRATION = {"num_beams": 1, "intercept": 2.0, "coefficients": {"mean_log_prob
 
 
 @pytest.fixture(scope="module")
-def site(repository, tmp_path_factory) -> Path:
-    source = Path(shutil.copytree(repository, tmp_path_factory.mktemp("calibrated") / "tiny"))
+def site(tokenizer, tmp_path_factory) -> Path:
+    """With a confidence, and a text encoder for which image embeddings are projected."""
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    text = {"vocab_size": len(tokenizer), "num_hidden_layers": 2, **ids}
+    encoder = {**ENCODER, "num_hidden_layers": 1, "projection_dim": 10}
+    model = tiny_model(vision_config={"num_hidden_layers": 1}, text_config=text, text_encoder_config=encoder)
+    model.generation_config = create_generation_config(tokenizer, max_new_tokens=9)
+    source = tmp_path_factory.mktemp("calibrated") / "tiny"
+    save_repository(source, model, tokenizer, create_image_processor(24))
     (source / "confidence.json").write_text(json.dumps({"calibrations": [CALIBRATION]}))
     config = json.loads((source / "generation_config.json").read_text())
     (source / "generation_config.json").write_text(json.dumps({**config, "num_beams": 3, "length_penalty": 1.5}))
     folder = tmp_path_factory.mktemp("site")
     files = export_web(source, folder, NPM)
-    assert folder / "index.html" in files and all(path.is_file() for path in files)
+    assert all(path.is_file() for path in files)
+    assert {folder / "index.html", *(folder / "model" / name for name in SEARCH_FILES)} <= set(files)
     return folder
 
 
@@ -189,8 +200,14 @@ def test_it_works_offline_and_with_threads_after_the_first_visit(site, chromium,
     with drive.serving(site) as server:
         page = drive.open_page(context, server.url)
         assert not page.evaluate("crossOriginIsolated")
-        once = sum(path.stat().st_size for path in site.rglob("*") if path.name != "README.md")
+        sizes = {path: path.stat().st_size for path in site.rglob("*") if path.is_file() and path.name != "README.md"}
+        search = sum(sizes.pop(site / "model" / name) for name in SEARCH_FILES)
+        once = sum(sizes.values())
         assert once <= server.num_bytes < 1.1 * once + 20_000, "files are sent once"
+        before = server.num_bytes
+        drive.caption_files(page, files[0])
+        page.wait_for_function(STORED, arg=list(SEARCH_FILES))
+        assert server.num_bytes == before + search, "the search's are sent after the first captions"
     # The server is gone.
     page.reload()
     page.locator("#beams").wait_for()
@@ -199,7 +216,101 @@ def test_it_works_offline_and_with_threads_after_the_first_visit(site, chromium,
     drive.show_all(page)
     (row,) = drive.caption_files(page, files[1])
     assert row["caption"] == captioner(str(files[1]), num_beams=1)[0][0].text
+    assert search_words(page, "a dog") == "1 photos, those most similar to “a dog” first."
     context.close()
+
+
+# Whether the service worker has stored these of the model's files.
+STORED = """async (names) => {
+    const found = await Promise.all(names.map((name) => caches.match(`model/${name}`)));
+    return found.every(Boolean);
+}"""
+
+
+def search_words(page, query: str) -> str:
+    """Types a query as a user does; returns what screen readers are told."""
+    page.locator("#found").evaluate("found => { found.textContent = ''; }")
+    page.get_by_label("Find photos by words").press_sequentially(query)
+    page.locator("#found", has_text=re.compile("photos|failed")).wait_for()
+    return page.locator("#found").text_content()
+
+
+def test_words_sort_the_photos_by_pythons_similarity(page, site, files, tmp_path):
+    names = [path.name for path in files]
+    assert search_words(page, "dog") == "No photos to search yet."
+    # They are sorted as they come, the unreadable one last.
+    (tmp_path / "bad.png").touch()
+    drive.caption_files(page, [tmp_path / "bad.png", *files])
+    python = OnnxRuntimeCaptioner(CaptionOptions(str(site / "model"), quantized=True, num_threads=1))
+    images = np.stack([found.embedding for found in python.embed_for_texts([str(path) for path in files])])
+    orders = []
+    for query in ("dog", "a woman reading", "two men"):
+        page.fill("#query", "")
+        assert search_words(page, query) == f"{len(files)} photos, those most similar to “{query}” first."
+        scores = images @ python.embed_texts([query])[0]
+        order = [names[index] for index in (-scores).argsort()]
+        assert page.locator("#rows h2").all_text_contents() == [*order, "bad.png"]
+        shown = [text.partition("Similarity: ")[2] for text in page.locator("#rows .state").all_text_contents()]
+        assert list(map(float, shown[:-1])) == pytest.approx(sorted(scores, reverse=True), abs=2e-3)
+        orders.append(tuple(order))
+    assert len(set(orders)) > 1, "the words matter"
+    page.fill("#query", "  ")
+    page.locator("#found", has_text=re.compile("^$")).wait_for(state="attached")
+    assert page.locator("#rows h2").all_text_contents() == ["bad.png", *names]
+    assert [row["file"] for row in drive.download_rows(page)] == ["bad.png", *names]
+
+
+# The similarities of texts to images of given embeddings, by a worker of its own.
+SIMILARITIES = """async ([texts, images]) => {
+    const worker = new Worker("captioner.js", { type: "module" });
+    const embeddings = images.map((image) => Float32Array.from(image));
+    return Promise.all(texts.map((query) => new Promise((resolve) => {
+        const { port1, port2 } = new MessageChannel();
+        port1.onmessage = ({ data }) => resolve(data.scores ?? data.error);
+        worker.postMessage({ query, embeddings }, [port2]);
+    })));
+}"""
+
+
+def test_texts_are_embedded_as_in_python_whatever_is_typed(page, captioner):
+    texts = [
+        "a dog",
+        "A Dog!",
+        " ",
+        "",
+        "zyxwv qqq",
+        "two men " * 40,
+        "<s> </s> <unk>",
+        "Hündchen 狗 🐕‍🦺 e\u0301 \u0000 \ufeff",
+    ]
+    # Where images are the axes, the cosines are the embedding.
+    found = np.array(page.evaluate(SIMILARITIES, [texts, np.eye(10).tolist()]))
+    expected = captioner.get_text_features(texts)
+    assert expected.shape == (len(texts), 10) and (found * expected).sum(axis=1) == pytest.approx(1, abs=1e-4)
+    projection = captioner.visual_projection
+    images = np.random.default_rng(4).normal(size=(5, 14))
+    found = np.array(page.evaluate(SIMILARITIES, [texts, images.tolist()]))
+    projected = images @ projection.T
+    projected /= np.linalg.norm(projected, axis=1, keepdims=True)
+    assert found == pytest.approx(expected @ projected.T, abs=1e-3)
+
+
+def test_another_exports_text_encoder_isnt_used_and_none_shows_no_search(chromium, site, files, tmp_path):
+    other = Path(shutil.copytree(site, tmp_path / "site"))
+    (other / "model" / SEARCH_FILES[0]).write_bytes(b"another")
+    with drive.serving(other) as server:
+        page = drive.open_page(chromium.new_context(), server.url)
+        drive.caption_files(page, files[0])
+        assert search_words(page, "a dog").startswith("The search failed: ")
+        page.context.close()
+    config = json.loads((other / "model/config.json").read_text())
+    del config["text_encoder_config"]
+    (other / "model/config.json").write_text(json.dumps(config))
+    with drive.serving(other) as server:
+        page = drive.open_page(chromium.new_context(), server.url)
+        drive.caption_files(page, files[0])
+        assert not page.locator("#query").is_visible()
+        page.context.close()
 
 
 def test_the_page_and_its_workers_connect_to_no_other_host(page, site):
@@ -250,6 +361,7 @@ def renderer_memory_mb(chromium) -> float:
 
 def test_every_control_has_a_name_and_takes_the_keyboard(page, files):
     drive.caption_files(page, files[:2])
+    assert page.get_by_role("search").get_by_role("status").count() == 1
     unnamed = page.evaluate("""() => {
         const controls = [...document.querySelectorAll("button, input, select, textarea, img, progress")];
         const named = (each) => each.ariaLabel || each.textContent.trim() || each.labels?.length || each.alt;
@@ -261,7 +373,7 @@ def test_every_control_has_a_name_and_takes_the_keyboard(page, files):
     for _ in range(12):
         reached.append(page.evaluate("document.activeElement.id || document.activeElement.tagName"))
         page.keyboard.press("Tab")
-    assert reached[:8] == ["files", "folder", "camera", "beams", "threshold", "csv", "json", "clear"]
+    assert reached[:9] == ["files", "folder", "camera", "beams", "threshold", "query", "csv", "json", "clear"]
     assert "TEXTAREA" in reached
     page.set_viewport_size({"width": 360, "height": 700})
     assert page.evaluate("document.documentElement.scrollWidth") == 360, "fits a phone"

@@ -375,6 +375,7 @@ def test_a_streams_batch_has_the_share_without_captions(flags, unlabelled, colla
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_with_images_without_captions_says_so_in_its_card(flags, unlabelled, tmp_path):
     train_distill.main([*flags, "--unlabelled_dataset_name", unlabelled, "--unlabelled_share", "0.7"])
     card = (tmp_path / "out" / "README.md").read_text()
@@ -409,7 +410,7 @@ def test_a_killed_run_with_them_resumes_to_the_same_weights(flags, unlabelled, t
 @pytest.mark.slow
 def test_two_processes_with_them_come_to_the_weights_of_one(flags, unlabelled, tmp_path):
     # Nine images in ten have no captions, so that some batches of a process, and some steps, have none.
-    common = [*flags, "--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "20", "--learning_rate", "3e-3"]
+    common = [*flags, "--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "12", "--learning_rate", "3e-3"]
     common += ["--unlabelled_dataset_name", unlabelled, "--unlabelled_share", "0.9"]
     common += ["--gradient_accumulation_steps", "2"]
     both = Ranks([*common, "--per_device_train_batch_size", "2"], tmp_path / "log", tmp_path / "seen")

@@ -12,12 +12,15 @@ import subprocess
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 from tiny import draw_picture
 
 from tinycap import REPOSITORY
 from tinycap.deploy.cli import main
+from tinycap.deploy.export import store_as_int8
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.outputs import alt_attribute
 from tinycap.deploy.token_search import beam_search
@@ -103,6 +106,31 @@ def test_hostile_names_stay_text_in_csv_json_and_alt():
     formulas = [f"'{name}" if name[0] in "=-" else name for name in names]
     assert [row["file"] for row in rows] == formulas and [row["caption"] for row in rows] == formulas
     assert {row["confidence"] for row in rows} == {"0.5"} and {row["error"] for row in rows} == {""}
+
+
+def test_weights_in_int8_have_a_scale_for_each_block_and_compute_in_float():
+    draw = np.random.default_rng(3)
+    # Three blocks, the first of large weights, with a column of zeros; and a table that has no whole blocks.
+    first, second = draw.normal(size=(96, 5)), draw.normal(size=(5, 7))
+    first[:32] *= 100
+    first[:, 2] = 0
+    tables = {"first": first, "second": second}
+    nodes = [helper.make_node("MatMul", ["x", "first"], ["h"]), helper.make_node("MatMul", ["h", "second"], ["y"])]
+    ends = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n", size]) for name, size in (("x", 96), ("y", 7))]
+    constants = [numpy_helper.from_array(table.astype(np.float32), name) for name, table in tables.items()]
+    graph = helper.make_graph(nodes, "linear", ends[:1], ends[1:], constants)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10)
+    store_as_int8(model, 32)
+    stored = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    assert stored["first.int8"].nbytes == first.size and stored["second.int8"].nbytes == second.size
+    assert not tables.keys() & stored.keys()
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    for start in (0, 32):
+        x = draw.normal(size=(9, 96)).astype(np.float32)
+        x[:, :start] = 0
+        expected = x @ first @ second
+        error = np.abs(session.run(None, {"x": x})[0] - expected).max() / np.abs(expected).max()
+        assert 0 < error < 0.02
 
 
 @pytest.mark.parametrize("missing", VENDOR.values())

@@ -1,10 +1,11 @@
 // The worker that captions images. It is sent `{ file, numBeams }` and answers with any number of `{ partial }`, with
-// `{ thumbnail }`, and with `{ caption, confidence }` or `{ error }`; at the start with `{ ready }` or `{ fatal }`.
+// `{ thumbnail }`, and with `{ caption, confidence, embedding }` or `{ error }`; at the start with `{ ready }` or
+// `{ fatal }`. Sent `{ query, embeddings }` with a port, it answers there with `{ scores }` or `{ error }`.
 
 import { InferenceSession, Tensor, env } from "./vendor/ort.js";
 import { Tokenizer } from "./vendor/tokenizers.js";
 import { draw, pixelValues, readImage } from "./preprocess.js";
-import { beamSearch } from "./search.js";
+import { beamSearch } from "./beam_search.js";
 
 const THUMBNAIL_SIDE = 192;
 
@@ -14,18 +15,18 @@ async function read(name, kind = "json") {
   return response[kind]();
 }
 
+async function loadGraph(name) {
+  const bytes = new Uint8Array(await read(`onnx/${name}_quantized.onnx`, "arrayBuffer"));
+  return InferenceSession.create(bytes, { executionProviders: ["wasm"] });
+}
+
 async function load() {
   env.wasm.wasmPaths = { wasm: new URL("vendor/ort.wasm", self.location.href).href };
   const names = ["config", "generation_config", "preprocessor_config", "tokenizer", "tokenizer_config"];
   const [config, generation, preprocessor, ...tokenizer] = await Promise.all(names.map((name) => read(`${name}.json`)));
   // Optional: without it there is no confidence.
   const { calibrations } = await read("confidence.json").catch(() => ({ calibrations: [] }));
-  const graphs = ["encoder_model_quantized", "decoder_model_merged_quantized"].map(async (name) =>
-    InferenceSession.create(new Uint8Array(await read(`onnx/${name}.onnx`, "arrayBuffer")), {
-      executionProviders: ["wasm"],
-    }),
-  );
-  const [encoder, decoder] = await Promise.all(graphs);
+  const [encoder, decoder] = await Promise.all(["encoder_model", "decoder_model_merged"].map(loadGraph));
   return { config, generation, preprocessor, tokenizer: new Tokenizer(...tokenizer), calibrations, encoder, decoder };
 }
 
@@ -93,27 +94,55 @@ async function caption(model, file, numBeams) {
   const pixels = pixelValues(canvas.getContext("2d").getImageData(0, 0, width, height), model.preprocessor);
   const { height: rows, width: columns } = model.preprocessor.crop_size;
   const pixel_values = new Tensor("float32", pixels, [1, 3, rows, columns]);
-  const { last_hidden_state } = await model.encoder.run({ pixel_values }, ["last_hidden_state"]);
+  const { last_hidden_state, image_embeds } = await model.encoder.run({ pixel_values });
   const settings = searchSettings(model, numBeams);
   const decode = (tokens) =>
     model.tokenizer.decode([settings.start, ...tokens], { skip_special_tokens: true }).trim();
   const report = (tokens) => self.postMessage({ partial: decode(tokens) });
   const found = await beamSearch(decodingStep(model, last_hidden_state), settings, report);
-  return { caption: decode(found.tokens), confidence: confidence(model.calibrations, found, numBeams) };
+  return {
+    caption: decode(found.tokens),
+    confidence: confidence(model.calibrations, found, numBeams),
+    embedding: image_embeds.data,
+  };
+}
+
+/** Cosines of a query and images of these embeddings, as in `tinycap search`. */
+async function similarities(model, query, embeddings) {
+  // At the first query, so that the first caption doesn't wait for it; tried again after a failure.
+  model.text ??= loadGraph("text_model").catch((error) => {
+    model.text = undefined;
+    throw error;
+  });
+  const ids = model.tokenizer.encode(query).ids.slice(0, model.config.text_encoder_config.max_position_embeddings);
+  const [input_ids, attention_mask] = [ids, ids.map(() => 1)].map(
+    (row) => new Tensor("int64", BigInt64Array.from(row, BigInt), [1, row.length]),
+  );
+  const { data: text } = (await (await model.text).run({ input_ids, attention_mask })).text_embeds;
+  const dot = (a, b) => a.reduce((sum, value, index) => sum + value * b[index], 0);
+  const cosine = (image) => dot(text, image) / Math.sqrt(dot(image, image));
+  if (embeddings.every(({ length }) => length === text.length)) return embeddings.map(cosine);
+  // CLIP's projection of images, (texts' width, images' width): a header, whose length is at its start, and float32.
+  model.projection ??= await read("onnx/visual_projection.npy", "arrayBuffer");
+  const weights = new Float32Array(model.projection, 10 + new DataView(model.projection).getUint16(8, true));
+  const project = (image) => text.map((_, row) => dot(image, weights.subarray(row * image.length)));
+  return embeddings.map((image) => cosine(project(image)));
 }
 
 const loaded = load();
 loaded.then(
-  ({ generation, calibrations }) =>
+  ({ config, generation, calibrations }) =>
     self.postMessage({
-      ready: { numBeams: generation.num_beams ?? 1, calibrated: calibrations.length > 0 },
+      ready: {
+        numBeams: generation.num_beams ?? 1,
+        calibrated: calibrations.length > 0,
+        findsByWords: config.text_encoder_config !== undefined,
+      },
     }),
   (error) => self.postMessage({ fatal: error.message }),
 );
-self.onmessage = async ({ data: { file, numBeams } }) => {
-  try {
-    self.postMessage(await caption(await loaded, file, numBeams));
-  } catch (error) {
-    self.postMessage({ error: error.message });
-  }
+self.onmessage = async ({ data: { file, numBeams, query, embeddings }, ports: [port] }) => {
+  const answer = async (model) =>
+    port ? { scores: await similarities(model, query, embeddings) } : caption(model, file, numBeams);
+  (port ?? self).postMessage(await loaded.then(answer).catch(({ message }) => ({ error: message })));
 };

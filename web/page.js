@@ -1,12 +1,12 @@
-// The page: a list of photos, captioned one after the other by the worker in captioner.js.
+// The page: a list of photos, captioned one after the other by the worker in captioner.js, and found by words.
 
 import { dropped, listed, openCamera } from "./inputs.js";
 import { altAttribute, toCsv, toJson } from "./rows.js";
 
 const $ = (id) => document.getElementById(id);
 
-// `{ name, file, state, caption, confidence, edited, error, element }`; `state` is waiting, running, done or failed, and
-// `file` is let go when it is no longer needed.
+// `{ name, file, state, caption, confidence, embedding, score, edited, error, element }`; `state` is waiting, running,
+// done or failed, `score` the similarity to the words searched for, and `file` is let go when it is no longer needed.
 let rows = [];
 let leftOut = 0;
 let stopped = false;
@@ -52,14 +52,31 @@ async function run() {
   for (let row; !stopped && (row = rows.find((each) => each.state === "waiting")); ) {
     row.state = "running";
     render(row);
-    const { caption: text = "", confidence = null, error = null } = await caption(row).catch((error) => ({
-      error: error.message,
-    }));
-    Object.assign(row, { file: null, caption: text, confidence, error, state: error === null ? "done" : "failed" });
+    const answer = await caption(row).catch(({ message }) => ({ error: message }));
+    const { caption: text = "", confidence = null, embedding = null, error = null } = answer;
+    const state = error === null ? "done" : "failed";
+    Object.assign(row, { file: null, caption: text, confidence, embedding, error, state });
     render(row);
+    if ($("query").value.trim()) sortRows();
   }
   running = false;
   renderStatus();
+  // The search works offline too; its files come after the first captions.
+  if (rows.length > 0) navigator.serviceWorker?.controller?.postMessage("store the rest");
+}
+
+/** Similarities of rows with embeddings to a query, by the worker. */
+async function similarities(query, found) {
+  await model;
+  const { port1, port2 } = new MessageChannel();
+  return new Promise((resolve, reject) => {
+    port1.onmessage = ({ data: { scores, error } }) => {
+      port1.close();
+      if (scores) resolve(scores);
+      else reject(new Error(error));
+    };
+    worker.postMessage({ query, embeddings: found.map(({ embedding }) => embedding) }, [port2]);
+  });
 }
 
 // --- rows -----------------------------------------------------------------------------------------------------------
@@ -79,6 +96,7 @@ function add(found) {
   for (const { file, name } of images) {
     const element = $("row").content.cloneNode(true).firstElementChild;
     const row = { name, file, state: "waiting", caption: "", confidence: null, edited: null, error: null, element };
+    row.score = null;
     element.querySelector("h2").textContent = name;
     const text = element.querySelector("textarea");
     text.setAttribute("aria-label", `Caption of ${name}`);
@@ -122,7 +140,9 @@ function render(row) {
     text.placeholder = unsure ? "Not sure" : "";
     image.alt = textOf(row) || row.name;
     const words = unsure ? "Not sure" : edited === null ? "Confidence" : "Edited; confidence of the model's own caption";
-    line.textContent = percent ? `${words}: ${percent}` : "";
+    const parts = percent ? [`${words}: ${percent}`] : [];
+    if (row.score !== null) parts.push(`Similarity: ${row.score.toFixed(3)}`);
+    line.textContent = parts.join("; ");
     element.querySelector(".guess").hidden = !unsure;
     for (const name of [".copy", ".copy-alt"]) element.querySelector(name).disabled = !textOf(row);
   }
@@ -145,6 +165,33 @@ function renderStatus() {
   $("stop").hidden = waiting === 0;
   $("stop").textContent = stopped ? "Continue" : "Stop";
   for (const id of ["csv", "json", "clear"]) $(id).disabled = rows.length === 0;
+}
+
+/** Sorts the list by similarity to the words searched for, or, without any, as the photos came. */
+async function sortRows() {
+  const query = $("query").value.trim();
+  const found = query ? rows.filter(({ embedding }) => embedding) : [];
+  const scores = new Map();
+  let message = query && "No photos to search yet.";
+  if (query) $("found").textContent ||= "Searching ...";
+  try {
+    if (found.length > 0) {
+      (await similarities(query, found)).forEach((score, index) => scores.set(found[index], score));
+      message = `${found.length} photos, those most similar to “${query}” first.`;
+    }
+  } catch (error) {
+    message = `The search failed: ${error.message}`;
+  }
+  // The words have changed meanwhile: a later call sorts.
+  if (query !== $("query").value.trim()) return;
+  for (const row of rows) row.score = scores.get(row) ?? null;
+  const order = rows.toSorted((a, b) => (b.score ?? -2) - (a.score ?? -2));
+  // What is in its place isn't moved, so that a caption being edited keeps the focus.
+  order.forEach(({ element }, place) => {
+    if ($("rows").children[place] !== element) $("rows").insertBefore(element, $("rows").children[place]);
+  });
+  rows.forEach(render);
+  $("found").textContent = message;
 }
 
 async function copy(text) {
@@ -209,6 +256,13 @@ $("clear").addEventListener("click", () => {
   $("rows").replaceChildren();
   [rows, leftOut, stopped] = [[], 0, false];
   renderStatus();
+  sortRows();
+});
+let typing;
+$("query").addEventListener("input", () => {
+  clearTimeout(typing);
+  // Screen readers are told of the result, not of every letter.
+  typing = setTimeout(sortRows, 300);
 });
 $("threshold").addEventListener("input", ({ target }) => {
   $("threshold-value").value = `${target.value} %`;
@@ -232,12 +286,13 @@ async function storeFiles() {
   }
 }
 
-function showSettings({ numBeams, calibrated }) {
+function showSettings({ numBeams, calibrated, findsByWords }) {
   for (const beams of new Set([numBeams, 1])) {
     $("beams").append(new Option(beams === 1 ? "fast (greedy)" : `careful (${beams} beams)`, beams));
   }
   $("beams-label").hidden = false;
   $("threshold-label").hidden = !calibrated;
+  $("search").hidden = !findsByWords;
   modelState = "";
   renderStatus();
 }

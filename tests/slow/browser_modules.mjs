@@ -26,7 +26,7 @@ const tasks = {
     return Array.from(pixelValues({ data: Buffer.from(rgba, "base64"), width, height }, config));
   },
   async search({ table, settings }) {
-    const { beamSearch } = await load("search.js");
+    const { beamSearch } = await load("beam_search.js");
     return beamSearch(tableStep(table), settings, () => {});
   },
   async rows({ results, caption }) {

@@ -4,9 +4,11 @@
     model/    graphs with int8 weights, configs and tokenizer, as `export_onnx` writes them
     vendor/   onnxruntime-web and @huggingface/tokenizers, from npm
 
-All lie in one folder, `web/` at its top. Its service worker stores every file at the first visit.
+All lie in one folder, `web/` at its top. Its service worker stores every file at the first visit, those that only the
+search needs last.
 """
 
+import base64
 import hashlib
 import json
 import re
@@ -18,8 +20,9 @@ from pathlib import Path
 from tinycap import REPOSITORY
 from tinycap.checks_tinycap import read_json
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
+from tinycap.deploy.captioners import VISUAL_PROJECTION
 from tinycap.deploy.export import COMPANIONS, export_onnx
-from tinycap.deploy.onnx_captioner import DECODER, ENCODER, OnnxCaptioner
+from tinycap.deploy.onnx_captioner import DECODER, ENCODER, TEXT_MODEL, OnnxCaptioner
 from tinycap.deploy.outputs import filling
 
 
@@ -30,6 +33,8 @@ VENDOR = {
     "ort.wasm": "onnxruntime-web/dist/ort-wasm-simd-threaded.wasm",
     "tokenizers.js": "@huggingface/tokenizers/dist/tokenizers.min.mjs",
 }
+# In `model/`: what only the search needs, where the checkpoint has a text encoder.
+SEARCH_FILES = (f"onnx/{TEXT_MODEL}_quantized.onnx", f"onnx/{VISUAL_PROJECTION}")
 INSTALL = ("install", *(f"{name}@{version}" for name, version in PACKAGES.items()))
 
 
@@ -60,12 +65,12 @@ def export_web(model_name_or_path: str | Path, output_dir: str | Path, npm_dir: 
         if resample != 3:
             raise ValueError(f"preprocessor_config.json: expected resample 3 (bicubic) for the page, got {resample}")
         quantized = [f"onnx/{name}_quantized.onnx" for name in (ENCODER, DECODER)]
-        for name in (*COMPANIONS, CONFIDENCE_NAME, *quantized):
+        for name in (*COMPANIONS, CONFIDENCE_NAME, *quantized, *SEARCH_FILES):
             if (graphs / name).exists():
                 (aside / "model" / name).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(graphs / name, aside / "model" / name)
             else:
-                # An earlier checkpoint's calibration.
+                # An earlier checkpoint's calibration or text encoder.
                 (output_dir / "model" / name).unlink(missing_ok=True)
         shutil.copytree(REPOSITORY / "web", aside, dirs_exist_ok=True)
         names = sorted(path.relative_to(aside).as_posix() for path in aside.rglob("*") if path.is_file())
@@ -97,14 +102,19 @@ def copy_vendor(target: Path, npm_dir: Path) -> None:
 
 def _complete_service_worker(folder: Path, names: list[str]) -> None:
     """Writes what the service worker stores into its script, which then differs for every change of a file."""
-    digest = hashlib.sha256()
-    for name in names:
-        digest.update(hashlib.sha256((folder / name).read_bytes()).digest())
+    digests = {name: hashlib.sha256((folder / name).read_bytes()).digest() for name in names}
+    # Not of other files: hosts may add to HTML, and recode scripts.
+    later = {
+        name: f"sha256-{base64.b64encode(digests.pop(name)).decode('ascii')}"
+        for name in (f"model/{file}" for file in SEARCH_FILES)
+        if name in digests
+    }
     page = (folder / "index.html").read_text(encoding="utf-8")
     constants = {
-        "VERSION": digest.hexdigest(),
+        "VERSION": hashlib.sha256(b"".join([*digests.values(), json.dumps(later).encode()])).hexdigest(),
         # Hosts may redirect index.html to the folder, and a redirected answer can't be stored for it.
-        "FILES": ["./" if name == "index.html" else name for name in names],
+        "FILES": ["./" if name == "index.html" else name for name in digests],
+        "LATER": later,
         "POLICY": re.search(r'content="(default-src .+)"', page)[1],
     }
     lines = [f"const {name} = {json.dumps(value)};\n" for name, value in constants.items()]

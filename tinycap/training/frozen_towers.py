@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from tinycap.training.teacher_cache import FrozenModel, TeacherCache, build_teacher_cache
-from tinycap.training.towers import ImageTowers, PretrainedImageTower
+from tinycap.training.towers import ImageTowers, PretrainedImageTower, StudentTower
 from tinycap.training.train_batches import TrainBatches
 
 
@@ -21,7 +21,7 @@ CROP_SEED = 0
 
 
 class FrozenTowers(nn.Module):
-    """A linear head to train on the features of frozen towers; called like an image tower.
+    """A linear head to train on the features of frozen towers; called like an image tower. A student has no head.
 
     The towers' own heads are removed until they are saved: with their parts of the head, they are an ordinary teacher.
 
@@ -29,29 +29,35 @@ class FrozenTowers(nn.Module):
         dropout: of the features.
     """
 
-    def __init__(self, towers: PretrainedImageTower | ImageTowers, dropout: float):
+    def __init__(self, towers: PretrainedImageTower | ImageTowers | StudentTower, dropout: float):
         super().__init__()
         self.config = towers.config
         self.image_model = towers.eval().requires_grad_(False)
-        for tower in towers.towers:
-            tower.classifier.set_submodule(tower.head_name, nn.Identity())
-        num_features = sum(tower.num_features for tower in towers.towers)
-        self.dropout, self.head = nn.Dropout(dropout), nn.Linear(num_features, towers.config.projection_dim)
+        self.dropout, self.head = nn.Dropout(dropout), nn.Identity()
+        if not isinstance(towers, StudentTower):
+            for tower in towers.towers:
+                tower.remove_head()
+            num_features = sum(tower.num_features for tower in towers.towers)
+            self.head = nn.Linear(num_features, towers.config.projection_dim)
 
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         """Features (B, num_features) in place of pixels to `image_embeds` (B, projection_dim)."""
         return SimpleNamespace(image_embeds=self.head(self.dropout(pixel_values)))
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
-        """Writes the towers with their parts of the head, from the `state_dict` as `accelerate` gathers it."""
+        """Writes the towers with their parts of the head, from the `state_dict` as `accelerate` gathers it. A student,
+        which hasn't changed, isn't written."""
+        if isinstance(self.image_model, StudentTower):
+            return
         prefix, towers = "image_model.", self.image_model.towers
         tensors = {name.removeprefix(prefix): value for name, value in state_dict.items() if name.startswith(prefix)}
         weight, bias = state_dict["head.weight"], state_dict["head.bias"]
         # The towers' sum has the bias once.
         biases = [bias, *[torch.zeros_like(bias)] * (len(towers) - 1)]
         parts = weight.split([tower.num_features for tower in towers], dim=1)
+        is_several = isinstance(self.image_model, ImageTowers)
         for index, (tower, own_weight, own_bias) in enumerate(zip(towers, parts, biases)):
-            name = f"{f'towers.{index}.' if len(towers) > 1 else ''}classifier.{tower.head_name}"
+            name = f"{f'towers.{index}.' if is_several else ''}classifier.{tower.head_name}"
             tensors |= {f"{name}.weight": own_weight.contiguous(), f"{name}.bias": own_bias}
         self.image_model.save_pretrained(output_dir, state_dict=tensors)
 
