@@ -453,6 +453,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, TextFeaturesMixin,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
         past_key_values: EncoderDecoderCache | None = None,
+        captioned: torch.LongTensor | None = None,
         **kwargs,
     ) -> TinyCapOutput | tuple:
         """Scores captions of images, and the images' embeddings against a teacher's.
@@ -472,6 +473,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, TextFeaturesMixin,
             logits_to_keep: compute only that many last positions' logits; 0 means all.
             skip_logits: with labels, compute the loss without keeping logits: padding never reaches the head.
             past_key_values: the cache, before transformers 5.24.
+            captioned: (C,) numbers of the images that the captions are of, then N = C * K; all if not given.
             input_ids, attention_mask, inputs_embeds: the decoder's, under the names that a processor gives them.
 
         Raises:
@@ -486,6 +488,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, TextFeaturesMixin,
         elif isinstance(encoder_outputs, (tuple, list)):
             encoder_outputs = TinyCapVisionOutput(*encoder_outputs[:2])
         memory, image_embeds = self.get_memory(encoder_outputs)
+        memory = memory if captioned is None else memory[captioned]
         if input_ids is None and inputs_embeds is None:
             input_ids = memory.new_full((memory.shape[0], 1), self.config.decoder_start_token_id, dtype=torch.long)
         memory = self.expand_memory(memory, len(input_ids if inputs_embeds is None else inputs_embeds))
@@ -500,8 +503,7 @@ class TinyCapForConditionalGeneration(TinyCapPreTrainedModel, TextFeaturesMixin,
             **kwargs,
         )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        wants_logits = not skip_logits or labels is None
-        logits = self.lm_head(decoded.last_hidden_state[:, kept]) if wants_logits else None
+        logits = None if skip_logits and labels is not None else self.lm_head(decoded.last_hidden_state[:, kept])
         losses = self.named_losses(decoded.last_hidden_state, labels, logits, image_embeds, teacher_embeds)
         output = TinyCapOutput(
             losses.pop("loss", None),

@@ -45,7 +45,7 @@ from tinycap.training.scenes import score_scene_captions
 from tinycap.training.scst import CiderReward, SelfCriticalObjective
 from tinycap.training.student import build_config, build_model, distillation_problems, fit_config, load_processors
 from tinycap.training.teacher import Teacher
-from tinycap.training.teacher_cache import FrozenStudent
+from tinycap.training.teacher_cache import FrozenModel
 from tinycap.training.tokenizer import count_truncated, train_tokenizer
 
 
@@ -131,6 +131,7 @@ def joint_losses(model, unwrapped, batch: dict, teacher_embeds: torch.Tensor | N
     output = model(
         **image_inputs(batch),
         labels=batch["labels"],
+        captioned=batch["captioned"],
         teacher_embeds=teacher_embeds,
         skip_logits=True,
         use_cache=False,
@@ -290,8 +291,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics, end_truncated=False)
     batches, validation_loader = create_loaders(args, accelerator, data, collator, image_size, run.skipped)
     if args.teacher_cache_dir is not None:
-        source = teacher or FrozenStudent(model.vision_model, accelerator.device)
-        cache_teacher_embeddings(args, accelerator, source, data, (batches, validation_loader), teacher_crop_size)
+        student = model.vision_model.to(accelerator.device)
+        source = teacher or FrozenModel(student, "student", config.vision_config.projection_dim)
+        cache_teacher_embeddings(args, accelerator, source, (batches, validation_loader), teacher_crop_size)
     run.start(batches, data.fingerprint)
     warn_of_few_steps(args)
     run_info = describe_run(args, accelerator, data, tokenizer, model, teacher)

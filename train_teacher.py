@@ -31,10 +31,11 @@ from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig, CLIPVisionMode
 
 # In a clone, `tinycap` adds the repository's root to its path: its modules import one another by the package's name.
 from tinycap.commands import writing
+from tinycap.evaluation.metrics import retrieval_recall
 from tinycap.modeling_tinycap import position_table
 from tinycap.training.arguments import check_sources, parse_flags
 from tinycap.training.batches import CaptionCollator
-from tinycap.training.frozen_towers import FrozenTowers, cache_features, create_feature_loaders
+from tinycap.training.frozen_towers import FrozenTowers, cache_features
 from tinycap.training.loading import create_loaders, load_data
 from tinycap.training.logs import write_json
 from tinycap.training.loop import StopSignals, create_accelerator, optimizer_steps, run_script, train_step
@@ -42,7 +43,7 @@ from tinycap.training.optimization import create_training
 from tinycap.training.repository import create_image_processor, save_processors
 from tinycap.training.run_folder import RunFolder
 from tinycap.training.tokenizer import count_truncated, encode_captions, load_tokenizer, train_tokenizer
-from tinycap.training.towers import LockedTextModel, load_towers
+from tinycap.training.towers import LockedTextModel, StudentTower, load_towers
 
 
 logger = get_logger(__name__)
@@ -70,14 +71,21 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def load_image_model(args: argparse.Namespace) -> torch.nn.Module | None:
-    """The pretrained image towers with a new head, and sets `image_size` to theirs; `None` for a new tower."""
+    """Loads the pretrained image towers, and sets `image_size` to theirs; `None` for a new tower.
+
+    Raises `ValueError` where flags contradict a captioner, which is kept as it is.
+    """
     if args.image_model_name_or_path is None:
         return None
     set_seed(args.seed)
     towers = load_towers(args.image_model_name_or_path, args.projection_dim)
     if "image_size" in args.given:
         towers.set_image_size(args.image_size)
-    args.image_size = towers.config.image_size
+    args.image_size, width = towers.config.image_size, towers.config.projection_dim
+    if isinstance(towers, StudentTower) and not args.freeze_image_model:
+        raise ValueError("--freeze_image_model: expected with a captioner, whose embeddings are kept as they are")
+    if "projection_dim" in args.given and args.projection_dim != width:
+        raise ValueError(f"--projection_dim: expected {width}, the captioner's, got {args.projection_dim}")
     return towers
 
 
@@ -121,7 +129,7 @@ def init_positions(model: CLIPModel | CLIPVisionModelWithProjection) -> None:
 
 def model_inputs(batch: dict, tokenizer) -> dict[str, torch.Tensor]:
     """A batch's pixels, or features of a frozen image model, and captions."""
-    images = batch["features"] if "features" in batch else batch["pixel_values"]
+    images = batch["image_embeds"] if "image_embeds" in batch else batch["pixel_values"]
     return {"pixel_values": images, **text_inputs(batch["labels"], tokenizer)}
 
 
@@ -172,23 +180,6 @@ def compute_losses(accelerator: Accelerator, model, tokenizer, batch: dict) -> d
         embeds = [torch.cat(torch.distributed.nn.all_gather(part)) for part in embeds]
     loss = contrastive_loss(*embeds, accelerator.unwrap_model(model).logit_scale.exp())
     return {"loss": loss, "contrastive_loss": loss}
-
-
-def retrieval_recall(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict:
-    """Recall at k in percent, in both directions, of (N, D) images and (N * K, D) captions, an image's next to each
-    other; unit norm."""
-    num_images, num_texts = len(image_embeds), len(text_embeds)
-    similarity = image_embeds @ text_embeds.t()
-    is_own = torch.arange(num_images)[:, None] == torch.arange(num_texts) // (num_texts // num_images)
-    metrics = {}
-    for name, scores, is_right in (
-        ("image_to_text", similarity, is_own),
-        ("text_to_image", similarity.t(), is_own.t()),
-    ):
-        for k in ks:
-            nearest = scores.topk(min(k, scores.shape[1]), dim=1).indices
-            metrics[f"{name}_recall_at_{k}"] = 100 * is_right.gather(1, nearest).any(1).double().mean().item()
-    return metrics
 
 
 @torch.inference_mode()
@@ -244,14 +235,10 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
     set_seed(args.seed)
     model = build_model(args, tokenizer, image_model)
 
-    collator_of = partial(CaptionCollator, tokenizer, args.max_caption_length)
-    if args.freeze_image_model:
-        loaders = create_feature_loaders(args, accelerator, data, tokenizer)
-    else:
-        collator = collator_of(image_processor.image_mean, image_processor.image_std)
-        sources = (args, accelerator, data, collator, args.image_size, run.skipped)
-        loaders = create_loaders(*sources, contrastive=True)
-    batches, validation_loader = loaders
+    statistics = (image_processor.image_mean, image_processor.image_std)
+    collator = CaptionCollator(tokenizer, args.max_caption_length, *statistics)
+    sources = (args, accelerator, data, collator, args.image_size, run.skipped)
+    loaders = batches, validation_loader = create_loaders(*sources, contrastive=True)
     run.start(batches)
     sizes = (model.num_parameters(), len(data.train), args.max_train_steps)
     logger.info("Training a teacher of {:,} parameters on {:,} images, {:,} steps.".format(*sizes))
@@ -259,7 +246,7 @@ def main(argv: list[str] | None = None, accelerator: Accelerator | None = None, 
     counts = count_truncated(tokenizer, data.captions(), limit) if accelerator.is_main_process else {}
     if args.freeze_image_model:
         cache_dir = Path(args.feature_cache_dir or run.path / FEATURES_FOLDER)
-        cache_features(args, accelerator, model.vision_model, data, loaders, collator_of, cache_dir)
+        cache_features(args, accelerator, model.vision_model, loaders, cache_dir)
     optimizer, lr_scheduler = create_training(model, args, accelerator.num_processes)
     wrapped, optimizer, lr_scheduler = accelerator.prepare(model, optimizer, lr_scheduler)
     run.resume(batches)

@@ -193,10 +193,8 @@ class TinyCapPreTrainedModel(PreTrainedModel):
         cls, source: str, stored: dict[str, tuple], config, tolerant: bool, find: Callable
     ) -> None:
         """Raises `ValueError` where the weights' headers, the config and `generation_config.json` aren't valid."""
-        quantization, named = (
-            getattr(config, "quantization_config", None),
-            getattr(config, "transformers_weights", None),
-        )
+        names = ("quantization_config", "transformers_weights")
+        quantization, named = (getattr(config, name, None) for name in names)
         if named is not None:
             raise ValueError(f"{source}: config.json: transformers_weights: expected none, got {named!r}")
         # A quantised checkpoint stores packed tensors of other shapes; transformers ignores methods it doesn't know.

@@ -3,15 +3,9 @@
     python benchmarks/gpu.py --output_dir outputs/gpu
     python benchmarks/gpu.py --smoke --output_dir outputs/smoke
 
-Images, captions and teacher are made up in seconds; the captioner is the released checkpoint. Each part (`--parts`) is
-measured by itself: one that fails leaves its error in the results, and the script ends with status 1. `--smoke` takes
-tiny sizes, also on a CPU. Writes JSON and a Markdown table after each part.
-
-numerics: crops and losses of the device against a CPU's, captions in half precision against float32.
-resume: a run from its checkpoint against the uninterrupted one.
-teacher, step: photos a second of a teacher alone, and of optimizer steps on a batch that lies on the device.
-training, inductor: photos a second of train_distill.py over whole epochs, and the share of waiting for data.
-generate: captions a second against a loop by hand (`reference.py`).
+Images, captions and teacher are made up in seconds; the captioner is the released checkpoint. Each part (`--parts`, the
+functions named `measure_`) is measured by itself: one that fails leaves its error in the results, and the script ends
+with status 1. `--smoke` takes tiny sizes, also on a CPU. Writes JSON and a Markdown table after each part.
 """
 
 import argparse
@@ -35,7 +29,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import EfficientNetConfig, EfficientNetForImageClassification
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
 from benchmarks.reference import Floor
 from benchmarks.results import benchmark_parser, markdown_table, save_results
@@ -54,7 +48,6 @@ from tinycap.training.repository import create_image_processor
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.teacher import Teacher
 from tinycap.training.tokenizer import load_tokenizer
-from tinycap.training.towers import ImageTowers, PretrainedImageTower
 
 
 FULL = {"images": 8192, "image_size": 224, "batch": 512, "epochs": 5, "workers": 8, "repeats": 8, "captions": 64}
@@ -75,7 +68,7 @@ def draw_photo(seed: int, width: int, height: int) -> Image.Image:
 
 
 class Setup:
-    """Synthetic data, a teacher of two towers of EfficientNet-Lite0's and Lite2's sizes, tokenizer and device."""
+    """Synthetic data, a teacher with random weights of ViT-B/32's size, tokenizer and device."""
 
     def __init__(self, args: argparse.Namespace, folder: Path):
         self.sizes, self.folder, self.is_smoke = SMOKE if args.smoke else FULL, folder, args.smoke
@@ -109,17 +102,10 @@ class Setup:
             rows.to_parquet(self.data / f"{split}.parquet")
 
     def save_teacher(self) -> Path:
-        """The folder of two towers with random weights, in the format that `train_teacher.py` writes."""
-        folder, towers = self.folder / "teacher", []
+        folder = self.folder / "teacher"
         torch.manual_seed(0)
-        for width, depth, hidden_dim in ((1.0, 1.0, 1280), (1.1, 1.2, 1408)):
-            sizes = {"width_coefficient": width, "depth_coefficient": depth, "hidden_dim": hidden_dim}
-            sizes |= {"image_size": self.sizes["image_size"], "num_labels": 768}
-            sizes |= {"num_block_repeats": [1] * 7} if self.is_smoke else {}
-            classifier = EfficientNetForImageClassification(EfficientNetConfig(hidden_act="relu6", **sizes))
-            towers.append(PretrainedImageTower(classifier, ([0.5] * 3, [0.5] * 3)))
-        teacher = ImageTowers(towers)
-        teacher.save_pretrained(folder, teacher.state_dict())
+        sizes = {**TINY, "image_size": 32} if self.is_smoke else {}
+        CLIPVisionModelWithProjection(CLIPVisionConfig(projection_dim=768, **sizes)).save_pretrained(folder)
         return folder
 
     def dataset(self) -> tuple[CaptionDataset, DevicePixels]:
@@ -208,7 +194,7 @@ def measure_numerics(setup: Setup) -> dict:
         ("device", setup.device, None),
         ("device bf16", setup.device, torch.bfloat16),
     ):
-        moved = {key: expected[key].to(device) for key in ("pixel_values", "labels")}
+        moved = {key: expected[key].to(device) for key in ("pixel_values", "labels", "captioned")}
         with torch.autocast(device.type, precision, enabled=precision is not None):
             target = teacher_embeddings(teacher.to(device), moved)
             loss = joint_losses(model.to(device), model, moved, target)["loss"]
@@ -317,16 +303,15 @@ def summarize_log(path: Path, images: int, batch: int) -> dict:
     }
 
 
-def measure_training(setup: Setup) -> dict:
+def measure_training(setup: Setup, *launch: str) -> dict:
     """`train_distill.py` itself, over whole epochs."""
-    out = setup.train("training", "--checkpointing_steps", 10**6)
+    out = setup.train(launch[-1] if launch else "training", "--checkpointing_steps", 10**6, launch=launch)
     return summarize_log(out / "metrics.jsonl", setup.sizes["images"], setup.sizes["batch"])
 
 
 def measure_inductor(setup: Setup) -> dict:
     """The same, compiled by accelerate."""
-    out = setup.train("inductor", "--checkpointing_steps", 10**6, launch=("--dynamo_backend", "inductor"))
-    return summarize_log(out / "metrics.jsonl", setup.sizes["images"], setup.sizes["batch"])
+    return measure_training(setup, "--dynamo_backend", "inductor")
 
 
 def measure_generate(setup: Setup) -> dict:
@@ -358,8 +343,7 @@ def table_rows(results: dict) -> list[list[str]]:
     rows = []
     for part, values in results.items():
         for name, value in values.items():
-            shown = f"{value:,.4g}" if isinstance(value, float) else str(value).splitlines()[-1]
-            rows.append([part, name, shown])
+            rows.append([part, name, f"{value:,.4g}" if isinstance(value, float) else str(value).splitlines()[-1]])
     return rows
 
 

@@ -29,7 +29,7 @@ from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import joint_losses, train_step
 from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
-from tinycap.training.data import SkippedRows, content_fingerprint, decode_dataset, load_split, resolve_columns
+from tinycap.training.data import SkippedRows, decode_dataset, load_split, resolve_columns
 from tinycap.training.loop import StopSignals, steps_of
 from tinycap.training.optimization import create_optimizer
 from tinycap.training.repository import create_image_processor
@@ -74,9 +74,8 @@ class Setup:
         torch.manual_seed(SEED)
         # The defaults are the sizes of ViT-B/32.
         self.teacher = Teacher(CLIPVisionModelWithProjection(CLIPVisionConfig()))
-        key, folder = content_fingerprint(rows), args.output_dir / "teacher_cache"
-        parts = (Accelerator(cpu=True), self.teacher, self.dataset, self.collator)
-        self.dataset.teacher_cache = build_teacher_cache(*parts, folder, 1, 32, key, num_workers=1)
+        parts = (Accelerator(cpu=True), self.teacher, self.dataset, self.collator, args.output_dir / "teacher_cache")
+        self.dataset.teacher_cache = build_teacher_cache(*parts, num_views=1, batch_size=32, num_workers=1)
 
     def model(self, vocab_size: int) -> TinyCapForConditionalGeneration:
         torch.manual_seed(SEED)

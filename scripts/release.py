@@ -44,6 +44,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--evaluation", required=True, type=Path, help="folder of tinycap.evaluation --baselines --failures")
     add("--agreement", required=True, type=Path, help="output folder of benchmarks/tokenizer_agreement.py")
     add("--latency", type=Path, help="folder of benchmarks/caption_latency.py; the card's section stays if not given")
+    add("--retrieval", type=Path, help="folder of tinycap.evaluation.retrieval, for a model with a text encoder")
     add("--stages", nargs="+", required=True, type=Path, help="output folders of the training runs, in order")
     return parser.parse_args(argv)
 
@@ -74,17 +75,22 @@ def read_section(card: Path, title: str) -> str:
 def fill_card(args: argparse.Namespace) -> str:
     """The text of `model_card.md`; `ValueError` where a file or a value that the template names is missing."""
     model = TinyCapForConditionalGeneration.from_pretrained(args.model_name_or_path)
+    text_model = getattr(model, "text_model", None)
+    if (text_model is None) != (args.retrieval is None):
+        raise ValueError("--retrieval: expected with a text encoder, and only then")
     values = {
         "evaluation": read_json(args.evaluation / "eval_results.json"),
         "failures": read_json(args.evaluation / "failures.json"),
         "agreement": read_json(args.agreement / "tokenizer_agreement.json"),
         "latency": read_json(args.latency / "caption_latency.json") if args.latency else None,
+        "retrieval": read_json(args.retrieval / "retrieval.json") if args.retrieval else None,
         # Speed doesn't depend on the weights.
         "speed": None if args.latency else read_section(ROOT / "model_card.md", "Speed"),
         **draw_captions(args.evaluation),
         "model": {
             "parameters": model.num_parameters(),
             "student_parameters": model.vision_model.num_parameters(),
+            "text_parameters": text_model.num_parameters() if text_model else 0,
             "megabytes": (args.model_name_or_path / "model.safetensors").stat().st_size / 1e6,
             "vocabulary": model.config.text_config.vocab_size,
         },

@@ -1,24 +1,15 @@
 """Eight processes load the same repository and decode the same data set concurrently, with empty caches.
 
-    python cold_start.py REPOSITORY DATASET HOME
+    python cold_start.py REPOSITORY DATASET
 
 Prints JSON: for each process its captions and decoded rows, or its error. `test_concurrency.py` runs it in a new
-process, which forks before torch has threads and imports the libraries only once.
+process, which forks before torch has threads and has imported the libraries only once.
 """
 
 import hashlib
 import json
 import multiprocessing
-import os
 import sys
-
-
-os.environ.update(
-    HF_HOME=sys.argv[3],
-    HF_MODULES_CACHE=os.path.join(sys.argv[3], "modules"),
-    HF_DATASETS_CACHE=os.path.join(sys.argv[3], "datasets"),
-    OMP_NUM_THREADS="1",
-)
 
 import datasets
 import torch

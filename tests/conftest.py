@@ -19,7 +19,10 @@ os.environ["HF_MODULES_CACHE"] = tempfile.mkdtemp(prefix="tinycap-modules-")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # The others have the other cores.
     os.environ["OMP_NUM_THREADS"] = "1"
-
+else:
+    # Of `fresh.py`, for all processes of this run.
+    os.environ["TINYCAP_FORK_SERVER"] = os.path.join(tempfile.mkdtemp(prefix="tinycap-server-"), "socket")
+    atexit.register(shutil.rmtree, os.path.dirname(os.environ["TINYCAP_FORK_SERVER"]), ignore_errors=True)
 import no_network.sitecustomize  # noqa: F401
 import pytest
 
@@ -44,8 +47,17 @@ def pytest_cmdline_main(config) -> None:
 
 
 def pytest_collection_modifyitems(items: list) -> None:
-    """Puts the users of `exported`, which takes long, first: neighbours run in one process, which makes it once."""
-    items.sort(key=lambda item: "exported" not in getattr(item, "fixturenames", ()))
+    """Puts what takes long first, so that no process waits for another's last test.
+
+    First the users of exports, which a process makes once for all neighbours, then files of slow tests only.
+    """
+    exports = {"exported", "exported_patches"}
+
+    def order(item) -> tuple[bool, bool]:
+        is_slow = any(mark.name == "slow" for mark in item.parent.own_markers)
+        return exports.isdisjoint(getattr(item, "fixturenames", ())), not is_slow
+
+    items.sort(key=order)
 
 
 def pytest_collection_finish(session) -> None:

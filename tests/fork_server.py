@@ -1,12 +1,14 @@
 """The server behind `fresh.py`, which starts it: imports libraries once, and forks a process for each request.
 
-    python fork_server.py SOCKET LIBRARY...
+    python fork_server.py LISTENING_SOCKET LIBRARY...
 
-A request is JSON, with four files: the process's standard input, output and error, and one to which its process id and,
-at its end, its exit status are written as C ints. A forked process leaves `serve` and ends as any interpreter does.
+Processes that run tests share it; it ends with the last of them. A request is JSON, with four files: the process's
+standard input, output and error, and one to which its process id and, at its end, its exit status are written, as C
+ints. A forked process leaves `serve` and ends as any interpreter does.
 """
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -20,35 +22,51 @@ import struct
 import sys
 
 
-def serve(connection: socket.socket) -> dict:
-    """Forks until the other end closes, then kills what still runs. Returns the request, in a forked process only."""
-    running: dict[int, int] = {}
-    while True:
-        if connection in select.select([connection], [], [], 0.01 if running else None)[0]:
-            message, files, *_ = socket.recv_fds(connection, 2**20, 4)
+def serve(listener: socket.socket) -> dict:
+    """Forks until the last client has closed its connection. Returns the request, in a forked process only."""
+    clients: list[socket.socket] = [listener.accept()[0]]
+    # Whose process it is, and where its end is reported.
+    running: dict[int, tuple[socket.socket, int]] = {}
+    while clients or select.select([listener], [], [], 0)[0]:
+        for ready in select.select([listener, *clients], [], [], 0.01 if running else None)[0]:
+            if ready is listener:
+                clients.append(listener.accept()[0])
+                continue
+            message, files, *_ = socket.recv_fds(ready, 2**20, 4)
             if not message:
-                for child in running:
-                    os.kill(child, signal.SIGKILL)
-                os._exit(0)
+                for child, (client, _) in running.items():
+                    if client is ready:
+                        os.kill(child, signal.SIGKILL)
+                clients.remove(ready)
+                ready.close()
+                continue
             *streams, report = files
             child = os.fork()
             if child == 0:
                 for number, file in enumerate(streams):
                     os.dup2(file, number)
-                for file in (*files, *running.values()):
+                for file in (*files, *(file for _, file in running.values())):
                     os.close(file)
-                connection.close()
+                for each in (listener, *clients):
+                    each.close()
                 return json.loads(message)
-            running[child] = report
-            os.write(report, struct.pack("i", child))
+            running[child] = ready, report
+            tell(report, child)
             for file in streams:
                 os.close(file)
         for child in list(running):
             ended, status = os.waitpid(child, os.WNOHANG)
             if ended:
-                report = running.pop(child)
-                os.write(report, struct.pack("i", os.waitstatus_to_exitcode(status)))
+                _, report = running.pop(child)
+                tell(report, os.waitstatus_to_exitcode(status))
                 os.close(report)
+    os._exit(0)
+
+
+def tell(report: int, number: int) -> None:
+    # Nobody reads it if the client has ended.
+    with contextlib.suppress(BrokenPipeError):
+        os.write(report, struct.pack("i", number))
 
 
 ended: dict[str, int] = {}
@@ -76,15 +94,21 @@ def become(request: dict) -> None:
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         mode, buffering = "r" if name == "stdin" else "w", 1 if name == "stderr" else -1
         stream = getattr(sys, name)
-        stream = open(number, mode, buffering, stream.encoding, stream.errors, closefd=False)
+        if name in request["closed"]:
+            os.close(number)
+            stream = None
+        else:
+            stream = open(number, mode, buffering, stream.encoding, stream.errors, closefd=False)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
     os.chdir(request["cwd"])
     os.environ.clear()
     os.environ.update(request["environment"])
     sys.path[:0] = request["path"]
+    # What they read from the server's environment.
+    for name in ("transformers.utils", "transformers.utils.hub", "transformers.dynamic_module_utils"):
+        sys.modules[name].HF_MODULES_CACHE = os.environ["HF_MODULES_CACHE"]
     if "HF_DATASETS_CACHE" in os.environ:
-        # What it read from the server's environment.
         importlib.reload(sys.modules["datasets.config"])
     try:
         run(*request["words"])
@@ -111,12 +135,11 @@ def run(kind: str, *words: str) -> None:
 if __name__ == "__main__":
     # This file's own folder.
     sys.path.pop(0)
-    requests = socket.socket(fileno=int(sys.argv[1]))
+    listener = socket.socket(fileno=int(sys.argv[1]))
     # A collection in a forked process would copy the memory of all these objects; here it only takes time.
     gc.disable()
     for name in sys.argv[2:]:
         importlib.import_module(name)
     gc.freeze()
     gc.enable()
-    requests.send(b"ready")
-    become(serve(requests))
+    become(serve(listener))

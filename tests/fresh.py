@@ -34,18 +34,33 @@ GUARD = {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(Path(__file__).with_name("no_n
 
 @cache
 def server() -> socket.socket:
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    """A connection to the server that all processes of this test run share; the first of them starts it."""
+    import fcntl  # Windows has none.
+
+    path = os.environ["TINYCAP_FORK_SERVER"]
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with open(f"{path}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        try:
+            ours.connect(path)
+        except OSError:
+            start_server(path)
+            ours.connect(path)
+    atexit.register(ours.close)
+    return ours
+
+
+def start_server(path: str) -> None:
+    Path(path).unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": GUARD["PYTHONPATH"], "OMP_NUM_THREADS": "1"}
     environment.pop("PYTHONSAFEPATH", None)
-    command = [sys.executable, Path(__file__).with_name("fork_server.py"), str(theirs.fileno()), *LIBRARIES]
-    # Standard output as in a process whose output is a file, which is not written line by line.
-    options = {"pass_fds": [theirs.fileno()], "start_new_session": True, "stdout": subprocess.DEVNULL}
-    process = subprocess.Popen(command, env=environment, **options)
-    theirs.close()
-    atexit.register(process.wait)
-    atexit.register(ours.close)
-    assert ours.recv(16) == b"ready"
-    return ours
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as listener:
+        listener.bind(path)
+        listener.listen()
+        command = [sys.executable, Path(__file__).with_name("fork_server.py"), str(listener.fileno()), *LIBRARIES]
+        # Standard output as in a process whose output is a file, which is not written line by line.
+        options = {"pass_fds": [listener.fileno()], "start_new_session": True, "stdout": subprocess.DEVNULL}
+        subprocess.Popen(command, env=environment, **options)
 
 
 class Process:
@@ -56,6 +71,7 @@ class Process:
         cwd: working folder; this process's by default.
         path: folders in front of its `sys.path`.
         stdout, stderr: files; temporary ones by default, which `output()` and `errors()` read.
+        closed: names of the streams that are closed when it starts.
         file_limit: the size in bytes that its files may have, like a disk with so much room.
         new_session: whether it leads a session and a process group.
         variables: of its environment; `None` for one to leave out. Of those that libraries read at their import, only
@@ -69,6 +85,7 @@ class Process:
         path: tuple = (),
         stdout=None,
         stderr=None,
+        closed: tuple[str, ...] = (),
         file_limit: int | None = None,
         new_session: bool = False,
         **variables: str | None,
@@ -80,7 +97,7 @@ class Process:
         words, path, cwd = [str(word) for word in words], [str(folder) for folder in path], str(cwd or Path.cwd())
         if CAN_FORK:
             request = {"words": words, "cwd": cwd, "path": path, "environment": environment}
-            request |= {"file_limit": file_limit, "new_session": new_session}
+            request |= {"closed": closed, "file_limit": file_limit, "new_session": new_session}
             self.report, theirs = os.pipe()
             with open(os.devnull) as nothing:
                 files = [nothing.fileno(), *(file.fileno() for file in self.files), theirs]
@@ -88,7 +105,7 @@ class Process:
             os.close(theirs)
             self.pid = self._read_report()
             return
-        if file_limit is not None:
+        if closed or file_limit is not None:
             pytest.skip("needs Linux")
         environment["PYTHONPATH"] = os.pathsep.join([*path, environment.get("PYTHONPATH", "")])
         streams = {"stdin": subprocess.DEVNULL, "stdout": self.files[0], "stderr": self.files[1]}

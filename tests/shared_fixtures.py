@@ -16,6 +16,7 @@ from transformers import (
     MobileNetV2ForImageClassification,
     ResNetConfig,
     ResNetForImageClassification,
+    dynamic_module_utils,
 )
 
 from tinycap.configuration_tinycap import TinyCapConfig
@@ -31,6 +32,20 @@ def skip_meta(kind: type[torch.nn.Module]) -> None:
     kind.reset_parameters = lambda self: None if getattr(self.weight, "is_meta", False) else reset(self)
 
 
+def read_imports_once() -> None:
+    """Parses each version of a remote code's file once, where transformers does for every model that it loads."""
+    get_imports, found = dynamic_module_utils.get_imports, {}
+
+    def cached(path) -> list[str]:
+        content = Path(path).read_bytes()
+        if content not in found:
+            found[content] = get_imports(path)
+        return found[content]
+
+    dynamic_module_utils.get_imports = cached
+
+
+read_imports_once()
 for kind in (torch.nn.Linear, torch.nn.Embedding, torch.nn.LayerNorm, torch.nn.Conv2d):
     skip_meta(kind)
 
@@ -94,6 +109,28 @@ def exported(exported_repository, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("exported")
     assert cli.main(["export", "--model", str(exported_repository), "--output", str(folder)]) == 0
     assert len(list((folder / "onnx").glob("*.onnx"))) == 4
+    return folder
+
+
+@pytest.fixture(scope="session")
+def patches_repository(tmp_path_factory, tokenizer) -> Path:
+    """A repository of single layers with a text encoder, whose decoder attends to the patches."""
+    folder = tmp_path_factory.mktemp("hub") / "patches"
+    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    parts = {"text_config": {"vocab_size": len(tokenizer), **ids}, "vision_config": {}, "text_encoder_config": ENCODER}
+    parts = {name: {**part, "num_hidden_layers": 1} for name, part in parts.items()}
+    model = tiny_model(memory="patches", **parts)
+    model.generation_config = create_generation_config(tokenizer, max_new_tokens=7, num_beams=2)
+    save_repository(folder, model, tokenizer, create_image_processor(24))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def exported_patches(patches_repository, tmp_path_factory) -> Path:
+    """What `tinycap export` writes of it: six graphs and the small files."""
+    folder = tmp_path_factory.mktemp("exported-patches")
+    assert cli.main(["export", "--model", str(patches_repository), "--output", str(folder)]) == 0
+    assert len(list((folder / "onnx").glob("*.onnx"))) == 6
     return folder
 
 
@@ -177,9 +214,14 @@ def config_name(tmp_path_factory) -> str:
 
 @pytest.fixture
 def undrawn_figures(monkeypatch) -> None:
-    """Saves figures as empty files: drawing takes longer than training a tiny model."""
-    monkeypatch.setattr("matplotlib.figure.Figure.tight_layout", lambda figure, *args, **kwargs: None)
-    monkeypatch.setattr("matplotlib.figure.Figure.savefig", lambda figure, path, **kwargs: Path(path).touch())
+    """Leaves figures of trainings and evaluations as empty files: drawing takes longer than training a tiny model."""
+
+    def contact_sheet(images, captions, path, **options) -> None:
+        Path(path).touch()
+
+    for script in ("tinycap.train_distill", "tinycap.evaluation.__main__"):
+        monkeypatch.setattr(f"{script}.contact_sheet", contact_sheet)
+    monkeypatch.setattr("tinycap.train_distill.plot_curves", lambda metrics, path: Path(path).touch())
 
 
 @pytest.fixture

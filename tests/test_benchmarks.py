@@ -4,11 +4,13 @@ from argparse import Namespace
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
+from transformers import EfficientNetConfig
 
 from benchmarks import gpu
 from benchmarks.peers import PEERS
 from benchmarks.reference import Floor, ReferenceCaptioner, as_pairs, reference_losses
 from tinycap import train_distill
+from tinycap.evaluation.captioning import load_captioner
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.train_distill import joint_losses
 
@@ -21,7 +23,7 @@ def test_the_published_loop_has_our_losses_and_gradients(pixel_values):
     labels = torch.randint(3, 37, (10, 7))
     labels[2, 4:] = labels[7, 2:] = -100
     teacher_embeds = torch.nn.functional.normalize(torch.randn(5, 14), dim=-1)
-    batch = {"pixel_values": pixel_values, "labels": labels}
+    batch = {"pixel_values": pixel_values, "labels": labels, "captioned": torch.arange(5)}
     ours = joint_losses(model, model, batch, teacher_embeds)
 
     def teacher(repeated):
@@ -55,6 +57,7 @@ def test_a_batch_of_pairs_repeats_each_image_for_its_captions():
     "name, millions",
     [("Florence-2", 232), ("SmolVLM", 256), ("BLIP", 224), ("vit-gpt2", 239), ("GIT", 177), ("distilvit", 182)],
 )
+@pytest.mark.slow
 def test_peers_have_their_published_sizes(name, millions):
     peer = next(peer for full_name, peer in PEERS.items() if full_name.startswith(name))
     with torch.device("meta"):
@@ -63,8 +66,11 @@ def test_peers_have_their_published_sizes(name, millions):
 
 
 @pytest.mark.slow
-def test_the_gpu_benchmark_measures_each_of_its_parts(tmp_path, monkeypatch, capsys, undrawn_figures):
-    """All but compiling, which takes a minute."""
+def test_the_gpu_benchmark_measures_each_of_its_parts(repository, tmp_path, monkeypatch, capsys, undrawn_figures):
+    """All but compiling, which takes a minute; with a tiny captioner and narrow towers."""
+    narrow = {"width_coefficient": 0.1, "hidden_dim": 128}
+    monkeypatch.setattr(gpu, "EfficientNetConfig", lambda **sizes: EfficientNetConfig(**{**sizes, **narrow}))
+    monkeypatch.setattr(gpu, "load_captioner", lambda name: load_captioner(str(repository)))
     monkeypatch.setattr(gpu, "run_training", lambda argv, launch: train_distill.main(argv))
     parts = ["numerics", "resume", "teacher", "step", "training", "generate"]
     flags = ["--smoke", "--mixed_precision", "no", "--output_dir", str(tmp_path / "out")]

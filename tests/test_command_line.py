@@ -54,13 +54,22 @@ def expected(repository):
 
 @pytest.fixture(scope="module")
 def loaded(repository):
-    return load_repository(str(repository))
+    """Model, tokenizer, image processor and the model's own generation settings."""
+    parts = load_repository(str(repository))
+    return *parts, copy.deepcopy(parts[0].generation_config)
 
 
 @pytest.fixture
 def run(repository, loaded, monkeypatch):
     """The command line on the tiny repository, which is read from disk only once."""
-    monkeypatch.setattr("tinycap.training.repository.load_repository", lambda *_: copy.deepcopy(loaded))
+    model, tokenizer, image_processor, config = loaded
+
+    def load(*_):
+        # All that a pipeline changes.
+        model.generation_config = copy.deepcopy(config)
+        return model, tokenizer, image_processor
+
+    monkeypatch.setattr("tinycap.training.repository.load_repository", load)
 
     def run(*arguments) -> int:
         return cli.main([*map(str, arguments), "--model", str(repository)])

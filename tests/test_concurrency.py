@@ -1,8 +1,6 @@
 """Eight threads share a model; eight processes share the same cold caches."""
 
 import json
-import os
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +9,7 @@ from pathlib import Path
 import datasets
 import pytest
 import torch
+from fresh import Process
 from tiny import CAPTIONS, draw_picture, png_bytes
 from transformers import AutoProcessor, pipeline
 
@@ -104,16 +103,11 @@ def test_eight_processes_start_at_once_with_cold_caches(repository, tmp_path):
     home = tmp_path / "home"
     assert not home.exists()
     script = Path(__file__).with_name("cold_start.py")
-    root = str(tinycap.REPOSITORY)
-    done = subprocess.run(
-        [sys.executable, script, repository, tmp_path / "photos", home],
-        capture_output=True,
-        text=True,
-        timeout=280,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([root, os.environ["PYTHONPATH"]])},
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    found = json.loads(done.stdout.splitlines()[-1])
+    caches = {"HF_HOME": home, "HF_MODULES_CACHE": home / "modules", "HF_DATASETS_CACHE": home / "datasets"}
+    caches = {name: str(folder) for name, folder in caches.items()}
+    process = Process(script, repository, tmp_path / "photos", path=(tinycap.REPOSITORY,), **caches)
+    assert process.wait(280) == 0, process.errors()[-2000:]
+    found = json.loads(process.output().splitlines()[-1])
     # transformers copies code into its cache in place: about once in a hundred cold loads, a process imports an
     # incomplete file and raises an error. It must not affect captions or leave a corrupt cache.
     errors = [one["error"] for one in found["captions"] if "error" in one]

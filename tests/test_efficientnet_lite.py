@@ -23,6 +23,7 @@ def weights() -> dict[str, torch.Tensor]:
     return package_weights(0)
 
 
+@pytest.mark.slow
 def test_the_gates_of_a_converted_model_let_everything_through(weights):
     model = convert(weights)
     pixels = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -13,14 +13,14 @@ import torch
 from fresh import run_fresh
 from PIL import Image
 from tiny import CAPTIONS, draw_picture
-from transformers import AutoModel, AutoProcessor, pipeline
+from transformers import AutoModel, AutoProcessor, CLIPVisionConfig, CLIPVisionModel, pipeline
 
 from tinycap import REPOSITORY, evaluation
 from tinycap.evaluation import caption_metrics, confidence, reports
 from tinycap.evaluation.__main__ import main
 from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.caption_metrics.ptb_tokenizer import ptb_tokenize
-from tinycap.evaluation.captioning import caption_dataset
+from tinycap.evaluation.captioning import caption_dataset, caption_embeds
 from tinycap.evaluation.metrics import (
     baseline_scores,
     distillation_fidelity,
@@ -227,6 +227,19 @@ def test_a_teacher_sees_the_same_pixels(tinycap, tmp_path):
         model, processor, rows_of(tmp_path), teacher=lambda pixels: model.get_image_features(pixels).pooler_output
     )
     torch.testing.assert_close(found.image_embeds, found.teacher_embeds)
+    # The student's embeddings in the teacher's place: the student's captions.
+    assert caption_embeds(model, processor, found.teacher_embeds, batch_size=3) == found.captions
+
+
+@pytest.mark.usefixtures("undrawn_figures")
+def test_captions_of_the_teachers_embeddings_are_scored_too(repository, photos, tmp_path):
+    sizes = {"image_size": 16, "patch_size": 8, "hidden_size": 14, "intermediate_size": 9, "num_hidden_layers": 1}
+    teacher = str(tmp_path / "teacher")
+    CLIPVisionModel(CLIPVisionConfig(**sizes, num_attention_heads=2)).save_pretrained(teacher)
+    flags = ["--model_name_or_path", str(repository), "--dataset_name", photos, "--output_dir", str(tmp_path / "out")]
+    results = main([*flags, "--teacher_name_or_path", teacher, "--report_photos", "0", "--max_new_tokens", "5"])
+    assert results["teacher_captions"].keys() == score_captions([""], [["a"]]).keys()
+    assert "recall_at_1" in results["fidelity"]
 
 
 # --- reports and the command ------------------------------------------------------------------------------------------
@@ -283,6 +296,7 @@ def test_curves_have_no_panel_without_finite_values(tmp_path):
         plot_curves(log, tmp_path / "curves.png")
 
 
+@pytest.mark.slow
 def test_curves_are_drawn_from_the_log(tmp_path):
     rows = [{"step": step, "loss": 3.0 / step, "learning_rate": 0.1, "epoch": 0} for step in range(1, 30)]
     rows.append({"step": 30, "epoch": 1, "eval_cider": 9.0})

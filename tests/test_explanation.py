@@ -1,6 +1,6 @@
 import pytest
 import torch
-from tiny import tiny_model
+from tiny import ONE_LAYER, tiny_model
 
 from tinycap.evaluation.explanation import saliency, token_probabilities
 
@@ -80,10 +80,10 @@ def pictures_with_a_spot(num: int, seed: int) -> tuple[torch.Tensor, torch.Tenso
 @pytest.mark.slow
 def test_saliency_peaks_where_the_information_is():
     """A model learns to name the colour of a patch at a random place, or its absence: its maps must peak there."""
-    model = tiny_model(vision_config={"projection_dim": 14}).train()
+    model = tiny_model(**ONE_LAYER).train()
     words = torch.tensor([[10, 2], [20, 2], [30, 2]])
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    for step in range(150):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    for step in range(100):
         pixels, _, color = pictures_with_a_spot(32, seed=step)
         loss = model(pixels, labels=words[color]).caption_loss
         loss.backward()

@@ -4,7 +4,7 @@ import accelerate
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CACHE, static_cache, tiny_model
+from tiny import CACHE, ONE_LAYER, static_cache, tiny_model
 from torch import nn
 from transformers import GenerationConfig, TextStreamer, generation
 from transformers.modeling_outputs import BaseModelOutput
@@ -101,7 +101,8 @@ def test_a_replaced_forward_is_used_for_every_token(model, pixel_values, options
 
 
 @pytest.mark.slow
-def test_a_compiled_forward_is_used_by_greedy_search(model, pixel_values):
+def test_a_compiled_forward_is_used_by_greedy_search(pixel_values):
+    model = tiny_model(**ONE_LAYER)
     expected, graphs = model.generate(pixel_values, **LONG), []
 
     def backend(graph, inputs):

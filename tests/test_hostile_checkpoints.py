@@ -8,7 +8,6 @@ import shutil
 import struct
 from pathlib import Path
 
-import onnx
 import pytest
 import safetensors.torch
 import torch
@@ -511,17 +510,23 @@ def test_a_tokenizer_of_nonsense_is_one_error_everywhere(copy, content):
 
 
 def change_graph(path, change):
+    import onnx
+
     graph = onnx.load(path)
     change(graph.graph, max(graph.graph.initializer, key=lambda tensor: len(tensor.raw_data)))
     path.write_bytes(graph.SerializeToString())
 
 
 def point_outside(graph, tensor):
+    import onnx
+
     onnx.external_data_helper.set_external_data(tensor, "../../secret.dat", offset=0, length=len(tensor.raw_data))
     tensor.ClearField("raw_data")
 
 
 def fill_with_nan(graph, tensor):
+    import onnx
+
     values = onnx.numpy_helper.to_array(tensor).copy()
     values[...] = math.nan
     tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))

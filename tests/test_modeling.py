@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from safetensors.torch import load_file, save_file
-from tiny import CACHE, VISION, static_cache, tiny_config, tiny_model
+from tiny import CACHE, ONE_LAYER, VISION, static_cache, tiny_config, tiny_model
 from torch import nn
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache, StaticCache
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPooling, Seq2SeqLMOutput
@@ -561,7 +561,8 @@ def test_input_ids_as_their_own_labels_are_an_error(model, pixel_values, tokens,
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=pytest.mark.slow)])
-def test_input_ids_that_labels_follow_give_the_same_loss(model, pixel_values, tokens, compiled):
+def test_input_ids_that_labels_follow_give_the_same_loss(pixel_values, tokens, compiled):
+    model = tiny_model(**ONE_LAYER)
     following = shift_tokens_right(tokens, 1, 0)
     called = torch.compile(model, fullgraph=True, backend="eager") if compiled else model
     torch.testing.assert_close(
@@ -571,7 +572,8 @@ def test_input_ids_that_labels_follow_give_the_same_loss(model, pixel_values, to
 
 @pytest.mark.parametrize("use_cache", [False, True])
 @pytest.mark.slow
-def test_a_forward_with_a_mask_is_one_graph(model, pixel_values, tokens, use_cache):
+def test_a_forward_with_a_mask_is_one_graph(pixel_values, tokens, use_cache):
+    model = tiny_model(**ONE_LAYER)
     mask = torch.ones_like(tokens)
     mask[1, :3] = 0
     options = {"decoder_attention_mask": mask, "use_cache": use_cache}

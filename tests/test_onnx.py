@@ -10,7 +10,6 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from fresh import run_fresh
@@ -19,13 +18,13 @@ from tiny import draw_picture, png_bytes, tiny_model
 from transformers import AutoModelForImageTextToText, CLIPImageProcessor, pipeline
 
 from tinycap import REPOSITORY
-from tinycap.deploy import cli
+from tinycap.deploy import cli, export
 from tinycap.deploy.export import DecoderGraph, EncoderGraph, export_onnx
 from tinycap.deploy.image_preprocessing import ImagePreprocessor
 from tinycap.deploy.onnx_captioner import OnnxCaptioner
 from tinycap.deploy.token_search import beam_search
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.training.repository import create_generation_config, create_image_processor, save_repository
+from tinycap.training.repository import create_image_processor
 
 
 pytestmark = pytest.mark.slow
@@ -134,24 +133,22 @@ def test_the_graphs_say_what_the_model_says(memory, pixel_values):
     assert present[0].shape == (5, 2, 6, 8)
 
 
-def test_memory_of_patches_is_exported_too(tokenizer, tmp_path, pictures):
-    ids = {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    one_layer = {"num_hidden_layers": 1}
-    model = tiny_model(
-        memory="patches", vision_config=one_layer, text_config={"vocab_size": len(tokenizer), **one_layer, **ids}
-    )
-    model.generation_config = create_generation_config(tokenizer, max_new_tokens=7, num_beams=2)
-    processor = create_image_processor(24)
-    save_repository(tmp_path / "patches", model, tokenizer, processor)
-    # Into the repository itself, which already has the small files.
-    folder = str(tmp_path / "patches")
-    assert cli.main(["export", "--model", folder, "--output", folder, "--no-quantize"]) == 0
-    assert not list((tmp_path / "patches" / "onnx").glob("*quantized*"))
-    assert json.loads((tmp_path / "patches" / "config.json").read_text())["model_type"] == "tinycap"
-    captioner = OnnxCaptioner.from_pretrained(tmp_path / "patches")
-    sequences = model.generate(processor(pictures, return_tensors="pt").pixel_values)
+def test_memory_of_patches_is_exported_too(
+    patches_repository, exported_patches, tokenizer, tmp_path, pictures, monkeypatch
+):
+    model = AutoModelForImageTextToText.from_pretrained(patches_repository, trust_remote_code=True)
+    sequences = model.generate(create_image_processor(24)(pictures, return_tensors="pt").pixel_values)
     expected = [text.strip() for text in tokenizer.batch_decode(sequences, skip_special_tokens=True)]
-    assert [row[0].text for row in captioner(pictures)] == expected
+    assert [row[0].text for row in OnnxCaptioner.from_pretrained(exported_patches)(pictures)] == expected
+    # Into the repository itself, which already has the small files; the graphs are those above.
+    folder = shutil.copytree(patches_repository, tmp_path / "patches")
+    monkeypatch.setattr(
+        export, "_export", lambda module, inputs, path, *_: shutil.copy(exported_patches / "onnx" / path.name, path)
+    )
+    assert cli.main(["export", "--model", str(folder), "--output", str(folder), "--no-quantize"]) == 0
+    assert not list((folder / "onnx").glob("*quantized*"))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "tinycap"
+    assert [row[0].text for row in OnnxCaptioner.from_pretrained(folder)(pictures)] == expected
 
 
 def decoding_step(model: TinyCapForConditionalGeneration, pixel_values: torch.Tensor):
@@ -292,6 +289,8 @@ def test_onnxruntime_is_imported_with_its_telemetry_off(tmp_path, module):
 
 
 def test_int8_graphs_are_close_and_hold_small_weights(exported, captioner, pictures):
+    import onnx
+
     quantized = OnnxCaptioner.from_pretrained(exported, quantized=True)
     pixel_values = captioner.preprocessor(pictures)
     cosines = (captioner.encode(pixel_values)[1] * quantized.encode(pixel_values)[1]).sum(axis=-1)
@@ -328,6 +327,8 @@ def test_captions_depend_on_no_other_image_of_their_batch(exported, captioner):
 
 
 def test_the_graphs_name_no_source_files(exported):
+    import onnx
+
     for path in (exported / "onnx").glob("*.onnx"):
         assert b"modeling_tinycap" not in path.read_bytes()
         onnx.checker.check_model(str(path))

@@ -174,6 +174,7 @@ def test_a_broken_profile_is_ignored():
         assert load_image(picture).tobytes() == draw_picture(3).tobytes()
 
 
+@pytest.mark.slow
 def test_a_large_image_is_shrunk_before_its_profile_is_applied():
     profile, picture = linear_profile(swapped=True), draw_picture(6).resize((4_400, 4_200))
     picture.info["icc_profile"] = profile

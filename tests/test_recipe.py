@@ -7,7 +7,7 @@ import pytest
 
 from tinycap import REPOSITORY, train_distill, train_teacher
 from tinycap.commands import run_command
-from tinycap.training import efficientnet_lite, recipe, soup
+from tinycap.training import efficientnet_lite, recipe, soup, text_encoder
 
 
 RECIPE = REPOSITORY / "configs" / "flickr8k.yaml"
@@ -37,7 +37,7 @@ def flags_of(command: list[str], run: str) -> list[str]:
 def test_the_released_recipe_runs_each_stage_once_with_flags_that_parse(launched, tmp_path):
     for _ in range(2):
         recipe.main([str(RECIPE), "--output_dir", str(tmp_path), *VARIABLES])
-    assert len(launched) == 10, "a second call repeats nothing"
+    assert len(launched) == 12, "a second call repeats nothing"
     assert all(command[0] == sys.executable for command in launched)
     assert flags_of(launched[0], efficientnet_lite.__name__) == ["--output_dir", str(tmp_path / "efficientnet_lite0")]
     teacher = train_teacher.parse_args(flags_of(launched[2], str(REPOSITORY / "train_teacher.py")))
@@ -58,6 +58,10 @@ def test_the_released_recipe_runs_each_stage_once_with_flags_that_parse(launched
     assert [args.cross_entropy_weight for args in stages] == [0, 0, 0, 0, 0.03, 0.04]
     assert stages[-3].teacher_cache_dir == stages[-1].teacher_cache_dir == str(tmp_path / "student_cache")
     assert mean.output_dir == str(tmp_path / "flickr8k")
+    texts = train_teacher.parse_args(flags_of(launched[10], str(REPOSITORY / "train_teacher.py")))
+    assert texts.image_model_name_or_path == [mean.output_dir] and texts.freeze_image_model
+    search = text_encoder.parse_args(flags_of(launched[11], text_encoder.__name__))
+    assert search.model_name_or_path == mean.output_dir and search.teacher_name_or_path == texts.output_dir
 
 
 def test_an_interrupted_stage_goes_on_from_its_newest_checkpoint(launched, tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import shutil
+from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
@@ -8,6 +9,14 @@ from PIL import Image
 from scripts import release
 from tinycap.evaluation.failures import analyse
 
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Leaves the curves as an empty file."""
+    monkeypatch.setattr(release, "plot_curves", lambda metrics, path: Path(path).touch())
+
+
+undrawn_curves = pytest.mark.usefixtures("undrawn")
 
 SCORES = {"cider": 21.456, "bleu_1": 50.0, "bleu_4": 12.0, "rouge_l": 40.0, "distinct_captions": 321}
 FIDELITY = {
@@ -116,11 +125,47 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "the nearest to the student's for 7.0 %" in card and "--teacher_name_or_path" in card
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
-    assert "{{" not in card and "{%" not in card and "@" not in card
+    assert "{{" not in card and "{%" not in card and "@" not in card and "## Search" not in card
     assert Image.open(root / "docs" / "curves.png").width > 300
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
 
 
+@undrawn_curves
+def test_a_text_encoder_comes_with_what_it_finds(folders, text_repository):
+    shutil.copytree(text_repository, folders / "model", dirs_exist_ok=True)
+    with pytest.raises(ValueError, match="--retrieval: expected with a text encoder"):
+        release.main(flags(folders))
+    names = [f"{way}_recall_at_{k}" for way in ("text_to_image", "image_to_text") for k in (1, 5, 10)]
+    row = {"category": "dogs", "images": 321, "share": 32.1, "average_precision": 65.4}
+    row |= {"named_in": 310, "caption_precision": 81.0, "precision": 72.0}
+    other = {**row, "category": "snow", "named_in": 0, "caption_precision": None, "precision": None}
+    found = {
+        **{"num_images": 1000, "captions_per_image": 5},
+        "recall": {"student": dict(zip(names, range(11, 17))), "teachers_texts": dict(zip(names, range(21, 27)))},
+        "reranking": {
+            **{"num_candidates": 100, "num_training_images": 500, "weight": 0.02},
+            **{
+                name: {f"recall_at_{k}": k * each for k in (1, 5, 10)}
+                for name, each in (("cosine", 1), ("reranked", 2))
+            },
+        },
+        "zero_shot": {"top_1": 60.0, "chance": 20.0, "num_images": 990, "categories": [row, other]},
+    }
+    (folders / "found").mkdir()
+    (folders / "found" / "retrieval.json").write_text(json.dumps(found))
+    release.main([*flags(folders), "--retrieval", str(folders / "found")])
+    card = read_card(folders)
+    assert "| **images and texts of this model** | 11.0 | 12.0 | 13.0 | 14.0 | 15.0 | 16.0 |" in card
+    assert "| its images, texts of the head it learned | 21.0 | 22.0 |" in card and "texts of the teacher" not in card
+    assert "the cosine finds 1.0 / 5.0 / 10.0 %" in card and "sorts them again, 2.0 / 10.0 / 20.0 %" in card
+    assert "| dogs | 321 | 32 | 65 | 310 | 81 | 72 |" in card and "| snow | 321 | 32 | 65 | 0 | - | - |" in card
+    assert "{{" not in card and "{%" not in card
+    lines = (folders / "root" / "model_card.md").read_text().splitlines()
+    table = next(index for index, line in enumerate(lines) if line.startswith("| **images and texts"))
+    assert lines[table + 1].startswith("| its images") and lines[table + 2] == ""
+
+
+@undrawn_curves
 def test_a_release_has_the_calibration_of_its_own_weights_or_none(folders):
     old, new = folders / "root" / "confidence.json", folders / "model" / "confidence.json"
     old.write_text("old")
@@ -131,6 +176,7 @@ def test_a_release_has_the_calibration_of_its_own_weights_or_none(folders):
     assert old.read_text() == "new"
 
 
+@undrawn_curves
 def test_a_length_penalty_that_no_config_names_is_the_default(folders):
     path = folders / "evaluation" / "eval_results.json"
     evaluation = json.loads(path.read_text())
@@ -139,6 +185,7 @@ def test_a_length_penalty_that_no_config_names_is_the_default(folders):
     assert "beam search with 3 beams, length penalty 1.0" in read_card(folders)
 
 
+@undrawn_curves
 def test_a_release_without_latency_keeps_the_section_of_the_card(folders):
     without = flags(folders)
     del without[(start := without.index("--latency")) : start + 2]
@@ -152,6 +199,7 @@ def test_a_release_without_latency_keeps_the_section_of_the_card(folders):
     assert card.read_text() == before.replace("| vit-gpt2 | 1066,", "| vit-gpt2 | 1077,")
 
 
+@undrawn_curves
 def test_an_evaluation_without_a_teacher_has_the_fidelity_of_the_log(folders):
     path = folders / "evaluation" / "eval_results.json"
     evaluation = json.loads(path.read_text())
@@ -162,6 +210,7 @@ def test_an_evaluation_without_a_teacher_has_the_fidelity_of_the_log(folders):
     assert "student's for 56.0 %" in card and "--teacher_name_or_path" not in card
 
 
+@undrawn_curves
 def test_the_card_shows_what_is_wrong_with_evidence(folders):
     release.main(flags(folders))
     card = read_card(folders)
@@ -175,6 +224,7 @@ def test_the_card_shows_what_is_wrong_with_evidence(folders):
     assert "| noise | 3 of 20 | 100 | 0.43 | A dog runs. |" in card and "is 0.39 on validation images" in card
 
 
+@undrawn_curves
 def test_the_hub_finds_the_results_in_card_and_readme(folders):
     release.main(flags(folders))
     for name in ("model_card.md", "README.md"):

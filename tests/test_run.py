@@ -62,6 +62,7 @@ def test_a_run_with_a_constant_rate_is_made_longer(flags, tmp_path):
     assert log_rows(tmp_path / "out")[-1]["step"] == 21
 
 
+@pytest.mark.slow
 def test_a_teacher_resumes_with_its_own_flags_only(photos, tmp_path):
     sizes = ["--image_size", "16", "--patch_size", "8", "--hidden_size", "8", "--num_hidden_layers", "1"]
     sizes += ["--text_hidden_size", "8", "--text_num_hidden_layers", "1", "--vocab_size", "300"]
@@ -290,6 +291,7 @@ def test_ctrl_c_saves_a_checkpoint_and_says_the_command_that_goes_on(flags, tmp_
     assert all(torch.equal(whole[name], out[name]) for name in whole)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
     Interrupts(monkeypatch, step=3, times=2)
     with pytest.raises(KeyboardInterrupt):
@@ -298,7 +300,7 @@ def test_a_second_ctrl_c_stops_at_once(flags, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_path, monkeypatch):
+def test_a_scenes_run_stopped_while_its_teacher_learns_goes_on_by_latest(tmp_path, monkeypatch, undrawn_figures):
     flags = ["--output_dir", str(tmp_path / "out"), "--max_train_samples", "40", "--max_eval_samples", "5"]
     flags += ["--per_device_train_batch_size", "20", "--max_train_steps", "1", "--dataloader_num_workers", "0"]
     parse_args = train_teacher.parse_args

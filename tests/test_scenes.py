@@ -65,7 +65,7 @@ def test_captions_of_other_scenes_score_low():
     assert scores["object_accuracy"] < 0.3 and scores["color_accuracy"] < 0.1 and scores["exact_accuracy"] < 0.05
 
 
-@pytest.mark.parametrize("size", [64, 224])
+@pytest.mark.parametrize("size", [64, pytest.param(224, marks=pytest.mark.slow)])
 def test_the_colour_that_is_told_is_the_one_that_is_drawn(size):
     for scene in SCENES[:60]:
         pixels = set(draw_scene(scene, size).getdata())

@@ -168,17 +168,17 @@ def test_unreadable_images_are_named_once_and_cost_nothing_else(text_repository,
 
 
 @pytest.mark.slow
-def test_onnx_finds_what_torch_finds_and_keeps_its_own_index(text_repository, photos, tmp_path, capsys):
-    pytest.importorskip("onnxscript")
-    assert main(["export", "--model", str(text_repository), "--output", str(tmp_path / "onnx")]) == DONE
+def test_onnx_finds_what_torch_finds_and_keeps_its_own_index(
+    patches_repository, exported_patches, photos, tmp_path, capsys
+):
     capsys.readouterr()
-    expected, _ = search(capsys, text_repository, "a dog", photos, "--no-captions")
+    expected, _ = search(capsys, patches_repository, "a dog", photos, "--no-captions")
     options = ["--backend", "onnx", "--index", tmp_path / "other", "--no-captions"]
-    rows, _ = search(capsys, tmp_path / "onnx", "a dog", photos, *options)
+    rows, _ = search(capsys, exported_patches, "a dog", photos, *options)
     assert [row["image"] for row in rows] == [row["image"] for row in expected]
     np.testing.assert_allclose([row["score"] for row in rows], [row["score"] for row in expected], atol=2e-3)
     options[3] = tmp_path / "int8"
-    rows, _ = search(capsys, tmp_path / "onnx", "a dog", photos, *options, "--quantized")
+    rows, _ = search(capsys, exported_patches, "a dog", photos, *options, "--quantized")
     scores = {row["image"]: row["score"] for row in expected}
     assert max(abs(row["score"] - scores[row["image"]]) for row in rows) < 0.1
-    assert main(["search", "a dog", str(photos), "--model", str(tmp_path / "onnx"), "--backend", "onnx"]) == 2
+    assert main(["search", "a dog", str(photos), "--model", str(exported_patches), "--backend", "onnx"]) == 2

@@ -1,14 +1,21 @@
 """Training of the text encoder: it learns a teacher's text embeddings; nothing else changes."""
 
+import json
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
+from ranks import Ranks
+from safetensors.torch import load_file, save_file
 from tiny import CAPTIONS
 from transformers import AutoModel, BertConfig, BertModel, CLIPConfig, CLIPModel
 
+from tinycap import train_distill
+from tinycap.confidence_tinycap import CONFIDENCE_NAME
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
-from tinycap.training import text_encoder
+from tinycap.training import student, text_encoder
+from tinycap.training.repository import weights_sha256
 from tinycap.training.towers import TEXT_HEAD_FILE
 
 
@@ -66,12 +73,46 @@ def test_captions_and_image_embeddings_stay_as_they_were(trained, repository, pi
     assert torch.equal(before.generate(pixel_values), after.generate(pixel_values))
 
 
+def test_the_captions_calibration_stays_with_the_digest_of_the_new_weights(repository, clip_folder, corpus, tmp_path):
+    before = shutil.copytree(repository, tmp_path / "before")
+    calibration = {"num_beams": 1, "intercept": 0.5, "coefficients": {"mean_log_prob": 1.0, "num_tokens": 0.1}}
+    (before / CONFIDENCE_NAME).write_text(json.dumps({"calibrations": [calibration], "weights_sha256": "old"}))
+    run(before, clip_folder, corpus, tmp_path / "after")
+    stored = json.loads((tmp_path / "after" / CONFIDENCE_NAME).read_text())
+    assert stored == {"calibrations": [calibration], "weights_sha256": weights_sha256(tmp_path / "after")}
+
+
 def test_the_same_seed_gives_the_same_weights(repository, clip_folder, corpus, tmp_path):
     models = []
     for name in ("first", "second"):
         run(repository, clip_folder, corpus, tmp_path / name)
         models.append(TinyCapForConditionalGeneration.from_pretrained(tmp_path / name).state_dict())
     assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
+
+
+@pytest.mark.slow
+def test_two_processes_train_the_same_text_encoder_as_one(repository, clip_folder, corpus, tmp_path):
+    def flags(name: str, batch_size: int) -> list[str]:
+        sources = ["--model_name_or_path", str(repository), "--teacher_name_or_path", clip_folder]
+        # 21 texts, one of which is held out: the batches are full.
+        sizes = ["--text_file", corpus, "--spans_per_caption", "5", "--per_device_train_batch_size", str(batch_size)]
+        return [*sources, *sizes, "--num_train_epochs", "6", "--output_dir", str(tmp_path / name)]
+
+    assert text_encoder.main(flags("one", 10))["num_texts"] == 21
+    Ranks(flags("two", 5), tmp_path / "log", script="training.text_encoder").finish()
+    one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
+    for name in one:
+        torch.testing.assert_close(one[name], two[name], atol=1e-5, rtol=1e-4)
+
+
+def test_further_training_leaves_a_text_encoder_out(text_repository, photos, tmp_path):
+    """Its images and tokens would no longer be those that it was trained for."""
+    flags = ["--model_name_or_path", str(text_repository), "--dataset_name", photos, "--distill_weight", "0"]
+    args = train_distill.parse_args([*flags, "--output_dir", str(tmp_path)])
+    model = student.build_model(args, student.build_config(args))
+    assert model.config.text_encoder_config is None and not hasattr(model, "text_model")
+    given = load_file(text_repository / "model.safetensors")
+    assert all(torch.equal(value, given[name]) for name, value in model.state_dict().items() if name in given)
 
 
 def test_a_pooled_clips_projection_of_images_is_carried_along(repository, tokenizer, corpus, tmp_path):

@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pytest
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,11 @@ from transformers import (
 from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap import train_teacher
+from tinycap.evaluation.metrics import retrieval_recall
 from tinycap.training import loop
+from tinycap.training.repository import load_repository
 from tinycap.training.teacher import Teacher
+from tinycap.training.text_encoder import TextTeacher
 from tinycap.training.tokenizer import load_tokenizer
 from tinycap.training.towers import TEXT_HEAD_FILE, LockedTextModel, PretrainedImageTower
 
@@ -90,6 +94,7 @@ def sentence_encoder(tmp_path) -> str:
 LOCKED = [word for flag in zip(TINY[::2], TINY[1::2]) if not flag[0].startswith("--text_") for word in flag]
 
 
+@pytest.mark.slow
 def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, tmp_path):
     out = tmp_path / "out"
     train_teacher.main([*LOCKED, "--text_model_name_or_path", sentence_encoder, "--output_dir", str(out)])
@@ -107,6 +112,12 @@ def test_a_teacher_can_learn_a_locked_sentence_encoders_space(sentence_encoder, 
 
 OWN = ("--patch_size", "--hidden_size", "--num_hidden_layers", "--num_attention_heads")
 PRETRAINED = [word for flag in zip(LOCKED[::2], LOCKED[1::2]) if flag[0] not in OWN for word in flag]
+
+
+def drop_flag(flags: list[str], name: str) -> list[str]:
+    return [*flags[: (place := flags.index(name))], *flags[place + 2 :]]
+
+
 FROZEN = [*PRETRAINED, "--freeze_image_model", "--feature_views", "3"]
 
 
@@ -158,6 +169,33 @@ def test_a_frozen_image_model_is_asked_once_for_each_crop(sentence_encoder, resn
     assert Teacher.from_pretrained(str(tmp_path / "pair"), "projected")(crops).shape == (6, 14)
 
 
+def test_texts_learn_where_a_captioner_embeds_images(sentence_encoder, repository, photos, tmp_path):
+    flags = [*FROZEN, "--text_model_name_or_path", sentence_encoder, "--dataset_name", photos]
+    flags = [*drop_flag(flags, "--image_size"), "--crop_scale", "1", "--no-horizontal_flip", "--color_jitter", "0"]
+    flags[flags.index("--feature_views") + 1] = "1"
+    out, flags = tmp_path / "out", drop_flag(flags, "--projection_dim")
+    metrics = train_teacher.main([*flags, "--image_model_name_or_path", str(repository), "--output_dir", str(out)])
+    assert metrics["num_images"] == 6 and not (out / "model.safetensors").exists()
+    teacher, rows = TextTeacher(str(out), sentence_encoder), datasets.load_dataset(photos, split="validation")
+    embeds = teacher([caption for group in rows["captions"] for caption in group])
+    assert embeds.shape == (12, 14)
+    model, _, image_processor = load_repository(str(repository))
+    pixels = image_processor(rows["image"], return_tensors="pt")["pixel_values"]
+    images = model.get_image_features(pixels).pooler_output
+    expected = retrieval_recall(images, embeds)
+    assert {name: metrics[name] for name in expected} == pytest.approx(expected)
+    flags += ["--output_dir", str(tmp_path / "wrong")]
+    for more, words in (
+        (["--image_size", "32"], "image_size: expected 24"),
+        (["--projection_dim", "13"], "--projection_dim: expected 14"),
+        (["--no-freeze_image_model", *drop_flag(flags, "--feature_views")], "--freeze_image_model"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            train_teacher.main([*flags, "--image_model_name_or_path", str(repository), *more])
+    with pytest.raises(ValueError, match="a captioner alone"):
+        train_teacher.main([*flags, "--image_model_name_or_path", str(repository), str(repository)])
+
+
 @pytest.mark.slow
 def test_two_processes_train_the_same_head_on_features_as_one(sentence_encoder, resnet, tmp_path):
     flags = [*FROZEN, "--text_model_name_or_path", sentence_encoder, "--image_model_name_or_path", resnet]
@@ -165,7 +203,7 @@ def test_two_processes_train_the_same_head_on_features_as_one(sentence_encoder, 
     flags += ["--captions_per_image", "2", "--feature_dropout", "0"]
     train_teacher.main([*flags, "--output_dir", str(tmp_path / "one")])
     halves = [*flags, "--per_device_train_batch_size", "5", "--output_dir", str(tmp_path / "two")]
-    Ranks(halves, tmp_path / "log", teacher=True).finish()
+    Ranks(halves, tmp_path / "log", script="train_teacher").finish()
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     start = load_file(tmp_path / "one" / "checkpoint-4" / "model.safetensors")["vision_model.head.weight"]
     last = load_file(tmp_path / "one" / "checkpoint-6" / "model.safetensors")["vision_model.head.weight"]
@@ -268,15 +306,6 @@ def test_all_captions_of_an_image_are_its_positives():
     # All three captions match an image equally: the loss is the entropy of the uniform distribution.
     expected = (torch.log(torch.tensor(3.0)) + 0) / 2
     torch.testing.assert_close(train_teacher.contrastive_loss(images, right, scale), expected, atol=1e-4, rtol=0)
-
-
-def test_recall_counts_the_right_one_among_the_nearest():
-    images = torch.eye(4)
-    texts = torch.eye(4).repeat_interleave(2, dim=0)
-    assert set(train_teacher.retrieval_recall(images, texts).values()) == {100.0}
-    swapped = texts[[2, 3, 0, 1, 4, 5, 6, 7]]
-    found = train_teacher.retrieval_recall(images, swapped, ks=(1,))
-    assert found == {"image_to_text_recall_at_1": 50.0, "text_to_image_recall_at_1": 50.0}
 
 
 @pytest.mark.parametrize(

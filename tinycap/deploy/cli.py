@@ -10,14 +10,14 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tinycap import REPOSITORY, __version__
 from tinycap.commands import BAD_IMAGES, DONE, run_command, say
-from tinycap.deploy.captioners import BACKENDS, CaptionOptions, ImageResult, check_model, extra_missing
+from tinycap.deploy.captioners import BACKENDS, CaptionOptions, check_model, extra_missing
 from tinycap.deploy.inputs import UNREADABLE, LeftOut, list_images, read_lines
-from tinycap.deploy.outputs import FORMATS, CaptionRows, Output, RowFile, Screen, Sidecars
+from tinycap.deploy.outputs import FORMATS, CaptionRows, Output, RowFile, Screen, Sidecars, write_results
 
 
 STATUS = """exit status: 0, success; 1, some images failed: they are named, the others are done; 2, the command can't
@@ -238,44 +238,9 @@ def run_images(args: argparse.Namespace) -> int:
         done = output.start(images, args.overwrite)
         pending = [image for image in images if image not in done]
         results = captioner.embed(pending) if args.command == "embed" else captioner(pending)
-        bad, failed = write_results(args, results, len(pending), output)
+        bad, failed = write_results(args, results, len(pending), output.append)
     report(args, len(images), len(pending), bad, failed)
     return BAD_IMAGES if bad or failed or left_out[UNREADABLE] else DONE
-
-
-def write_results(
-    args: argparse.Namespace, results: Iterable[ImageResult], total: int, output: Output
-) -> tuple[list, list]:
-    """Writes results in batches, also those before an interruption, with a progress bar for more than one batch.
-
-    Returns:
-        The unreadable images and those whose result can't be written, as (image, reason).
-    """
-    from tqdm import tqdm
-
-    bad, failed, batch = [], [], []
-    # In a log file, each update is a line.
-    options = {"unit": "image", "mininterval": 0.2 if sys.stderr.isatty() else 10.0, "file": sys.stderr}
-
-    def write() -> None:
-        ready = batch.copy()
-        # First, so that an interrupted batch isn't written twice.
-        batch.clear()
-        failed.extend(output.append(ready))
-
-    try:
-        for result in tqdm(results, total=total, disable=args.quiet or total <= args.batch_size, **options):
-            low = getattr(args, "min_confidence", None)
-            if result.error is not None:
-                bad.append((result.image, result.error))
-            elif low is not None and result.confidence < low:
-                result.captions = [None]
-            batch.append(result)
-            if len(batch) == args.batch_size:
-                write()
-    finally:
-        write()
-    return bad, failed
 
 
 def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed: list) -> None:

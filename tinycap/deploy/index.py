@@ -104,13 +104,9 @@ class ImageIndex:
     def _transaction(self) -> Iterator[None]:
         with self._reading():
             self.table.execute("BEGIN IMMEDIATE")
-            try:
+            # Commits, or rolls back after an error.
+            with self.table:
                 yield
-                self.table.execute("COMMIT")
-            except BaseException:
-                with contextlib.suppress(sqlite3.Error):
-                    self.table.execute("ROLLBACK")
-                raise
 
     def _update(self, **facts: str | int) -> None:
         for name, value in facts.items():
@@ -157,8 +153,8 @@ class ImageIndex:
         with self._transaction():
             self.table.executemany("DELETE FROM images WHERE path = ?", ((self._key(path),) for path in paths))
 
-    def add(self, results: Iterable[ImageResult], facts: dict[str, tuple[int, int]]) -> None:
-        """Adds images, or replaces changed ones, all of `results` or none.
+    def add(self, results: Iterable[ImageResult], facts: dict[str, tuple[int, int]]) -> tuple[()]:
+        """Adds images, or replaces changed ones, all of `results` or none; as an output's `append`, none fails alone.
 
         Args:
             results: with an embedding, or the error of an unreadable image, which is remembered until it changes.
@@ -180,6 +176,7 @@ class ImageIndex:
             self.table.executemany(command, rows)
             self._update(width=width, rows=row)
         self.num_rows, self.width = row, width
+        return ()
 
     def compact(self) -> None:
         """Writes the embeddings anew, without the rows of images that have left, if these are many."""

@@ -10,15 +10,17 @@ Rows are appended to a file and flushed after every batch: a killed run loses on
 next run resumes after the last complete row.
 """
 
+import argparse
 import contextlib
 import csv
 import html
 import io
 import json
 import os
+import sys
 import tempfile
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TextIO
 
@@ -343,3 +345,42 @@ class Screen(Output):
                     self.stream.write("\t".join(fields) + "\n")
             self.stream.flush()
         return []
+
+
+def write_results(
+    args: argparse.Namespace, results: Iterable[ImageResult], total: int, append: Callable, name: str | None = None
+) -> tuple[list, list]:
+    """Appends results in batches, also those before an interruption, with a progress bar for more than one batch.
+
+    Args:
+        append: as of an `Output`.
+        name: of the progress bar.
+
+    Returns:
+        The unreadable images and those whose result can't be written, as (image, reason).
+    """
+    from tqdm import tqdm
+
+    bad, failed, batch = [], [], []
+    # In a log file, each update is a line.
+    options = {"unit": "image", "mininterval": 0.2 if sys.stderr.isatty() else 10.0, "file": sys.stderr, "desc": name}
+
+    def write() -> None:
+        ready = batch.copy()
+        # First, so that an interrupted batch isn't written twice.
+        batch.clear()
+        failed.extend(append(ready) if ready else ())
+
+    try:
+        for result in tqdm(results, total=total, disable=args.quiet or total <= args.batch_size, **options):
+            low = getattr(args, "min_confidence", None)
+            if result.error is not None:
+                bad.append((result.image, result.error))
+            elif low is not None and result.confidence < low:
+                result.captions = [None]
+            batch.append(result)
+            if len(batch) == args.batch_size:
+                write()
+    finally:
+        write()
+    return bad, failed

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ from tinycap.commands import say, write_text, writing
 from tinycap.deploy.captioners import Captioner
 from tinycap.deploy.index import ImageIndex, Match
 from tinycap.deploy.inputs import LeftOut, list_images
-from tinycap.deploy.outputs import lock
+from tinycap.deploy.outputs import lock, write_results
 from tinycap.processing_tinycap import load_image
 
 
@@ -72,25 +73,12 @@ def index_folder(args: argparse.Namespace) -> tuple[Path, str]:
 
 def refresh(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -> tuple[list, LeftOut]:
     """Embeds what is new or has changed and removes what has left; returns the unreadable images and their errors."""
-    from tqdm import tqdm
-
     left_out = LeftOut()
     pending, gone = index.changes(list_images(args.images, left_out))
     if gone:
         index.remove(gone)
-    bad, batch = [], []
-    options = {"unit": "image", "file": sys.stderr, "disable": args.quiet or len(pending) <= args.batch_size}
-    try:
-        for result in tqdm(captioner.embed_for_texts(list(pending)), total=len(pending), desc="Indexing", **options):
-            batch.append(result)
-            bad += [(result.image, result.error)] if result.error is not None else []
-            if len(batch) >= args.batch_size:
-                # Taken first, so that an interruption in between adds none of them twice.
-                ready, batch = batch, []
-                index.add(ready, pending)
-    finally:
-        if batch:
-            index.add(batch, pending)
+    results, append = captioner.embed_for_texts(list(pending)), partial(index.add, facts=pending)
+    bad, _ = write_results(args, results, len(pending), append, "Indexing")
     index.compact()
     index.summarize()
     if not args.quiet and (pending or gone):

@@ -39,7 +39,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num_beams", type=int, help="beams; as the model's generation config says if not given")
     add("--length_penalty", type=float, help="above 0 favours longer captions of a beam search")
     add("--max_new_tokens", type=int, help="longest caption in tokens")
-    add("--teacher_name_or_path", help="also compare the student's embeddings with this teacher's")
+    add("--teacher_name_or_path", help="also compare the student's embeddings with this teacher's, and caption those")
     add("--teacher_feature", choices=FEATURES, default="pooled", help="which of its embeddings")
     add("--baselines", **switch, help="what a constant, a shuffled, a human caption scores")
     add("--failures", **switch, help="find errors by English word lists of everyday photos; caption drawings")
@@ -101,6 +101,10 @@ class Evaluation:
             results["caveats"] = caveats
         if captioned.teacher_embeds is not None:
             results["fidelity"] = metrics.distillation_fidelity(captioned.image_embeds, captioned.teacher_embeds)
+            if self.model.config.memory != "patches":
+                sources = (self.model, self.processor, captioned.teacher_embeds, args.batch_size)
+                captions = captioning.caption_embeds(*sources, **self.generation)
+                results["teacher_captions"] = metrics.score_captions(captions, self.references)
         if args.baselines:
             training = training_references(args)
             results["baselines"] = metrics.baseline_scores(captioned.captions, self.references, training, self.seed)

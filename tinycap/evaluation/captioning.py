@@ -19,6 +19,7 @@ from accelerate.utils import gather_object
 from PIL import Image
 from tqdm.auto import tqdm
 from transformers import GitProcessor
+from transformers.modeling_outputs import BaseModelOutput
 
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.pipeline_tinycap import caption_log_probs
@@ -199,3 +200,14 @@ def _caption_batch(batch: list[tuple], model, processor, teacher, device, genera
     if teacher is not None:
         teacher_embeds = teacher(pixels).float().cpu().numpy()
     return list(zip(rows, texts, tokens, log_probs, num_tokens, image_embeds, teacher_embeds))
+
+
+@torch.inference_mode()
+def caption_embeds(model, processor, embeds: torch.Tensor, batch_size: int, **generate_kwargs: Any) -> list[str]:
+    """Captions of embeddings (N, D), unit norm, in the place of the student's."""
+    captions = []
+    for part in embeds.to(model.device).split(batch_size):
+        memory = BaseModelOutput(last_hidden_state=part[:, None])
+        sequences = model.generate(encoder_outputs=memory, **generate_kwargs)
+        captions += [text.strip() for text in processor.batch_decode(sequences, skip_special_tokens=True)]
+    return captions

@@ -13,7 +13,6 @@ Writes `confidence.json` into the model's folder, where the pipeline and the com
 
 import argparse
 import datetime
-import hashlib
 import logging
 import os
 import sys
@@ -37,6 +36,7 @@ from tinycap.evaluation.caption_metrics.caption_metrics import cider_of_each
 from tinycap.evaluation.reports import plot_reliability
 from tinycap.training.data import uncaptioned
 from tinycap.training.logs import write_json
+from tinycap.training.repository import weights_sha256
 
 
 THRESHOLDS = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
@@ -150,12 +150,6 @@ def human_ciders(references: list[list[str]]) -> np.ndarray:
         others = [group[:position] + group[position + 1 :] for group in groups]
         ciders.extend(cider_of_each([group[position] for group in groups], others))
     return np.array(ciders)
-
-
-def weights_sha256(folder: str | Path) -> str | None:
-    """The digest of a local model's weights, which identifies its calibration; `None` for a model on the Hub."""
-    path = Path(folder) / "model.safetensors"
-    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def calibrate_model(args: argparse.Namespace, accelerator: Accelerator) -> tuple[dict, dict]:

@@ -1,4 +1,4 @@
-"""Metrics: caption scores, baselines for them, and how well the student reproduces its teacher's embeddings."""
+"""Metrics: baselines of caption scores, retrieval, and how well the student reproduces its teacher's embeddings."""
 
 import random
 from collections.abc import Sequence
@@ -51,6 +51,23 @@ def distillation_fidelity(student_embeds: torch.Tensor, teacher_embeds: torch.Te
         "recall_at_1": 100 * (ranks <= 1).double().mean().item(),
         "recall_at_5": 100 * (ranks <= 5).double().mean().item(),
     }
+
+
+def retrieval_recall(image_embeds: torch.Tensor, text_embeds: torch.Tensor, ks: tuple[int, ...] = (1, 5, 10)) -> dict:
+    """Recall at k in %, in both directions, of (N, D) images and (N * K, D) captions, an image's next to each other;
+    unit norm."""
+    num_images, num_texts = len(image_embeds), len(text_embeds)
+    similarity = image_embeds @ text_embeds.t()
+    is_own = torch.arange(num_images)[:, None] == torch.arange(num_texts) // (num_texts // num_images)
+    metrics = {}
+    for name, scores, is_right in (
+        ("image_to_text", similarity, is_own),
+        ("text_to_image", similarity.t(), is_own.t()),
+    ):
+        for k in ks:
+            nearest = scores.topk(min(k, scores.shape[1]), dim=1).indices
+            metrics[f"{name}_recall_at_{k}"] = 100 * is_right.gather(1, nearest).any(1).double().mean().item()
+    return metrics
 
 
 def most_typical_caption(references: Sequence[Sequence[str]], seed: int) -> str:

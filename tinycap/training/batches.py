@@ -12,7 +12,6 @@ from itertools import count
 
 import datasets
 import torch
-import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -32,6 +31,7 @@ class SampleMaker:
         captions_per_image: captions to draw, without repeats while there are enough; `None` for all.
         seed: with the epoch and the row, fixes every draw.
         on_device: samples have no pixels: a `DevicePixels` computes them where the model is.
+        without_pixels: samples have no pixels: cached embeddings stand for the images.
     """
 
     rows: datasets.Dataset | datasets.IterableDataset
@@ -40,6 +40,7 @@ class SampleMaker:
     captions_per_image: int | None = None
     seed: int = 0
     on_device: bool = False
+    without_pixels: bool = False
 
     def make_sample(self, row: dict, index: int | str, epoch: int, view: int, draw_row: Callable) -> dict:
         """The `view` (see `View`) and its `pixels` follow from (seed, view, index), `captions` from (seed, epoch,
@@ -52,8 +53,11 @@ class SampleMaker:
         drawn = self.augmentation.draw_view(row, random.Random(f"picture/{self.seed}/{view}/{index}"))
         self.augmentation.draw_mixing(drawn, draw_row, random.Random(f"mixup/{self.seed}/{view}/{index}"))
         sample = {"view": drawn, "mixed": drawn.other is not None, "image_id": row["image_id"]}
-        image = {"image_size": self.image_size} if self.on_device else {"pixels": drawn.pixels(self.image_size)}
-        return {**sample, **image, "captions": captions, "references": row["captions"]}
+        if self.on_device:
+            sample["image_size"] = self.image_size
+        elif not self.without_pixels:
+            sample["pixels"] = drawn.pixels(self.image_size)
+        return {**sample, "captions": captions, "references": row["captions"]}
 
 
 @dataclass(eq=False)
@@ -61,24 +65,24 @@ class CaptionDataset(SampleMaker, Dataset):
     """Samples of decoded rows, drawn anew in every epoch; see `SampleMaker`.
 
     A key is `(epoch, row)`, so that workers need not know the epoch, or a row of epoch 0. With a `TeacherCache`, epochs
-    cycle through its views, and samples carry `teacher_embeds`, the teacher's embedding of their view; `image_embeds`
-    instead where it is a frozen student's (`caches_student`).
+    cycle through its views, and samples carry `teacher_embeds`, the teacher's embedding of their view; `without_pixels`
+    it is called `image_embeds`.
 
     Args:
         offsets: of every row in a `DevicePixels` that holds all images, which aren't read here then.
     """
 
     teacher_cache: Callable[[int, int], torch.Tensor] | None = None
-    caches_student: bool = False
     offsets: Sequence[int] | None = None
 
     def in_size(self, image_size: int) -> "CaptionDataset":
         """The same crops of the same images, resized to another side (pixels) on the CPU, without a teacher cache."""
-        return replace(self, image_size=image_size, teacher_cache=None, on_device=False, offsets=None)
+        replaced = {"teacher_cache": None, "on_device": False, "without_pixels": False, "offsets": None}
+        return replace(self, image_size=image_size, **replaced)
 
     @cached_property
     def read_rows(self) -> datasets.Dataset:
-        return self.rows if self.offsets is None else self.rows.remove_columns("pixels")
+        return self.rows.remove_columns("pixels") if self.offsets is not None or self.without_pixels else self.rows
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -88,7 +92,7 @@ class CaptionDataset(SampleMaker, Dataset):
         view = epoch if self.teacher_cache is None else epoch % self.teacher_cache.num_views
         sample = self.make_sample(self._row(index), index, epoch, view, self._draw_row)
         if self.teacher_cache is not None:
-            sample["image_embeds" if self.caches_student else "teacher_embeds"] = self.teacher_cache(view, index)
+            sample["image_embeds" if self.without_pixels else "teacher_embeds"] = self.teacher_cache(view, index)
         return sample
 
     def _row(self, index: int) -> dict:
@@ -167,7 +171,7 @@ class EpochBatchSampler(Sampler):
 
 @dataclass
 class CaptionCollator:
-    """B samples with K captions each to a batch of tensors.
+    """B samples with K captions each to a batch of tensors, C of them neither mixed nor without captions.
 
     Args:
         max_caption_length: ids a caption may have, the end token included.
@@ -175,11 +179,11 @@ class CaptionCollator:
         image_mean, image_std: per channel, of pixels from 0 to 1.
 
     Returns (from a call):
-        dict of `pixel_values` (B, 3, H, W) float32, or the `views` that `DevicePixels` makes them of; `labels` (B * K,
-        T) int64, the captions of an image in adjacent rows, each with its end token and -100 as padding, all -100 for
-        an image that is mixed or has no captions; `num_tokens`, how many labels aren't -100; `references`, B lists of
-        all captions of an image; `image_ids`, B strings; `teacher_embeds` or `image_embeds` (B, embed_dim) where the
-        samples carry them.
+        dict of `pixel_values` (B, 3, H, W) float32, or the `views` that `DevicePixels` makes them of, where samples
+        have pixels; `teacher_embeds` or `image_embeds` (B, embed_dim) where they carry them; `captioned` (C,), their
+        numbers; `labels` (C * K, T) int64, their captions, those of an image in adjacent rows, each with its end token
+        and -100 as padding; `num_tokens`, how many labels aren't -100; `references`, B lists of all captions of an
+        image; `image_ids`, B strings. With C = 0, `captioned` is the first image, and its labels are all -100.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -196,29 +200,30 @@ class CaptionCollator:
         # Jitter, scaling to 0..1 and normalisation are one multiplication and one addition.
         gain = torch.tensor([view.gain for view in views]) / (255 * self.image_std)
         shift = (torch.tensor([view.shift for view in views]) - self.image_mean) / self.image_std
-        captions = [caption for sample in samples for caption in sample["captions"]]
+        # Only the teacher describes the others. Without any, one image's labels of -100 keep the decoder in the graph.
+        captioned = [number for number, sample in enumerate(samples) if sample["references"] and not sample["mixed"]]
+        captions = [caption for number in captioned or [0] for caption in samples[number]["captions"]]
         encoded = encode_captions(self.tokenizer, captions, self.max_caption_length, self.end_truncated)
         labels = pad_sequence([torch.tensor(ids) for ids in encoded], batch_first=True, padding_value=-100)
-        # No caption describes these images: only the teacher does.
-        ignored = [sample["mixed"] or not sample["references"] for sample in samples]
-        labels[torch.tensor([image for image, sample in zip(ignored, samples) for _ in sample["captions"]])] = -100
+        if not captioned:
+            labels.fill_(-100)
+        embeds = {"teacher_embeds", "image_embeds"} & samples[0].keys()
+        images = {name: torch.stack([sample[name] for sample in samples]) for name in embeds}
         if "pixels" in samples[0]:
             pixels = torch.stack([sample["pixels"] for sample in samples]).permute(0, 3, 1, 2).float()
             pixels = pixels.mul_(gain[:, :, None, None]).add_(shift[:, :, None, None]).contiguous()
-            images = {"pixel_values": pixels}
-        else:
-            images = {"views": {**pack_views(views, samples[0]["image_size"]), "gain": gain, "shift": shift}}
-        batch = {
+            images["pixel_values"] = pixels
+        elif "image_size" in samples[0]:
+            images["views"] = {**pack_views(views, samples[0]["image_size"]), "gain": gain, "shift": shift}
+        return {
             **images,
             "labels": labels,
+            "captioned": torch.tensor(captioned or [0]),
             # Counted here: on a device, the count would wait for all its work.
             "num_tokens": int((labels != -100).sum()),
             "references": [sample["references"] for sample in samples],
             "image_ids": [sample["image_id"] for sample in samples],
         }
-        for name in {"teacher_embeds", "image_embeds"} & samples[0].keys():
-            batch[name] = torch.stack([sample[name] for sample in samples])
-        return batch
 
     def dummy_batch(self, image_size: int, captions_per_image: int) -> dict:
         """A batch of one black image with empty captions, for a process without images where others have some."""
@@ -227,17 +232,14 @@ class CaptionCollator:
         return self([{**sample, "captions": [""] * captions_per_image}])
 
 
-def join_batches(first: dict, second: dict) -> dict:
-    """One batch of the images of two with as many captions an image."""
-    length = max(batch["labels"].shape[1] for batch in (first, second))
-    first, second = (
-        {**batch, "labels": F.pad(batch["labels"], (0, length - batch["labels"].shape[1]), value=-100)}
-        for batch in (first, second)
-    )
-    return {
-        name: torch.cat([value, second[name]]) if isinstance(value, torch.Tensor) else value + second[name]
-        for name, value in first.items()
+def join_batches(batch: dict, uncaptioned: dict) -> dict:
+    """One batch of the images of two, the second of which has no captions."""
+    joined = {
+        name: torch.cat([value, uncaptioned[name]]) if isinstance(value, torch.Tensor) else value + uncaptioned[name]
+        for name, value in batch.items()
+        if name not in ("labels", "captioned")
     }
+    return {**batch, **joined}
 
 
 def image_inputs(batch: dict) -> dict:

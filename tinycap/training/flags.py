@@ -76,8 +76,12 @@ GROUPS: dict[str, tuple[Flag, ...]] = {
         DistillFlag("freeze_vision_model", False, "train the decoder alone: the student's weights stay as they are"),
         DistillFlag("memory", None, "what the decoder attends to; as the config says if not given", MEMORIES),
         DistillFlag("image_size", None, "side of the images in pixels; as the config says if not given", POSITIVE),
-        TeacherFlag("image_model_name_or_path", None, "pretrained image classifiers; else a new tower", several=True),
-        TeacherFlag("freeze_image_model", False, "train only a linear head on the image models' features"),
+        TeacherFlag(
+            "image_model_name_or_path", None, "pretrained classifiers, or a captioner; else a new tower", several=True
+        ),
+        TeacherFlag(
+            "freeze_image_model", False, "train only a linear head on their features; on a captioner's, only texts"
+        ),
         TeacherFlag("feature_views", 8, "crops of an image whose features are computed, once", POSITIVE),
         TeacherFlag("feature_cache_dir", None, "store features here; in the output folder if not given"),
         TeacherFlag("text_model_name_or_path", None, "frozen sentence encoder to learn against; a new text tower else"),

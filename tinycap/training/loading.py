@@ -15,7 +15,7 @@ from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.augmentation import Augmentation
 from tinycap.training.batches import CaptionCollator, CaptionDataset, EpochBatchSampler
 from tinycap.training.captions import usable_captions
-from tinycap.training.columns import AnyDataset, Columns, resolve_columns
+from tinycap.training.columns import Columns, resolve_columns
 from tinycap.training.data import content_fingerprint, decode_dataset, image_keys, load_splits
 from tinycap.training.device_images import DevicePixels, augments_on, load_images
 from tinycap.training.loop import init_worker, main_process_first
@@ -23,7 +23,7 @@ from tinycap.training.scenes import scene_splits
 from tinycap.training.skipped_rows import SkippedRows
 from tinycap.training.streaming import EndlessStream, StreamingCaptionDataset
 from tinycap.training.teacher import Teacher
-from tinycap.training.teacher_cache import FrozenStudent, build_teacher_cache
+from tinycap.training.teacher_cache import FrozenModel, build_teacher_cache
 from tinycap.training.train_batches import TrainBatches
 from tinycap.training.unlabelled import SharedOrder, Unlabelled, load_unlabelled
 
@@ -83,7 +83,7 @@ def load_data(
         stored_size: side of the largest crop that a model is given, pixels.
         skipped: counts the unusable rows.
     """
-    workers, scenes, limit = args.preprocessing_num_workers, None, args.max_eval_samples
+    workers, limit, scenes, unlabelled = args.preprocessing_num_workers, args.max_eval_samples, None, None
 
     def decode(rows: datasets.Dataset, columns: Columns, split: str) -> datasets.Dataset:
         return decode_dataset(rows, columns, stored_size, skipped, split, workers)
@@ -103,7 +103,12 @@ def load_data(
             columns = resolve_columns(train, args.image_column, args.caption_column, *source)
             # Recorded for an evaluation of the same rows.
             args.image_column, args.caption_column = columns.image, columns.caption
-        unlabelled = load_more_images(args, columns, train, validation)
+        if (more := getattr(args, "unlabelled_dataset_name", None)) is not None:
+            # What a stream holds isn't known before it is read.
+            others = [validation] if args.streaming else [validation, train]
+            known = {key for rows in others for key in image_keys(rows, columns, workers)}
+            options = (args.streaming, args.allow_remote_images, workers)
+            unlabelled = load_unlabelled(more, args.unlabelled_split, known, *options)
         shown = validation.take(min(limit or len(validation), len(validation)))
         shown = decode(shown, columns, args.validation_split or "validation")
         columns = replace(columns, requires_captions=not getattr(args, "allow_missing_captions", False))
@@ -114,20 +119,6 @@ def load_data(
             more = decode(unlabelled.rows, unlabelled.columns, unlabelled.split)
             train = datasets.concatenate_datasets([train, more])
         return Data(columns, train, shown, None, scenes)
-
-
-def load_more_images(
-    args: argparse.Namespace, columns: Columns, train: AnyDataset, validation: datasets.Dataset
-) -> Unlabelled | None:
-    """The images of `--unlabelled_dataset_name` that aren't among the others; `None` without this flag."""
-    name = getattr(args, "unlabelled_dataset_name", None)
-    if name is None:
-        return None
-    workers = args.preprocessing_num_workers
-    # What a stream holds isn't known before it is read.
-    others = [validation] if args.streaming else [validation, train]
-    known = {key for rows in others for key in image_keys(rows, columns, workers)}
-    return load_unlabelled(name, args.unlabelled_split, known, args.streaming, args.allow_remote_images, workers)
 
 
 def create_loaders(
@@ -147,9 +138,12 @@ def create_loaders(
     """
     mixing = (getattr(args, name, 0.0) for name in ("mixup", "cutmix"))
     augmentation = Augmentation(args.crop_scale, args.horizontal_flip, args.color_jitter, *mixing)
-    pixels = DevicePixels(image_size) if augments_on(accelerator.device) else None
+    # Features of frozen towers, and a frozen student's embeddings in a cache, stand for the images.
+    all_cached = getattr(args, "freeze_image_model", False)
+    cached = all_cached or (not contrastive and args.freeze_vision_model and args.teacher_cache_dir is not None)
+    pixels = DevicePixels(image_size) if augments_on(accelerator.device) and not cached else None
     variation = {"image_size": image_size, "augmentation": augmentation, "on_device": pixels is not None}
-    variation |= {"captions_per_image": args.captions_per_image, "seed": args.seed}
+    variation |= {"captions_per_image": args.captions_per_image, "seed": args.seed, "without_pixels": cached}
     process = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
     batch_size, captions_per_image = args.per_device_train_batch_size, args.captions_per_image
     options = {
@@ -173,13 +167,16 @@ def create_loaders(
     )
     endless_loader = None
     if dataset is None:
-        loader, source = partial(StatefulDataLoader, num_workers=workers, **options), {"skipped": skipped, **process}
+        loader = partial(StatefulDataLoader, num_workers=workers, persistent_workers=workers > 0, **options)
+        source = {"skipped": skipped, **process}
         if data.unlabelled_stream is not None:
-            size = data.unlabelled_stream.batch_size(batch_size, args.unlabelled_share)
+            if batch_size < 2:
+                expected = "at least 2, an image with and one without captions"
+                raise ValueError(f"--per_device_train_batch_size: expected {expected}, got {batch_size}")
+            size = min(max(1, round(args.unlabelled_share * batch_size)), batch_size - 1)
             endless_loader = loader(EndlessStream(**variation, **vars(data.unlabelled_stream), **source), size)
             batch_size -= size
         main = {"rows": data.stream, "columns": data.columns, "split": args.train_split}
-        # Workers are started anew each epoch, since they get the epoch when they start.
         train_loader = loader(StreamingCaptionDataset(**main, **variation, **source), batch_size)
     else:
         order = None
@@ -192,7 +189,8 @@ def create_loaders(
         rows = order or dataset
         sampler = EpochBatchSampler(len(rows), batch_size, args.seed, **process, equal=contrastive, order=order)
         train_loader = DataLoader(dataset, batch_sampler=sampler, num_workers=workers, **options)
-    validation = CaptionDataset(data.validation, image_size, Augmentation(), captions_per_image, args.seed)
+    sizes = {"captions_per_image": captions_per_image, "seed": args.seed, "without_pixels": all_cached}
+    validation = CaptionDataset(data.validation, image_size, **sizes)
     persistent = {"num_workers": eval_workers, "persistent_workers": eval_workers > 0}
     validation_loader = DataLoader(validation, eval_batch_size, **options, **persistent)
     batches = TrainBatches(train_loader, accelerator.device, pixels, endless_loader)
@@ -202,8 +200,7 @@ def create_loaders(
 def cache_teacher_embeddings(
     args: argparse.Namespace,
     accelerator: Accelerator,
-    teacher: Teacher | FrozenStudent,
-    data: Data,
+    teacher: Teacher | FrozenModel,
     loaders: tuple[TrainBatches, DataLoader],
     teacher_crop_size: int,
 ) -> None:
@@ -215,14 +212,10 @@ def cache_teacher_embeddings(
     """
     collator = loaders[0].loader.collate_fn
     options = {"batch_size": args.per_device_eval_batch_size, "num_workers": args.dataloader_num_workers}
-    parts = [(loaders[0].loader.dataset, args.teacher_views, data.fingerprint)]
-    if isinstance(teacher, FrozenStudent):
-        loaders[0].loader.dataset.caches_student = True
-    else:
+    parts = [(loaders[0].loader.dataset, args.teacher_views)]
+    if not isinstance(teacher, FrozenModel):
         # Validation images are always cropped alike: one view.
-        parts.append((loaders[1].dataset, 1, content_fingerprint(data.validation)))
-    for dataset, num_views, fingerprint in parts:
-        crops, options["dataset_fingerprint"] = dataset.in_size(teacher_crop_size), fingerprint
-        dataset.teacher_cache = build_teacher_cache(
-            accelerator, teacher, crops, collator, args.teacher_cache_dir, num_views, **options
-        )
+        parts.append((loaders[1].dataset, 1))
+    for dataset, num_views in parts:
+        sources = (accelerator, teacher, dataset.in_size(teacher_crop_size), collator)
+        dataset.teacher_cache = build_teacher_cache(*sources, args.teacher_cache_dir, num_views, **options)

@@ -28,6 +28,7 @@ RESULTS = {
     "train_distill.py": "eval_results.json",
     "tinycap.training.efficientnet_lite": "config.json",
     "tinycap.training.soup": "soup.json",
+    "tinycap.training.text_encoder": "eval_results.json",
 }
 
 

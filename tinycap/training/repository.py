@@ -1,5 +1,6 @@
 """Writes a complete model repository: a folder that loads from anywhere."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -77,6 +78,12 @@ def load_repository(
         # transformers and `tokenizers` raise errors of many types on malformed files.
         where = "" if Path(name_or_path).is_dir() else "no such folder, and from the Hub: "
         raise ValueError(f"{source} {name_or_path}: {where}{first_line(error)}") from error
+
+
+def weights_sha256(folder: str | Path) -> str | None:
+    """The digest of a local model's weights, which identifies its calibration; `None` for a model on the Hub."""
+    path = Path(folder) / "model.safetensors"
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else None
 
 
 def save_repository(

@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
 from tinycap.commands import run_command, writing
-from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.logs import write_json
-from tinycap.training.repository import create_image_processor, save_repository
+from tinycap.training.repository import load_repository, save_repository
 from tinycap.training.run_folder import check_output_dir, clear_output_dir
-from tinycap.training.tokenizer import load_tokenizer
 
 
 SOUP_FILE = "soup.json"
@@ -30,17 +27,6 @@ TRAINING_FIELDS = (
     *("distill_weight", "label_smoothing", "memory_noise", "initializer_range"),
     *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"),
 )
-
-
-def load(name_or_path: str) -> tuple:
-    """A trained model in float32, its tokenizer and its image processor; an error of theirs names the model."""
-    try:
-        model = TinyCapForConditionalGeneration.from_pretrained(name_or_path).float()
-        saved = AutoImageProcessor.from_pretrained(name_or_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"--models {name_or_path}: expected a trained TinyCap: {error}") from error
-    processor = create_image_processor(model.config.vision_config.image_size, saved.image_mean, saved.image_std)
-    return model, load_tokenizer(name_or_path), processor
 
 
 def traits(model, tokenizer, processor) -> dict[str, Any]:
@@ -58,10 +44,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_output_dir(args)
     first, *others = args.models
-    model, tokenizer, processor = load(first)
+    model, tokenizer, processor = load_repository(first, "--models")
+    model.float()
     expected, total = traits(model, tokenizer, processor), args.weights[0]
     for name, weight in zip(others, args.weights[1:]):
-        loaded = load(name)
+        loaded = load_repository(name, "--models")
         actual = traits(*loaded)
         for field in sorted(expected.keys() | actual.keys()):
             if expected.get(field) != actual.get(field):
@@ -70,7 +57,7 @@ def main(argv: list[str] | None = None) -> None:
         total += weight
         with torch.no_grad():
             for parameter, other in zip(model.parameters(), loaded[0].parameters(), strict=True):
-                parameter.lerp_(other, weight / total)
+                parameter.lerp_(other.float(), weight / total)
     clear_output_dir(Path(args.output_dir))
     with writing(args.output_dir):
         save_repository(args.output_dir, model, tokenizer, processor)

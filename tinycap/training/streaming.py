@@ -54,11 +54,15 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
         # Only the order of the shards: a buffer of one row holds nothing that a state would have to save.
         rows = undecoded(self.rows).shuffle(self.seed, buffer_size=1, max_buffer_input_shards=1)
         self.rows = split_dataset_by_node(rows, rank=self.process_index, world_size=self.num_processes)
-        self.epoch = self.num_seen = 0
+        self.num_seen = 0
         self.position = self.resumed = None
 
+    @property
+    def epoch(self) -> int:
+        """In memory that a loader's workers share, so that they stay from epoch to epoch."""
+        return self.rows.epoch
+
     def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
         self.rows.set_epoch(epoch)
 
     def state_dict(self) -> dict | None:
@@ -67,7 +71,8 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
 
     def load_state_dict(self, state: dict | None) -> None:
         """Lets the next iteration start at `state` instead of the beginning of the epoch."""
-        self.resumed = state
+        # Also the position, until there is another: the run may be stopped again before the first row.
+        self.resumed = self.position = state
 
     def _next_rows(self, stream: Iterator[dict], first: int) -> list[dict]:
         """The next block of rows, from number `first` on."""
@@ -91,9 +96,13 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
         return decoded
 
     def __iter__(self) -> Iterator[dict]:
+        # At once, since a loader saves the state in which an epoch begins.
+        self.position, self.resumed = self.resumed, None
+        return self._samples(self.position or {"block": 0, "given": 0, "stream": None})
+
+    def _samples(self, start: dict) -> Iterator[dict]:
         worker = get_worker_info()
         share = f"{self.process_index}.{worker.id if worker else 0}"
-        start, self.resumed = self.resumed or {"block": 0, "given": 0, "stream": None}, None
         if start["stream"] is not None:
             self.rows.load_state_dict(start["stream"])
         stream = iter(self.rows)
@@ -126,7 +135,7 @@ class EndlessStream(StreamingCaptionDataset):
         return position and {"pass": self.epoch, **position}
 
     def __iter__(self) -> Iterator[dict]:
-        # The workers of a loader share a stream's epoch, in shared memory; each has passes of its own.
+        # Each worker has passes of its own.
         self.rows = copy.deepcopy(self.rows)
         is_whole = self.resumed is None
         if not is_whole:

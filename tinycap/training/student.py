@@ -2,6 +2,7 @@
 
 import argparse
 import copy
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -14,6 +15,8 @@ from tinycap.training.repository import create_image_processor
 from tinycap.training.tokenizer import MIN_VOCAB_SIZE, load_tokenizer
 from tinycap.training.towers import pixel_statistics
 
+
+logger = logging.getLogger(__name__)
 
 # Flags that set a field of the configuration: the part that has it (None: the top), and its name there.
 CONFIG_FLAGS = {
@@ -42,6 +45,9 @@ def build_config(args: argparse.Namespace) -> TinyCapConfig:
     fixed = args.model_name_or_path is not None or args.config_name is not None
     default = SCENE_CONFIG if args.dataset_name is None else {}
     values = read_config_values(args) if fixed else copy.deepcopy(default)
+    if values.pop("text_encoder_config", None) is not None:
+        # It embeds texts where the student embedded images before, from the decoder's token embedding.
+        logger.info("The text encoder is left out: train it again for the new weights (tinycap.training.text_encoder).")
     vision, text = values.setdefault("vision_config", {}), values.setdefault("text_config", {})
     saved = TinyCapConfig(**values)
     if args.model_name_or_path is not None and args.memory not in (None, saved.memory):

@@ -113,11 +113,14 @@ class Teacher(nn.Module):
         """Stays in eval mode."""
         return super().train(False)
 
+    def own_pixels(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """(B, 3, H, W) pixels, normalised by `image_mean` and `image_std`, in the image tower's size and by its own."""
+        return resize_pixels(pixel_values.float() * self.scale + self.shift, self.image_size)
+
     @torch.no_grad()
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Embeds (B, 3, H, W) pixels, normalised by `image_mean` and `image_std`, to (B, embed_dim) of unit norm."""
-        pixel_values = pixel_values.float() * self.scale + self.shift
-        pixel_values = resize_pixels(pixel_values, self.image_size)
+        pixel_values = self.own_pixels(pixel_values)
         if self.feature == "pooled":
             embeds = self.vision_model.vision_model(pixel_values=pixel_values).pooler_output
         else:

@@ -18,15 +18,16 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from tinycap.commands import replacing, writing
 from tinycap.pipeline_tinycap import usable_workers
 from tinycap.training.batches import CaptionCollator, CaptionDataset
+from tinycap.training.data import content_fingerprint
 from tinycap.training.loop import init_worker, wait_for_slow_process
 from tinycap.training.teacher import Teacher
-from tinycap.vision_tinycap import TinyCapVisionModel
 
 
 logger = logging.getLogger(__name__)
@@ -39,26 +40,29 @@ CACHE_VERSION = 2
 CHECKED_ROWS, MIN_COSINE = 32, 0.98
 
 
-class FrozenStudent:
-    """A student in a teacher's place: what a decoder alone trains on. `vision_model` is moved to the device."""
+@dataclass
+class FrozenModel:
+    """An image model in a teacher's place: the student that a decoder alone trains on, or a tower without its head.
 
-    feature, is_normalised = "student", True
+    Args:
+        vision_model: called with pixels that are normalised for it; has `image_embeds`, (B, embed_dim).
+        feature, scale, shift: part of the cache's key.
+        is_normalised: whether the embeddings have unit norm.
+    """
 
-    def __init__(self, vision_model: TinyCapVisionModel, device: torch.device):
-        self.vision_model, self.embed_dim = vision_model.to(device), vision_model.config.projection_dim
-        # The pixels are normalised for it already.
-        self.scale = self.shift = torch.empty(0)
+    vision_model: nn.Module
+    feature: str
+    embed_dim: int
+    is_normalised: bool = True
+    scale: torch.Tensor = torch.empty(0)
+    shift: torch.Tensor = torch.empty(0)
 
     def __call__(self, pixel_values: torch.Tensor) -> torch.Tensor:
         return self.vision_model(pixel_values).image_embeds
 
 
 def teacher_recipe(
-    teacher: Teacher | FrozenStudent,
-    dataset: CaptionDataset,
-    collator: CaptionCollator,
-    dataset_fingerprint: str,
-    precision: str,
+    teacher: Teacher | FrozenModel, dataset: CaptionDataset, collator: CaptionCollator, precision: str
 ) -> dict:
     """Everything that an embedding of the cache depends on, as JSON."""
     weights = hashlib.sha256()
@@ -75,7 +79,7 @@ def teacher_recipe(
         **{"teacher": weights.hexdigest(), "feature": teacher.feature},
         **{name: values.flatten().tolist() for name, values in pixels.items()},
         **{"image_size": dataset.image_size, "augmentation": augmentation, "seed": dataset.seed},
-        **{"num_rows": len(dataset), "dataset": dataset_fingerprint},
+        **{"num_rows": len(dataset), "dataset": content_fingerprint(dataset.rows)},
     }
 
 
@@ -94,22 +98,21 @@ class TeacherCache:
 @torch.no_grad()
 def build_teacher_cache(
     accelerator: Accelerator,
-    teacher: Teacher | FrozenStudent,
+    teacher: Teacher | FrozenModel,
     dataset: CaptionDataset,
     collator: CaptionCollator,
     cache_dir: str | Path,
     num_views: int,
     batch_size: int,
-    dataset_fingerprint: str,
     num_workers: int = 0,
 ) -> TeacherCache:
     """Computes what `cache_dir` doesn't hold yet, each process its share, and opens the whole cache.
 
     Every file is written under a temporary name and renamed, so that an interrupted build continues where it stopped,
-    and later runs with more views only add theirs. The dataset's augmentation and seed define the views, and
-    `dataset_fingerprint` its rows. Raises `ValueError` for a damaged file, or one of other embeddings, which it names.
+    and later runs with more views only add theirs. The dataset's augmentation and seed define the views. Raises
+    `ValueError` for a damaged file, or one of other embeddings, which it names.
     """
-    recipe = teacher_recipe(teacher, dataset, collator, dataset_fingerprint, accelerator.mixed_precision)
+    recipe = teacher_recipe(teacher, dataset, collator, accelerator.mixed_precision)
     key = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
     folder = Path(cache_dir) / f"teacher-{key}"
     with writing(folder):
@@ -149,7 +152,9 @@ def build_teacher_cache(
     rows = {shard: rng.choice(parts[shard[1]]) for shard in rng.sample(found, min(len(found), CHECKED_ROWS))}
     embeds = embed([(view, row) for (view, _), row in rows.items()]) if rows else ()
     for (shard, row), expected in zip(rows.items(), embeds):
-        _check_row(paths[shard], row, cache(shard[0], row), expected)
+        if (cosine := float(F.cosine_similarity(cache(shard[0], row), expected, dim=0))) < MIN_COSINE:
+            got = f"got another (cosine {cosine:.2f}); delete it"
+            raise ValueError(f"{paths[shard]}: expected this teacher's embedding of row {row}, {got}")
     return cache
 
 
@@ -158,28 +163,14 @@ def _open_shard(path: Path, shape: tuple[int, int], is_normalised: bool) -> torc
         if not path.is_file():
             raise OSError("not a file")
         embeds = load_file(path)["image_embeds"]
-    except (SafetensorError, OSError, KeyError) as error:
-        raise ValueError(f"{path}: expected a file of embeddings, delete it to have it made anew: {error}") from error
-    if embeds.shape != shape or embeds.dtype != torch.float32:
-        raise ValueError(
-            f"{path}: expected embeddings {shape} of torch.float32, got {tuple(embeds.shape)} of {embeds.dtype}; "
-            "delete it"
-        )
-    norms = embeds.norm(dim=1)
-    # Those in half precision are off by 0.004; NaN is close to nothing.
-    is_right = (norms - 1).abs() < 1e-2 if is_normalised else norms.isfinite()
-    if wrong := (~is_right).nonzero().flatten().tolist():
-        expected = "norm 1" if is_normalised else "finite norm"
-        raise ValueError(
-            f"{path}: expected embeddings of {expected}, got {norms[wrong[0]]:.3g} in row {wrong[0]} and {len(wrong)} "
-            "such rows; delete it"
-        )
+        if embeds.shape != shape or embeds.dtype != torch.float32:
+            raise ValueError(f"expected {shape} of torch.float32, got {tuple(embeds.shape)} of {embeds.dtype}")
+        norms = embeds.norm(dim=1)
+        # Those in half precision are off by 0.004; NaN is close to nothing.
+        is_right = (norms - 1).abs() < 1e-2 if is_normalised else norms.isfinite()
+        if wrong := (~is_right).nonzero().flatten().tolist():
+            expected, row = "norm 1" if is_normalised else "a finite norm", wrong[0]
+            raise ValueError(f"expected {expected}, got {norms[row]:.3g} in row {row} and {len(wrong)} such rows")
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: expected embeddings, delete it to have it made anew: {error}") from error
     return embeds
-
-
-def _check_row(path: Path, row: int, embed: torch.Tensor, expected: torch.Tensor) -> None:
-    """Raises `ValueError` unless a row's embedding is the one that the teacher computes."""
-    if (cosine := float(F.cosine_similarity(embed, expected, dim=0))) < MIN_COSINE:
-        raise ValueError(
-            f"{path}: expected this teacher's embedding of row {row}, got another (cosine {cosine:.2f}); delete it"
-        )

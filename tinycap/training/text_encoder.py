@@ -21,18 +21,20 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import send_to_device, set_seed
 from torch import nn
-from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import AutoConfig, CLIPModel, get_scheduler
+from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from tinycap.commands import run_command, writing
+from tinycap.confidence_tinycap import CONFIDENCE_NAME
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.training.batches import EpochBatchSampler
 from tinycap.training.captions import usable_captions
 from tinycap.training.data import load_split, resolve_columns
-from tinycap.training.logs import write_json
+from tinycap.training.logs import read_json, write_json
 from tinycap.training.optimization import OPTIMIZERS, create_optimizer
-from tinycap.training.repository import load_repository, save_repository
+from tinycap.training.repository import load_repository, save_repository, weights_sha256
 from tinycap.training.run_folder import check_output_dir, clear_output_dir
 from tinycap.training.tokenizer import load_tokenizer
 from tinycap.training.towers import encode_sentences, load_sentence_encoder, load_text_head, load_weights
@@ -177,55 +179,62 @@ def add_text_encoder(
     return new
 
 
+def create_sampler(args: argparse.Namespace, accelerator: Accelerator, lengths: list[int]) -> EpochBatchSampler:
+    """This process's batches of texts, whose `lengths` are alike in a step, so that little of it is padding."""
+    size = max(1, min(args.per_device_train_batch_size, len(lengths) // accelerator.num_processes))
+    step_size = size * accelerator.num_processes
+
+    def order(epoch: int) -> list[tuple[int, int]]:
+        generator = torch.Generator().manual_seed(args.seed + epoch)
+        rows = get_length_grouped_indices(lengths, step_size, generator=generator)
+        steps = [rows[start : start + step_size] for start in range(0, len(rows) - step_size + 1, step_size)]
+        random.Random(f"{args.seed}/{epoch}").shuffle(steps)
+        return [(epoch, row) for step in steps for row in step]
+
+    process = {"process_index": accelerator.process_index, "num_processes": accelerator.num_processes}
+    return EpochBatchSampler(len(lengths), size, args.seed, **process, equal=True, order=order)
+
+
 def train(args: argparse.Namespace, accelerator: Accelerator, model, tokenizer, texts, targets) -> float:
     """Trains the model's text encoder; returns the mean cosine distance of held-out texts."""
     held_out = min(MAX_HELD_OUT, max(1, int(HELD_OUT * len(texts))))
     student = TextStudent(model)
     limit = model.config.text_encoder_config.max_position_embeddings
 
-    def collate(rows: list[int], rng: random.Random | None = None) -> dict[str, torch.Tensor]:
-        chosen = [texts[row] for row in rows]
-        if rng is not None:
+    def collate(keys: list[tuple[int, int]], is_training: bool) -> dict[str, torch.Tensor]:
+        chosen = [texts[row] for _, row in keys]
+        if is_training:
             # Queries are rarely capitalised; the usual teachers ignore capitals.
-            chosen = [text.lower() if rng.random() < 0.5 else text for text in chosen]
+            draws = [random.Random(f"{args.seed}/{epoch}/{row}").random() for epoch, row in keys]
+            chosen = [text.lower() if draw < 0.5 else text for text, draw in zip(chosen, draws)]
         inputs = tokenizer(chosen, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-        return {name: inputs[name] for name in ("input_ids", "attention_mask")} | {"targets": targets[rows].float()}
+        batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+        return send_to_device(batch | {"targets": targets[[row for _, row in keys]].float()}, accelerator.device)
 
-    def loader(rows: range, is_training: bool) -> DataLoader:
-        def collated(batch: list[int]) -> dict[str, torch.Tensor]:
-            return collate(batch, random.Random(f"{args.seed}/{batch[0]}") if is_training else None)
-
-        return DataLoader(rows, args.per_device_train_batch_size, shuffle=is_training, collate_fn=collated)
-
-    batches = loader(range(held_out, len(texts)), is_training=True)
+    sampler = create_sampler(args, accelerator, [len(text) for text in texts[held_out:]])
+    steps = max(1, round(args.num_train_epochs * len(sampler)))
     optimizer = create_optimizer(student, args.learning_rate, args.weight_decay, args.optimizer)
-    wrapped, optimizer, batches = accelerator.prepare(student, optimizer, batches)
-    steps = max(1, round(args.num_train_epochs * len(batches)))
-    # accelerate steps the schedule once for each process.
-    sizes = [number * accelerator.num_processes for number in (min(100, steps // 10), steps)]
-    schedule = accelerator.prepare(get_scheduler("cosine", optimizer, *sizes))
+    schedule = get_scheduler("cosine", optimizer, min(100, steps // 10), steps)
+    wrapped, optimizer = accelerator.prepare(student, optimizer)
     student.train()
-    progress = tqdm(range(steps), desc="Training the text encoder", disable=not accelerator.is_main_process)
-    while progress.n < steps:
-        for batch in batches:
-            loss = wrapped(**batch)
-            accelerator.backward(loss)
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-            progress.update()
-            if progress.n % 50 == 0:
-                progress.set_postfix(distance=f"{loss.item():.3f}")
-            if not torch.isfinite(loss):
-                raise FloatingPointError(f"step {progress.n}: expected a finite loss, got {loss.item()}")
-            if progress.n >= steps:
-                break
+    progress = tqdm(range(1, steps + 1), desc="Training the text encoder", disable=not accelerator.is_main_process)
+    for step, keys in zip(progress, sampler):
+        loss = wrapped(**collate([(epoch, held_out + row) for epoch, row in keys], is_training=True))
+        accelerator.backward(loss)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        if step % 50 == 0:
+            progress.set_postfix(distance=f"{loss.item():.3f}")
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"step {step}: expected a finite loss, got {loss.item()}")
     student.eval()
     total = 0.0
     with torch.no_grad():
         # On every process: it takes a second.
-        for batch in loader(range(held_out), is_training=False):
-            total += len(batch["targets"]) * student(**send_to_device(batch, accelerator.device)).item()
+        for first in range(0, held_out, args.per_device_train_batch_size):
+            rows = range(first, min(first + args.per_device_train_batch_size, held_out))
+            total += len(rows) * student(**collate([(0, row) for row in rows], is_training=False)).item()
     return total / held_out
 
 
@@ -240,6 +249,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         check_output_dir(args)
     model, tokenizer, image_processor = load_repository(args.model_name_or_path, "--model_name_or_path")
+    calibration = model.confidence_path
     teacher = TextTeacher(args.teacher_name_or_path, args.text_model_name_or_path).to(accelerator.device)
     texts = collect_texts(args)
     width = teacher(texts[:1]).shape[1]
@@ -253,6 +263,10 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         clear_output_dir(output_dir)
         with writing(output_dir):
             save_repository(output_dir, model.cpu(), tokenizer, image_processor)
+            if calibration is not None:
+                # Captions are as they were, and so is the confidence in them.
+                stored = {**read_json(Path(calibration)), "weights_sha256": weights_sha256(output_dir)}
+                write_json(output_dir / CONFIDENCE_NAME, stored)
             write_json(output_dir / "eval_results.json", metrics)
         print(f"{output_dir}: cosine distance to the teacher's embeddings of held-out texts {distance:.3f}")
     accelerator.end_training()

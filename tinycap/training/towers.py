@@ -24,7 +24,8 @@ from transformers.models.auto.image_processing_auto import AutoImageProcessor
 from transformers.models.clip.modeling_clip import CLIPOutput
 from transformers.utils import cached_file
 
-from tinycap.training.repository import create_image_processor
+from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.training.repository import create_image_processor, load_repository
 
 
 # Texts that are encoded together for the cache.
@@ -142,6 +143,10 @@ class PretrainedImageTower(nn.Module):
         statistics = (own["mean"], own["std"]) if own else pixel_statistics(name_or_path, subfolder)
         return cls(classifier, statistics or (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
 
+    def remove_head(self) -> None:
+        """Makes the features the output."""
+        self.classifier.set_submodule(self.head_name, nn.Identity())
+
     @property
     def towers(self) -> list["PretrainedImageTower"]:
         """As in `ImageTowers`."""
@@ -209,13 +214,16 @@ class ImageTowers(nn.Module):
             tower.set_image_size(image_size)
         self.image_sizes.fill_(image_size)
 
+    def outputs(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
+        """(B, 3, H, W) pixels to each tower's own `image_embeds`."""
+        return [
+            tower(resize_pixels(pixel_values * scale + shift, tower.config.image_size)).image_embeds
+            for tower, scale, shift in zip(self.towers, self.scale, self.shift)
+        ]
+
     def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
         """(B, 3, H, W) pixels to `image_embeds` (B, projection_dim)."""
-        embeds = 0
-        for tower, scale, shift in zip(self.towers, self.scale, self.shift):
-            own = resize_pixels(pixel_values * scale + shift, tower.config.image_size)
-            embeds = embeds + tower(own).image_embeds
-        return SimpleNamespace(image_embeds=embeds)
+        return SimpleNamespace(image_embeds=sum(self.outputs(pixel_values)))
 
     def save_pretrained(self, output_dir: str | Path, state_dict: dict[str, torch.Tensor]) -> None:
         """Writes every tower to a subfolder."""
@@ -225,12 +233,54 @@ class ImageTowers(nn.Module):
             tower.save_pretrained(Path(output_dir) / tower_subfolder(index), own)
 
 
+class StudentTower(nn.Module):
+    """A captioner's frozen student, called like a `PretrainedImageTower`: its embeddings are features and output.
+
+    Texts that are trained against it are where the student embeds images, even if its own teacher has no texts.
+    """
+
+    def __init__(self, name_or_path: str):
+        super().__init__()
+        model, _, image_processor = load_repository(name_or_path, "--image_model_name_or_path")
+        self.student, self.num_features = model.vision_model, model.config.vision_config.projection_dim
+        self.statistics = list(image_processor.image_mean), list(image_processor.image_std)
+
+    @property
+    def towers(self) -> list["StudentTower"]:
+        """As in `ImageTowers`."""
+        return [self]
+
+    @property
+    def config(self) -> SimpleNamespace:
+        """As of a `PretrainedImageTower`."""
+        return SimpleNamespace(image_size=self.student.config.image_size, projection_dim=self.num_features)
+
+    def set_image_size(self, image_size: int) -> None:
+        """Raises `ValueError` for another one than the student's."""
+        if image_size != self.config.image_size:
+            raise ValueError(f"image_size: expected {self.config.image_size}, the captioner's own, got {image_size}")
+
+    def forward(self, pixel_values: torch.Tensor) -> SimpleNamespace:
+        """(B, 3, H, W) pixels to `image_embeds` (B, projection_dim), unit norm."""
+        return SimpleNamespace(image_embeds=self.student(pixel_values, return_dict=True).image_embeds)
+
+
 def tower_subfolder(index: int) -> str:
     return f"tower-{index}"
 
 
-def load_towers(names: list[str], projection_dim: int) -> PretrainedImageTower | ImageTowers:
-    """Pretrained image models with a new head."""
+def is_captioner(name_or_path: str) -> bool:
+    with suppress(OSError, ValueError):
+        return TinyCapConfig.get_config_dict(name_or_path)[0].get("model_type") == TinyCapConfig.model_type
+    return False
+
+
+def load_towers(names: list[str], projection_dim: int) -> PretrainedImageTower | ImageTowers | StudentTower:
+    """Pretrained image models with a new head, or a captioner, whose embeddings are final."""
+    if any(map(is_captioner, names)):
+        if len(names) > 1:
+            raise ValueError(f"--image_model_name_or_path: expected a captioner alone, got {', '.join(names)}")
+        return StudentTower(names[0])
     towers = [PretrainedImageTower.from_pretrained(name, projection_dim) for name in names]
     return towers[0] if len(towers) == 1 else ImageTowers(towers)
 

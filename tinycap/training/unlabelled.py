@@ -26,16 +26,6 @@ class Unlabelled:
     split: str
     known: frozenset[str] = frozenset()
 
-    @staticmethod
-    def batch_size(batch_size: int, share: float) -> int:
-        """Images without captions in a stream's batch of `batch_size`: the `share`, but one of each kind at least."""
-        if batch_size < 2:
-            raise ValueError(
-                "--per_device_train_batch_size: expected at least 2, an image with and one without captions, "
-                f"got {batch_size}"
-            )
-        return min(max(1, round(share * batch_size)), batch_size - 1)
-
 
 def load_unlabelled(
     dataset_name: str,
