@@ -156,7 +156,7 @@ def test_a_text_encoder_comes_with_what_it_finds(folders, text_repository):
     release.main([*flags(folders), "--retrieval", str(folders / "found")])
     card = read_card(folders)
     assert "| **images and texts of this model** | 11.0 | 12.0 | 13.0 | 14.0 | 15.0 | 16.0 |" in card
-    assert "| its images, texts of the head it learned | 21.0 | 22.0 |" in card and "texts of the teacher" not in card
+    assert "| its images, texts of the head it learned | 21.0 | 22.0 |" in card and "a teacher fitted" not in card
     assert "the cosine finds 1.0 / 5.0 / 10.0 %" in card and "sorts them again, 2.0 / 10.0 / 20.0 %" in card
     assert "| dogs | 321 | 32 | 65 | 310 | 81 | 72 |" in card and "| snow | 321 | 32 | 65 | 0 | - | - |" in card
     assert "{{" not in card and "{%" not in card

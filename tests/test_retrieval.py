@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
-from tiny import CAPTIONS, tiny_repository_model
+from tiny import tiny_repository_model
 from transformers.modeling_outputs import BaseModelOutput
 
 from tinycap.evaluation import retrieval
@@ -62,18 +62,18 @@ def test_a_likely_caption_brings_its_image_to_the_front(text_repository, tokeniz
     model = TinyCapForConditionalGeneration.from_pretrained(text_repository).eval()
     embeds = torch.nn.functional.normalize(torch.randn(4, 14, generator=torch.Generator().manual_seed(0)), dim=1)
 
+    texts = ["a brown dog", "two men", "a red coat", "a woman reads"]
+    encoded = [tokenizer(text, add_special_tokens=False).input_ids for text in texts]
+
     def told(model, images, ids):
-        own = CAPTIONS.index(
-            next(text for text in CAPTIONS if tokenizer(text, add_special_tokens=False).input_ids == ids[:-1])
-        )
-        return -(images - embeds[own]).norm(dim=1)
+        return -(images - embeds[encoded.index(ids[:-1])]).norm(dim=1)
 
     monkeypatch.setattr(retrieval, "caption_log_likelihoods", told)
-    found = retrieval.Candidates(model, tokenizer, embeds, CAPTIONS, 4, batch_size=3)
+    found = retrieval.Candidates(model, tokenizer, embeds, texts, 4, batch_size=3)
     assert set(found.ranks(0.0).tolist()) != {1.0}
     assert found.ranks(100.0).tolist() == [1.0] * 4
     assert found.recall(100.0) == {"recall_at_1": 100, "recall_at_5": 100, "recall_at_10": 100}
-    few = retrieval.Candidates(model, tokenizer, embeds, CAPTIONS, 1, batch_size=3)
+    few = retrieval.Candidates(model, tokenizer, embeds, texts, 1, batch_size=3)
     assert torch.isinf(few.ranks(100.0)).sum() == (found.ranks(0.0) > 1).sum(), "those beyond the candidates stay lost"
 
 

@@ -98,11 +98,10 @@ def test_the_same_seed_gives_the_same_weights(repository, clip_folder, corpus, t
 def test_two_processes_train_the_same_text_encoder_as_one(repository, clip_folder, corpus, tmp_path):
     def flags(name: str, batch_size: int) -> list[str]:
         sources = ["--model_name_or_path", str(repository), "--teacher_name_or_path", clip_folder]
-        # 21 texts, one of which is held out: the batches are full.
         sizes = ["--text_file", corpus, "--spans_per_caption", "5", "--per_device_train_batch_size", str(batch_size)]
         return [*sources, *sizes, "--num_train_epochs", "6", "--output_dir", str(tmp_path / name)]
 
-    assert text_encoder.main(flags("one", 10))["num_texts"] == 21
+    text_encoder.main(flags("one", 10))
     Ranks(flags("two", 5), tmp_path / "log", script="training.text_encoder").finish()
     one, two = (load_file(tmp_path / name / "model.safetensors") for name in ("one", "two"))
     for name in one:

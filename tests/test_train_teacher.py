@@ -181,7 +181,7 @@ def test_texts_learn_where_a_captioner_embeds_images(sentence_encoder, repositor
     embeds = teacher([caption for group in rows["captions"] for caption in group])
     assert embeds.shape == (12, 14)
     model, _, image_processor = load_repository(str(repository))
-    pixels = image_processor(rows["image"], return_tensors="pt")["pixel_values"]
+    pixels = image_processor(list(rows["image"]), return_tensors="pt")["pixel_values"]
     images = model.get_image_features(pixels).pooler_output
     expected = retrieval_recall(images, embeds)
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
