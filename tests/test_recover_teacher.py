@@ -28,6 +28,7 @@ def test_noisy_embeddings_get_the_larger_penalty(noise, chosen):
     assert weight.shape == (9, 150) and bias.shape == (9,) and results["penalty"] == chosen
 
 
+@pytest.mark.slow
 def test_the_fitted_teacher_is_near_the_student_where_it_was_fitted(repository, classifier, resnet, photos, tmp_path):
     output_dir = tmp_path / "out"
     argv = ["--model_name_or_path", str(repository), "--dataset_name", photos, "--output_dir", str(output_dir)]
