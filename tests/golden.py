@@ -51,7 +51,7 @@ def make_captions(captioner) -> dict[str, dict[str, str]]:
     images = golden_images()
     captions = {name: {} for name in images}
     for decoding, kwargs in DECODING.items():
-        for name, entries in zip(images, captioner(list(images.values()), **kwargs)):
+        for name, entries in zip(images, captioner(list(images.values()), batch_size=10, **kwargs)):
             captions[name][decoding] = entries[0]["generated_text"]
     return captions
 
