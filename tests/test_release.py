@@ -122,7 +122,7 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "| one constant caption | 9.5 |" in card and "| a human, against the others | 78.9 |" in card
     assert "beam search with 3 beams, length penalty 0.8" in card
     assert "the decoder of 3: 2.0 hours" in card, "both stages"
-    assert "the nearest to the student's for 7.0 %" in card and "--teacher_name_or_path" in card
+    assert "R@1 7.0 % and R@5 21.0 %" in card and "--teacher_name_or_path" in card
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
     assert "{{" not in card and "{%" not in card and "@" not in card and "## Search" not in card

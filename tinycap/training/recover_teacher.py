@@ -6,7 +6,7 @@
 On the images that it was trained on, a student is near its teacher. A linear head on the features of the models that
 the teacher was made of, or of others like them, is fitted to its embeddings there by ridge regression. The head can
 distil the student further, or show what captions better embeddings would give: `train_distill.py` and
-`python -m tinycap.evaluation` take it with `--teacher_feature projected`. It has no texts.
+the evaluation take it with `--teacher_feature projected`. It has no texts.
 """
 
 import argparse
