@@ -571,15 +571,13 @@ def test_a_loader_of_a_stream_goes_on_at_the_place_of_each_of_its_workers(worker
     resumed.load_state_dict(state)
     assert first + list(resumed) == whole
     assert len({sample[0] for batch in whole for sample in batch}) == 23
-    # Another epoch by the same workers.
-    both = resumed, loader()
-    for each in both:
-        each.dataset.set_epoch(2)
-    again, expected = map(list, both)
-    assert again == expected != whole
-    # Stopped again, before every worker has given a batch.
-    resumed.dataset.set_epoch(1)
-    resumed.load_state_dict(state)
-    sixth, twice = next(iter(resumed)), loader()
-    twice.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
-    assert [*first, sixth, *twice] == whole
+    # Another epoch by the same workers, stopped before each of them has given a batch.
+    again, stopped = loader(), loader()
+    again.dataset.set_epoch(2)
+    stopped.dataset.set_epoch(2)
+    expected = list(again)
+    resumed.dataset.set_epoch(2)
+    assert expected != whole and next(iter(resumed)) == expected[0]
+    stopped.load_state_dict(json.loads(json.dumps(resumed.state_dict())))
+    assert list(stopped) == expected[1:]
+    assert list(resumed) == expected

@@ -216,8 +216,8 @@ def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool, float_act
 def store_as_int8(model, block_size: int) -> None:
     """Stores the weights of linear layers in int8, with a scale for each block of a column.
 
-    onnxruntime folds the constants when it loads the graph, and computes in float32. For a few rows, such as those of a
-    decoding step, `MatMulNBits` takes four times as long in WebAssembly; for an encoder's 197 it takes three quarters.
+    onnxruntime folds the constants when it loads the graph, and computes in float32. In WebAssembly `MatMulNBits` takes
+    several times as long for a few rows, such as those of a decoding step, and less for an encoder's many.
     """
     from onnx import TensorProto, helper, numpy_helper
 

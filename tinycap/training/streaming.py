@@ -71,8 +71,7 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
 
     def load_state_dict(self, state: dict | None) -> None:
         """Lets the next iteration start at `state` instead of the beginning of the epoch."""
-        # Also the position, until there is another: the run may be stopped again before the first row.
-        self.resumed = self.position = state
+        self.resumed = state
 
     def _next_rows(self, stream: Iterator[dict], first: int) -> list[dict]:
         """The next block of rows, from number `first` on."""
@@ -96,9 +95,10 @@ class StreamingCaptionDataset(SampleMaker, IterableDataset):
         return decoded
 
     def __iter__(self) -> Iterator[dict]:
-        # At once, since a loader saves the state in which an epoch begins.
-        self.position, self.resumed = self.resumed, None
-        return self._samples(self.position or {"block": 0, "given": 0, "stream": None})
+        start, self.resumed = self.resumed or {"block": 0, "given": 0, "stream": None}, None
+        # Before the first sample: a loader saves the state in which its workers begin another epoch.
+        self.position = None
+        return self._samples(start)
 
     def _samples(self, start: dict) -> Iterator[dict]:
         worker = get_worker_info()
