@@ -4,7 +4,6 @@ from argparse import Namespace
 import pytest
 import torch
 from tiny import tiny_config, tiny_model
-from transformers import EfficientNetConfig
 
 from benchmarks import gpu
 from benchmarks.peers import PEERS
@@ -67,9 +66,7 @@ def test_peers_have_their_published_sizes(name, millions):
 
 @pytest.mark.slow
 def test_the_gpu_benchmark_measures_each_of_its_parts(repository, tmp_path, monkeypatch, capsys, undrawn_figures):
-    """All but compiling, which takes a minute; with a tiny captioner and narrow towers."""
-    narrow = {"width_coefficient": 0.1, "hidden_dim": 128}
-    monkeypatch.setattr(gpu, "EfficientNetConfig", lambda **sizes: EfficientNetConfig(**{**sizes, **narrow}))
+    """All but compiling, which takes a minute; with a tiny captioner."""
     monkeypatch.setattr(gpu, "load_captioner", lambda name: load_captioner(str(repository)))
     monkeypatch.setattr(gpu, "run_training", lambda argv, launch: train_distill.main(argv))
     parts = ["numerics", "resume", "teacher", "step", "training", "generate"]

@@ -65,7 +65,7 @@ def grey_levels(collator: CaptionCollator, pixel_values: torch.Tensor) -> torch.
     return 255 * pixel_values * collator.image_std.view(3, 1, 1)
 
 
-@pytest.mark.parametrize("image_size", [56, 112])
+@pytest.mark.parametrize("image_size", [56, pytest.param(112, marks=pytest.mark.slow)])
 def test_a_devices_views_of_photos_are_pillows_within_a_grey_level(image_size, collator):
     # Also crops much larger than the square, as where a teacher with larger inputs shares the images.
     dataset = CaptionDataset(photos(112), image_size, VARIED, 1, seed=3)

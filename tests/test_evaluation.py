@@ -429,7 +429,7 @@ def test_rows_without_captions_are_skipped_and_counted_before_captioning(reposit
 
 
 @pytest.mark.usefixtures("undrawn_figures")
-@pytest.mark.parametrize("given", [True, False])
+@pytest.mark.parametrize("given", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_without_a_validation_split_what_training_held_out_is_scored(given, repository, tmp_path, caplog):
     model = tmp_path / "model"
     shutil.copytree(repository, model)

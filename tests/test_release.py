@@ -125,7 +125,7 @@ def test_a_release_puts_model_and_card_at_the_root(folders):
     assert "R@1 7.0 % and R@5 21.0 %" in card and "--teacher_name_or_path" in card
     assert "| TinyCap, pipeline | 25, 1.24 | 6.4 M | 25.5 | 4.0 | 436 |" in card
     assert "| vit-gpt2 | 1066, 43.72 | 239.2 M | 956.8 | 4.9 | 1,336 |" in card and "16 tokens" in card
-    assert "{{" not in card and "{%" not in card and "@" not in card and "## Search" not in card
+    assert "{{" not in card and "{%" not in card and "## Search" not in card
     assert Image.open(root / "docs" / "curves.png").width > 300
     assert Image.open(root / "docs" / "unlike_photos.png").size == (90, 70)
 

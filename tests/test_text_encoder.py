@@ -15,7 +15,7 @@ from tinycap import train_distill
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training import student, text_encoder
-from tinycap.training.repository import weights_sha256
+from tinycap.training.repository import load_repository, weights_sha256
 from tinycap.training.towers import TEXT_HEAD_FILE
 
 
@@ -85,6 +85,12 @@ def test_the_captions_calibration_stays_with_the_digest_of_the_new_weights(repos
     assert stored == {"calibrations": [calibration], "weights_sha256": weights_sha256(tmp_path / "after")}
 
 
+def test_a_captioner_with_a_text_encoder_continues_from_it(trained, clip_folder, corpus, tmp_path):
+    flags = ["--learning_rate", "1e-9", "--spans_per_caption", "9"]
+    again = run(trained[0], clip_folder, corpus, tmp_path / "again", *flags)
+    assert again["text_cosine_distance"] == pytest.approx(trained[1]["text_cosine_distance"], abs=1e-4)
+
+
 @pytest.mark.slow
 def test_the_same_seed_gives_the_same_weights(repository, clip_folder, corpus, tmp_path):
     models = []
@@ -95,10 +101,11 @@ def test_the_same_seed_gives_the_same_weights(repository, clip_folder, corpus, t
 
 
 @pytest.mark.slow
-def test_two_processes_train_the_same_text_encoder_as_one(repository, clip_folder, corpus, tmp_path):
+def test_two_processes_train_the_same_text_encoder_as_one(repository, clip_folder, corpus, photos, tmp_path):
     def flags(name: str, batch_size: int) -> list[str]:
         sources = ["--model_name_or_path", str(repository), "--teacher_name_or_path", clip_folder]
         sizes = ["--text_file", corpus, "--spans_per_caption", "5", "--per_device_train_batch_size", str(batch_size)]
+        sizes += ["--dataset_name", photos, "--contrastive_weight", "0.3"]
         return [*sources, *sizes, "--num_train_epochs", "6", "--output_dir", str(tmp_path / name)]
 
     text_encoder.main(flags("one", 10))
@@ -165,6 +172,26 @@ def test_captions_of_a_data_set_are_texts_too(repository, clip_folder, photos, t
     metrics = text_encoder.main([*sources, *flags, "--output_dir", str(tmp_path / "out")])
     # Four captions and three numbered ones.
     assert metrics["num_texts"] == 7
+
+
+def test_a_contrastive_loss_brings_captions_to_their_images(repository, clip_folder, photos, tmp_path):
+    """The teacher's texts are random, and so are the student's images."""
+    sources = ["--model_name_or_path", str(repository), "--teacher_name_or_path", clip_folder, "--dataset_name", photos]
+    flags = [*sources, "--num_train_epochs", "60", "--learning_rate", "1e-2", "--spans_per_caption", "0"]
+    losses = []
+    for weight in ("0", "3"):
+        out = tmp_path / weight
+        text_encoder.main([*flags, "--contrastive_weight", weight, "--output_dir", str(out)])
+        model, tokenizer, image_processor = load_repository(str(out))
+        args = text_encoder.parse_args([*flags, "--contrastive_weight", "3", "--output_dir", "x"])
+        images, image_of = text_encoder.embed_images(args, model.eval(), image_processor)
+        assert images.shape == (23, 14), "one of 24 is broken"
+        inputs = tokenizer(list(image_of), padding=True, return_tensors="pt")
+        with torch.no_grad():
+            texts = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).pooler_output
+            logits = model.logit_scale.exp() * texts @ images.t()
+        losses.append(F.cross_entropy(logits, torch.tensor(list(image_of.values()))).item())
+    assert losses[1] < losses[0] - 0.3
 
 
 def test_what_does_not_fit_is_named(repository, tokenizer, sentence_teacher, corpus, tmp_path, capsys):

@@ -113,7 +113,8 @@ class Candidates:
 def score_reranking(args: argparse.Namespace, model, processor, captioned, references) -> dict:
     """Recall of one caption an image before and after sorting the first `--rerank` images again.
 
-    The likelihood's weight is chosen on images of split "train": the evaluated ones choose nothing.
+    The likelihood's weight is chosen on images of split "train", whose embeddings get the config's `memory_noise`: the
+    evaluated ones choose nothing.
     """
     columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "allow_remote_images")}
     dataset, columns = load_images(args.dataset_name, "train", args.dataset_config_name, **columns)
@@ -123,7 +124,10 @@ def score_reranking(args: argparse.Namespace, model, processor, captioned, refer
     training = captioning.caption_dataset(model, processor, dataset, num_beams=1, max_new_tokens=1, **options)
     captions = [group[0] for group in captioning.references_of(dataset, columns, training.rows)]
     sizes = (args.rerank, args.batch_size)
-    known = Candidates(model, processor.tokenizer, training.image_embeds, captions, *sizes)
+    # The student knows training images better than others: noise as in the decoder's training makes up for it.
+    torch.manual_seed(args.seed or 0)
+    noisy = model.add_noise(training.image_embeds[:, None])[:, 0]
+    known = Candidates(model, processor.tokenizer, noisy, captions, *sizes)
     weight = max(WEIGHTS, key=lambda weight: (1 / known.ranks(weight)).mean().item())
     first = [group[0] for group in references]
     found = Candidates(model, processor.tokenizer, captioned.image_embeds, first, *sizes)

@@ -11,9 +11,11 @@ step. A run takes minutes on a CPU and keeps no checkpoints: after an interrupti
 import argparse
 import contextlib
 import copy
+import logging
 import random
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -25,13 +27,14 @@ from tqdm.auto import tqdm
 from transformers import AutoConfig, CLIPModel, get_scheduler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
-from tinycap.commands import run_command, writing
+from tinycap.commands import first_line, run_command, writing
 from tinycap.confidence_tinycap import CONFIDENCE_NAME
 from tinycap.configuration_tinycap import TinyCapConfig
 from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
+from tinycap.processing_tinycap import load_image, preprocess_images
 from tinycap.training.batches import EpochBatchSampler
 from tinycap.training.captions import usable_captions
-from tinycap.training.data import load_split, resolve_columns
+from tinycap.training.data import load_images, load_split, resolve_columns, undecoded
 from tinycap.training.logs import read_json, write_json
 from tinycap.training.optimization import OPTIMIZERS, create_optimizer
 from tinycap.training.repository import load_repository, save_repository, weights_sha256
@@ -40,10 +43,13 @@ from tinycap.training.tokenizer import load_tokenizer
 from tinycap.training.towers import encode_sentences, load_sentence_encoder, load_text_head, load_weights
 
 
+logger = logging.getLogger(__name__)
+
 # Words of the longest span.
 MAX_SPAN = 6
 # Share of the texts that are kept out of training, to measure on; at most so many.
 HELD_OUT, MAX_HELD_OUT = 0.05, 5000
+IMAGE_BATCH_SIZE = 32
 
 
 class TextTeacher(nn.Module):
@@ -95,16 +101,29 @@ class TextTeacher(nn.Module):
 
 
 class TextStudent(nn.Module):
-    """The text encoder with the decoder's frozen token embedding; returns the mean of 1 - cos to the targets."""
+    """The text encoder with the decoder's frozen token embedding; returns the mean of 1 - cos to the targets.
 
-    def __init__(self, model: TinyCapForConditionalGeneration):
+    In training, with `image_embeds` (M, D), a contrastive loss of a given weight is added: the cross-entropy of each
+    caption's own image among all of them, with the noise of the decoder's training: unseen images are embedded less
+    accurately. `images` (N,) are the captions' images, -100 for a text without one.
+    """
+
+    def __init__(self, model: TinyCapForConditionalGeneration, image_embeds: torch.Tensor | None, weight: float):
         super().__init__()
         self.embed_tokens = model.decoder.embed_tokens.requires_grad_(False)
-        self.text_model = model.text_model
+        self.text_model, self.add_noise = model.text_model, model.add_noise
+        self.image_embeds, self.weight, self.scale = image_embeds, weight, model.logit_scale.exp().item()
 
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        embeds = self.text_model(self.embed_tokens(input_ids), attention_mask, return_dict=True).text_embeds
-        return 1 - F.cosine_similarity(embeds.float(), targets, dim=-1).mean()
+    def forward(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor, targets: torch.Tensor, images: torch.Tensor
+    ) -> torch.Tensor:
+        embeds = self.text_model(self.embed_tokens(input_ids), attention_mask, return_dict=True).text_embeds.float()
+        loss = 1 - F.cosine_similarity(embeds, targets, dim=-1).mean()
+        if self.image_embeds is None or not self.training:
+            return loss
+        logits = self.scale * embeds @ self.add_noise(self.image_embeds[:, None])[:, 0].t()
+        # By the number of all texts, so that two processes weigh each caption as one does.
+        return loss + self.weight * F.cross_entropy(logits, images, reduction="sum") / len(images)
 
 
 def draw_spans(caption: str, number: int, rng: random.Random) -> list[str]:
@@ -139,6 +158,34 @@ def collect_texts(args: argparse.Namespace) -> list[str]:
     return texts
 
 
+@torch.no_grad()
+def embed_images(args: argparse.Namespace, model, image_processor) -> tuple[torch.Tensor, dict[str, int]]:
+    """The data set's images (M, D) where texts are embedded, unit norm, and the number of each caption's image."""
+    options = {"image_column": args.image_column, "caption_column": args.caption_column}
+    rows, columns = load_images(args.dataset_name, args.train_split, args.dataset_config_name, **options)
+    embeds, image_of = [], {}
+
+    def readable_images() -> Iterator:
+        number = 0
+        for row in tqdm(undecoded(rows), desc="Embedding images", leave=False):
+            try:
+                image, captions = load_image(columns.image_of(row)), columns.captions_of(row)
+            except (ValueError, TypeError) as error:
+                logger.warning("An image is left out: %s", first_line(error))
+                continue
+            image_of.update({caption: number for caption in captions if caption not in image_of})
+            number += 1
+            yield image
+
+    images = readable_images()
+    while batch := list(islice(images, IMAGE_BATCH_SIZE)):
+        pixels = preprocess_images(image_processor, batch).to(model.device)
+        embeds.append(model.project_for_texts(model.get_image_features(pixels, return_dict=True).pooler_output).float())
+    if not embeds:
+        raise ValueError(f"--dataset_name {args.dataset_name}: expected captioned images that can be read, got none")
+    return torch.cat(embeds), image_of
+
+
 def embed_texts(teacher: TextTeacher, texts: list[str], batch_size: int) -> torch.Tensor:
     """(N, D) float16 targets in the order of `texts`; those of like lengths are embedded together."""
     order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
@@ -154,7 +201,7 @@ def embed_texts(teacher: TextTeacher, texts: list[str], batch_size: int) -> torc
 def add_text_encoder(
     model: TinyCapForConditionalGeneration, teacher: TextTeacher, width: int, args: argparse.Namespace
 ) -> TinyCapForConditionalGeneration:
-    """The captioner with a new text encoder of `width` outputs beside its own weights.
+    """The captioner with a text encoder of `width` outputs beside its own weights: a new one, or its own to go on with.
 
     Raises:
         ValueError: neither the teacher's texts nor its projection of images fit the image embeddings.
@@ -195,21 +242,27 @@ def create_sampler(args: argparse.Namespace, accelerator: Accelerator, lengths: 
     return EpochBatchSampler(len(lengths), size, args.seed, **process, equal=True, order=order)
 
 
-def train(args: argparse.Namespace, accelerator: Accelerator, model, tokenizer, texts, targets) -> float:
+def train(args: argparse.Namespace, accelerator: Accelerator, model, processors, texts, targets) -> float:
     """Trains the model's text encoder; returns the mean cosine distance of held-out texts."""
+    tokenizer, image_processor = processors
+    image_embeds, image_of = None, {}
+    if args.contrastive_weight > 0:
+        image_embeds, image_of = embed_images(args, model.eval(), image_processor)
     held_out = min(MAX_HELD_OUT, max(1, int(HELD_OUT * len(texts))))
-    student = TextStudent(model)
+    student = TextStudent(model, image_embeds, args.contrastive_weight)
     limit = model.config.text_encoder_config.max_position_embeddings
 
     def collate(keys: list[tuple[int, int]], is_training: bool) -> dict[str, torch.Tensor]:
         chosen = [texts[row] for _, row in keys]
+        images = torch.tensor([image_of.get(text, -100) for text in chosen])
         if is_training:
             # Queries are rarely capitalised; the usual teachers ignore capitals.
             draws = [random.Random(f"{args.seed}/{epoch}/{row}").random() for epoch, row in keys]
             chosen = [text.lower() if draw < 0.5 else text for text, draw in zip(chosen, draws)]
         inputs = tokenizer(chosen, padding=True, truncation=True, max_length=limit, return_tensors="pt")
         batch = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-        return send_to_device(batch | {"targets": targets[[row for _, row in keys]].float()}, accelerator.device)
+        batch |= {"targets": targets[[row for _, row in keys]].float(), "images": images}
+        return send_to_device(batch, accelerator.device)
 
     sampler = create_sampler(args, accelerator, [len(text) for text in texts[held_out:]])
     steps = max(1, round(args.num_train_epochs * len(sampler)))
@@ -256,7 +309,7 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     set_seed(args.seed)
     model = add_text_encoder(model, teacher, width, args).to(accelerator.device)
     targets = embed_texts(teacher, texts, args.per_device_train_batch_size)
-    distance = train(args, accelerator, model, tokenizer, texts, targets)
+    distance = train(args, accelerator, model, (tokenizer, image_processor), texts, targets)
     metrics = {"text_cosine_distance": distance, "num_texts": len(texts)}
     if accelerator.is_main_process:
         output_dir = Path(args.output_dir)
@@ -288,6 +341,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--caption_column", help="column of strings or lists of strings; found by its name if not given")
     add("--text_file", action="append", default=[], help="more texts, one a line; repeatable")
     add("--spans_per_caption", type=int, default=2, help="spans of one to six words drawn from each text")
+    add("--contrastive_weight", type=float, default=0.0, help="weight of a contrastive loss with the dataset's images")
     add("--num_hidden_layers", type=int, default=2, help="layers of the text encoder")
     add("--dropout", type=float, default=0.0, help="dropout of its sublayers")
     add("--num_train_epochs", type=float, default=10.0, help="passes over the texts")
@@ -305,8 +359,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     for flag in ("num_hidden_layers", "num_train_epochs", "per_device_train_batch_size", "learning_rate"):
         if not getattr(args, flag) > 0:
             parser.error(f"--{flag}: expected a positive number, got {getattr(args, flag)}")
-    if args.spans_per_caption < 0:
-        parser.error(f"--spans_per_caption: expected 0 or more, got {args.spans_per_caption}")
+    for flag in ("spans_per_caption", "contrastive_weight"):
+        if not getattr(args, flag) >= 0:
+            parser.error(f"--{flag}: expected 0 or more, got {getattr(args, flag)}")
+    if args.contrastive_weight and args.dataset_name is None:
+        parser.error("--contrastive_weight: needs --dataset_name, whose images texts are compared with")
     return args
 
 
