@@ -72,6 +72,9 @@ def test_captions_and_image_embeddings_stay_as_they_were(trained, repository, pi
     for name, value in before.state_dict().items():
         assert torch.equal(value, after.state_dict()[name]), name
     assert before.generation_config.to_dict() == after.generation_config.to_dict()
+    for name in ("tokenizer.json", "preprocessor_config.json"):
+        assert (repository / name).read_text() == (trained[0] / name).read_text(), name
+    assert "truncation_side" not in (trained[0] / "tokenizer_config.json").read_text()
     assert torch.equal(before.generate(pixel_values), after.generate(pixel_values))
 
 

@@ -244,7 +244,8 @@ def create_sampler(args: argparse.Namespace, accelerator: Accelerator, lengths: 
 
 def train(args: argparse.Namespace, accelerator: Accelerator, model, processors, texts, targets) -> float:
     """Trains the model's text encoder; returns the mean cosine distance of held-out texts."""
-    tokenizer, image_processor = processors
+    # A copy: a tokenizer keeps padding and truncation, and would be saved with them.
+    tokenizer, image_processor = copy.deepcopy(processors[0]), processors[1]
     image_embeds, image_of = None, {}
     if args.contrastive_weight > 0:
         image_embeds, image_of = embed_images(args, model.eval(), image_processor)
