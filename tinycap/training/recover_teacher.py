@@ -10,6 +10,7 @@ the evaluation take it with `--teacher_feature projected`. It has no texts.
 """
 
 import argparse
+import logging
 import sys
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from accelerate import Accelerator
 from datasets import Dataset
 from tqdm.auto import tqdm
 
-from tinycap.commands import run_command, writing
+from tinycap.commands import first_line, run_command, writing
 from tinycap.processing_tinycap import load_image, preprocess_images
 from tinycap.training.arguments import ArgumentParser, check_sources
 from tinycap.training.data import Columns, load_images, undecoded
@@ -31,6 +32,8 @@ from tinycap.training.run_folder import check_output_dir, clear_output_dir
 from tinycap.training.teacher import Teacher
 from tinycap.training.towers import ImageTowers, PretrainedImageTower
 
+
+logger = logging.getLogger(__name__)
 
 # Penalties on the squared weights of standardised features, as shares of the number of images, to choose from.
 PENALTIES = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
@@ -67,10 +70,11 @@ def embed_images(
 
     def readable():
         nonlocal num_skipped
-        for row in tqdm(undecoded(dataset.select_columns([columns.image])), desc="Embedding"):
+        for index, row in enumerate(tqdm(undecoded(dataset.select_columns([columns.image])), desc="Embedding")):
             try:
-                yield load_image(columns.image_of(row))
-            except (ValueError, TypeError):
+                yield load_image(columns.image_of(row), name=f"of row {index}")
+            except (ValueError, TypeError) as error:
+                logger.warning("An image is left out: %s", first_line(error))
                 num_skipped += 1
 
     images = readable()

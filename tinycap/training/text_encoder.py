@@ -167,9 +167,10 @@ def embed_images(args: argparse.Namespace, model, image_processor) -> tuple[torc
 
     def readable_images() -> Iterator:
         number = 0
-        for row in tqdm(undecoded(rows), desc="Embedding images", leave=False):
+        for index, row in enumerate(tqdm(undecoded(rows), desc="Embedding images", leave=False)):
             try:
-                image, captions = load_image(columns.image_of(row)), columns.captions_of(row)
+                image = load_image(columns.image_of(row), name=f"of row {index}")
+                captions = columns.captions_of(row)
             except (ValueError, TypeError) as error:
                 logger.warning("An image is left out: %s", first_line(error))
                 continue
