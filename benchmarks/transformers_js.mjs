@@ -16,7 +16,7 @@ async function timed(run) {
 
 const options = { dtype: "q8", session_options: { intraOpNumThreads: 1 } };
 const length = { max_new_tokens: Number(tokens), min_new_tokens: Number(tokens) };
-const picture = await RawImage.read(image);
+const photo = await RawImage.read(image);
 const results = {};
 const captioners = [];
 for (const folder of folders) {
@@ -27,7 +27,7 @@ for (const folder of folders) {
 }
 for (let round = -1; round < Number(rounds); round++) {
   for (const [folder, captioner] of captioners) {
-    const [, ms] = await timed(() => captioner(picture, length));
+    const [, ms] = await timed(() => captioner(photo, length));
     // The first round warms up.
     if (round >= 0) results[folder].ms.push(ms);
   }

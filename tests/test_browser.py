@@ -216,7 +216,7 @@ def test_it_works_offline_and_with_threads_after_the_first_visit(site, chromium,
     drive.show_all(page)
     (row,) = drive.caption_files(page, files[1])
     assert row["caption"] == captioner(str(files[1]), num_beams=1)[0][0].text
-    assert search_words(page, "a dog") == "1 photos, those most similar to “a dog” first."
+    assert search_words(page, "a dog") == "1 photo, most similar to “a dog” first."
     context.close()
 
 
@@ -231,7 +231,7 @@ def search_words(page, query: str) -> str:
     """Types a query as a user does; returns what screen readers are told."""
     page.locator("#found").evaluate("found => { found.textContent = ''; }")
     page.get_by_label("Find photos by words").press_sequentially(query)
-    page.locator("#found", has_text=re.compile("photos|failed")).wait_for()
+    page.locator("#found", has_text=re.compile("photo|failed")).wait_for()
     return page.locator("#found").text_content()
 
 
@@ -246,7 +246,7 @@ def test_words_sort_the_photos_by_pythons_similarity(page, site, files, tmp_path
     orders = []
     for query in ("dog", "a woman reading", "two men"):
         page.fill("#query", "")
-        assert search_words(page, query) == f"{len(files)} photos, those most similar to “{query}” first."
+        assert search_words(page, query) == f"{len(files)} photos, most similar to “{query}” first."
         scores = images @ python.embed_texts([query])[0]
         order = [names[index] for index in (-scores).argsort()]
         assert page.locator("#rows h2").all_text_contents() == [*order, "bad.png"]

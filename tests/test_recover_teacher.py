@@ -3,6 +3,7 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import draw_picture
 
 from tinycap.evaluation.captioning import caption_dataset, load_captioner
 from tinycap.training.data import load_images
@@ -46,7 +47,11 @@ def test_the_fitted_teacher_is_near_the_student_where_it_was_fitted(repository, 
         main([*argv, "--image_model_name_or_path", resnet])
 
 
-def test_one_tower_is_a_teacher_too(repository, resnet, photos, tmp_path):
-    argv = ["--model_name_or_path", str(repository), "--dataset_name", photos, "--output_dir", str(tmp_path / "out")]
-    main([*argv, "--image_model_name_or_path", resnet])
+def test_one_tower_and_images_without_captions_will_do(repository, resnet, tmp_path):
+    (tmp_path / "images").mkdir()
+    for index in range(3):
+        draw_picture(index).save(tmp_path / "images" / f"{index}.png")
+    argv = ["--model_name_or_path", str(repository), "--dataset_name", str(tmp_path / "images")]
+    argv += ["--output_dir", str(tmp_path / "out"), "--image_model_name_or_path", resnet]
+    assert main(argv)["num_images"] == 3
     assert Teacher.from_pretrained(str(tmp_path / "out"), "projected").embed_dim == 14

@@ -82,16 +82,22 @@ def test_captions_and_image_embeddings_stay_as_they_were(trained, repository, pi
 def test_the_captions_calibration_stays_with_the_digest_of_the_new_weights(repository, clip_folder, corpus, tmp_path):
     before = shutil.copytree(repository, tmp_path / "before")
     calibration = {"num_beams": 1, "intercept": 0.5, "coefficients": {"mean_log_prob": 1.0, "num_tokens": 0.1}}
-    (before / CONFIDENCE_NAME).write_text(json.dumps({"calibrations": [calibration], "weights_sha256": "old"}))
-    run(before, clip_folder, corpus, tmp_path / "after")
-    stored = json.loads((tmp_path / "after" / CONFIDENCE_NAME).read_text())
-    assert stored == {"calibrations": [calibration], "weights_sha256": weights_sha256(tmp_path / "after")}
+    flags = ["--num_train_epochs", "1"]
+    for digest in (weights_sha256(before), "other weights'"):
+        (before / CONFIDENCE_NAME).write_text(json.dumps({"calibrations": [calibration], "weights_sha256": digest}))
+        run(before, clip_folder, corpus, tmp_path / digest, *flags)
+    assert not (tmp_path / digest / CONFIDENCE_NAME).exists()
+    after = tmp_path / weights_sha256(before)
+    stored = json.loads((after / CONFIDENCE_NAME).read_text())
+    assert stored == {"calibrations": [calibration], "weights_sha256": weights_sha256(after)}
 
 
 def test_a_captioner_with_a_text_encoder_continues_from_it(trained, clip_folder, corpus, tmp_path):
     flags = ["--learning_rate", "1e-9", "--spans_per_caption", "9"]
     again = run(trained[0], clip_folder, corpus, tmp_path / "again", *flags)
     assert again["text_cosine_distance"] == pytest.approx(trained[1]["text_cosine_distance"], abs=1e-4)
+    with pytest.raises(ValueError, match="its text encoder's num_hidden_layers: expected 1, got 2"):
+        run(trained[0], clip_folder, corpus, tmp_path / "other", "--num_hidden_layers", "1")
 
 
 @pytest.mark.slow

@@ -26,6 +26,9 @@ function startWorker() {
   });
 }
 
+/** Rejects the searches that a worker hasn't answered yet. */
+const searches = new Set();
+
 /** Captions a row's file; resolves with the last message about it. */
 async function caption(row) {
   await model;
@@ -39,6 +42,8 @@ async function caption(row) {
       // Out of memory, for instance: the others get a new worker.
       worker.terminate();
       model = startWorker();
+      for (const reject of searches) reject(new Error("please try again"));
+      searches.clear();
       resolve({ error: "the captioner failed on this photo" });
     };
     worker.postMessage({ file: row.file, numBeams: Number($("beams").value) });
@@ -70,8 +75,10 @@ async function similarities(query, found) {
   await model;
   const { port1, port2 } = new MessageChannel();
   return new Promise((resolve, reject) => {
+    searches.add(reject);
     port1.onmessage = ({ data: { scores, error } }) => {
       port1.close();
+      searches.delete(reject);
       if (scores) resolve(scores);
       else reject(new Error(error));
     };
@@ -177,7 +184,7 @@ async function sortRows() {
   try {
     if (found.length > 0) {
       (await similarities(query, found)).forEach((score, index) => scores.set(found[index], score));
-      message = `${found.length} photos, those most similar to “${query}” first.`;
+      message = `${found.length} photo${found.length > 1 ? "s" : ""}, most similar to “${query}” first.`;
     }
   } catch (error) {
     message = `The search failed: ${error.message}`;

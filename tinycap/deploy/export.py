@@ -167,7 +167,7 @@ def stock_config(config) -> dict:
     return {**content, **{name: getattr(config, name) for name in ids}}
 
 
-def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool, float_activations: bool = False) -> None:
+def quantize_graph(path: Path, quantized_path: Path, has_token_table: bool, float_activations: bool = False) -> None:
     """Quantizes weights of linear layers to int8, and activations at run time; docs/on_the_device.md compares variants.
 
     The encoder has a scale for each output channel, and seven bits, since processors without VNNI add two products of
@@ -189,21 +189,21 @@ def quantize_graph(path: Path, quantized_path: Path, is_decoder: bool, float_act
     try:
         # Folds constants, including the transposed weight of the head, which is otherwise not quantized.
         quant_pre_process(path, prepared, skip_symbolic_shape=True)
-        if is_decoder or float_activations:
+        if has_token_table or float_activations:
             model = ONNXModel(onnx.load(prepared))
             # Both ways skip Gemm.
             model.replace_gemm_with_matmul()
-            if is_decoder and float_activations:
+            if has_token_table and float_activations:
                 store_as_int8(model.model, DECODER_BLOCK)
                 model.clean_initializers()
             else:
                 # Level 4 also quantizes activations, each block of a row separately.
-                options = {"bits": 8, "is_symmetric": True, "accuracy_level": 4 if is_decoder else 0}
-                options["block_size"] = DECODER_BLOCK if is_decoder else ENCODER_BLOCK
+                options = {"bits": 8, "is_symmetric": True, "accuracy_level": 4 if has_token_table else 0}
+                options["block_size"] = DECODER_BLOCK if has_token_table else ENCODER_BLOCK
                 quantizer = MatMulNBitsQuantizer(model.model, algo_config=DefaultWeightOnlyQuantConfig(**options))
                 quantizer.process()
                 model = quantizer.model
-            if is_decoder:
+            if has_token_table:
                 _halve_table(model.model)
             onnx.save(model.model, quantized_path)
         else:

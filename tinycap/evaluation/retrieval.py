@@ -23,7 +23,7 @@ from tinycap.commands import run_command, writing
 from tinycap.evaluation import captioning
 from tinycap.evaluation.failures import CATEGORIES, categories_of, parse_caption
 from tinycap.evaluation.metrics import retrieval_recall
-from tinycap.training.data import load_images, uncaptioned
+from tinycap.training.data import load_splits, resolve_columns, uncaptioned
 from tinycap.training.logs import write_json
 from tinycap.training.teacher import Teacher
 from tinycap.training.text_encoder import TextTeacher
@@ -49,6 +49,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.rerank < 0:
         parser.error(f"--rerank: expected 0 or more, got {args.rerank}")
+    if args.rerank and args.split == "train":
+        parser.error("--rerank: expected another --split than train, whose images choose the likelihood's weight")
     if args.teacher_images and args.teacher_name_or_path is None:
         parser.error("--teacher_images: needs --teacher_name_or_path")
     return args
@@ -110,23 +112,30 @@ class Candidates:
         return {f"recall_at_{k}": 100 * (self.ranks(weight) <= k).double().mean().item() for k in KS}
 
 
-def score_reranking(args: argparse.Namespace, model, processor, captioned, references) -> dict:
+def training_images(args: argparse.Namespace) -> tuple:
+    """The first images of split "train" but those held out for validation, and their `Columns`."""
+    columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "allow_remote_images")}
+    seed = captioning.hold_out_seed(args)
+    dataset, _ = load_splits(args.dataset_name, args.dataset_config_name, seed=seed, **columns)
+    dataset = dataset.select(range(min(NUM_TRAINING, len(dataset))))
+    return dataset, resolve_columns(dataset, root=args.dataset_name, **columns)
+
+
+def score_reranking(args: argparse.Namespace, model, processor, captioned, references, training: tuple) -> dict:
     """Recall of one caption an image before and after sorting the first `--rerank` images again.
 
-    The likelihood's weight is chosen on images of split "train", whose embeddings get the config's `memory_noise`: the
+    The likelihood's weight is chosen on `training_images`, whose embeddings get the config's `memory_noise`: the
     evaluated ones choose nothing.
     """
-    columns = {name: getattr(args, name) for name in ("image_column", "caption_column", "allow_remote_images")}
-    dataset, columns = load_images(args.dataset_name, "train", args.dataset_config_name, **columns)
-    dataset = dataset.select(range(min(NUM_TRAINING, len(dataset))))
+    dataset, columns = training
     options = {"columns": columns, "batch_size": args.batch_size, "skip": uncaptioned(dataset, columns)}
     # One token: only the embeddings are needed.
-    training = captioning.caption_dataset(model, processor, dataset, num_beams=1, max_new_tokens=1, **options)
-    captions = [group[0] for group in captioning.references_of(dataset, columns, training.rows)]
+    known = captioning.caption_dataset(model, processor, dataset, num_beams=1, max_new_tokens=1, **options)
+    captions = [group[0] for group in captioning.references_of(dataset, columns, known.rows)]
     sizes = (args.rerank, args.batch_size)
     # The student knows training images better than others: noise as in the decoder's training makes up for it.
     torch.manual_seed(args.seed or 0)
-    noisy = model.add_noise(training.image_embeds[:, None])[:, 0]
+    noisy = model.add_noise(known.image_embeds[:, None])[:, 0]
     known = Candidates(model, processor.tokenizer, noisy, captions, *sizes)
     weight = max(WEIGHTS, key=lambda weight: (1 / known.ranks(weight)).mean().item())
     first = [group[0] for group in references]
@@ -182,9 +191,14 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     if args.teacher_name_or_path is not None:
         source = (args.teacher_name_or_path, args.text_model_name_or_path)
         texts_of_teacher = TextTeacher(*source).to(accelerator.device)
+        expected, width = model.config.text_encoder_config.projection_dim, texts_of_teacher(["a"]).shape[1]
+        if width != expected:
+            raise ValueError(f"--teacher_name_or_path: expected texts of the model's width {expected}, got {width}")
     if args.teacher_images:
         statistics = processor.image_processor.image_mean, processor.image_processor.image_std
         teacher = Teacher.from_pretrained(args.teacher_name_or_path, "projected", *statistics).to(accelerator.device)
+        teacher.check_width(expected)
+    training = training_images(args) if args.rerank else None
     options = {"columns": columns, "batch_size": args.batch_size, "skip": uncaptioned(dataset, columns)}
     options |= {"accelerator": accelerator, "teacher": teacher, "progress": True}
     captioned = captioning.caption_dataset(model, processor, dataset, **options)
@@ -204,7 +218,7 @@ def evaluate(args: argparse.Namespace, accelerator: Accelerator) -> dict:
     results = {"num_images": len(captioned.rows), "num_skipped": len(captioned.skipped), "captions_per_image": number}
     results["recall"] = recalls
     if args.rerank:
-        results["reranking"] = score_reranking(args, model, processor, captioned, references)
+        results["reranking"] = score_reranking(args, model, processor, captioned, references, training)
     names = embed_texts(model, processor.tokenizer, list(CATEGORIES), args.batch_size)
     results["zero_shot"] = score_categories((images @ names.T).numpy(), captioned.captions, references)
     # Without the path of a local folder, which means nothing on another machine.

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from tinycap.commands import first_line, run_command, writing
 from tinycap.processing_tinycap import load_image, preprocess_images
 from tinycap.training.arguments import ArgumentParser, check_sources
-from tinycap.training.data import Columns, load_images, undecoded
+from tinycap.training.data import Columns, load_split, resolve_columns, undecoded
 from tinycap.training.frozen_towers import FrozenTowers
 from tinycap.training.logs import write_json
 from tinycap.training.repository import load_repository
@@ -48,7 +48,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add = parser.add_argument
     add("--model_name_or_path", required=True, help="the student, a TinyCap repository")
     add("--image_model_name_or_path", required=True, nargs="+", help="image classifiers; several: side by side")
-    add("--dataset_name", required=True, help="images that the student was trained on: a folder or a name on the Hub")
+    add("--dataset_name", required=True, help="images that the student was trained on, captioned or not")
     add("--dataset_config_name", help="configuration of the dataset, where it has several")
     add("--split", default="train", help="split of the dataset")
     add("--image_column", help="column of the images; found by its type if not given")
@@ -56,7 +56,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--seed", type=int, default=42, help="of the images that are held out to choose the penalty")
     add("--output_dir", required=True, help="folder for the teacher")
     add("--overwrite_output_dir", action="store_true", help="clear a folder that holds an earlier result")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        parser.error(f"--batch_size: expected 1 or more, got {args.batch_size}")
+    return args
 
 
 @torch.inference_mode()
@@ -82,8 +85,8 @@ def embed_images(
         pixels = preprocess_images(image_processor, batch).to(device)
         embeds.append(student.get_image_features(pixels).pooler_output.float().cpu())
         features.append(torch.cat(towers.outputs(teacher.own_pixels(pixels)), dim=1).float().cpu())
-    if sum(map(len, embeds)) < 2:
-        raise ValueError(f"expected at least 2 images that can be read, got {sum(map(len, embeds))}")
+    if (number := sum(map(len, embeds))) < 3:
+        raise ValueError(f"--dataset_name: expected at least 3 images that can be read, got {number}")
     return torch.cat(features), torch.cat(embeds), num_skipped
 
 
@@ -131,21 +134,22 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     width = student.config.vision_config.projection_dim
     towers = ImageTowers([PretrainedImageTower.from_pretrained(name, width) for name in args.image_model_name_or_path])
     model = FrozenTowers(towers, dropout=0.0).eval()
-    options = {"image_column": args.image_column}
-    dataset, columns = load_images(args.dataset_name, args.split, args.dataset_config_name, **options)
-    device = Accelerator().device
-    sources = (student.eval().to(device), image_processor, towers, dataset, columns, args.batch_size)
+    dataset = load_split(args.dataset_name, args.split, args.dataset_config_name, all_images=True)
+    columns = resolve_columns(dataset, args.image_column, captions=False, root=args.dataset_name)
+    accelerator = Accelerator()
+    sources = (student.eval().to(accelerator.device), image_processor, towers, dataset, columns, args.batch_size)
     features, embeds, num_skipped = embed_images(*sources)
     weight, bias, results = fit_head(features, embeds, args.seed)
     with torch.no_grad():
         model.head.weight.copy_(weight)
         model.head.bias.copy_(bias)
     results = {"num_images": len(features), "num_skipped": num_skipped, **results}
-    clear_output_dir(Path(args.output_dir))
-    with writing(args.output_dir):
-        model.save_pretrained(args.output_dir, model.state_dict())
-        write_json(Path(args.output_dir) / "eval_results.json", results)
-    print(", ".join(f"{name} {value:.4g}" for name, value in results.items()) + f": {args.output_dir}")
+    if accelerator.is_main_process:
+        clear_output_dir(Path(args.output_dir))
+        with writing(args.output_dir):
+            model.save_pretrained(args.output_dir, model.state_dict())
+            write_json(Path(args.output_dir) / "eval_results.json", results)
+        print(", ".join(f"{name} {value:.4g}" for name, value in results.items()) + f": {args.output_dir}")
     return results
 
 

@@ -205,7 +205,8 @@ def add_text_encoder(
     """The captioner with a text encoder of `width` outputs beside its own weights: a new one, or its own to go on with.
 
     Raises:
-        ValueError: neither the teacher's texts nor its projection of images fit the image embeddings.
+        ValueError: neither the teacher's texts nor its projection of images fit the image embeddings, or the text
+            encoder that is there has other sizes.
     """
     config, image_width = copy.deepcopy(model.config), model.config.vision_config.projection_dim
     projection = teacher.visual_projection
@@ -217,6 +218,12 @@ def add_text_encoder(
     sizes = {name: getattr(config.text_config, name) for name in ("hidden_size", "num_attention_heads")}
     sizes |= {"intermediate_size": config.text_config.intermediate_size, "projection_dim": width}
     encoder = {**sizes, "num_hidden_layers": args.num_hidden_layers, "hidden_dropout_prob": args.dropout}
+    if (own := config.text_encoder_config) is not None:
+        encoder["max_position_embeddings"] = own.max_position_embeddings
+        wrong = [name for name in (*sizes, "num_hidden_layers") if getattr(own, name) != encoder[name]]
+        if wrong:
+            place = f"--model_name_or_path: its text encoder's {wrong[0]}"
+            raise ValueError(f"{place}: expected {encoder[wrong[0]]}, got {getattr(own, wrong[0])}")
     new = TinyCapForConditionalGeneration(TinyCapConfig(**{**config.to_dict(), "text_encoder_config": encoder}))
     new.load_state_dict(model.state_dict(), strict=False)
     with torch.no_grad():
@@ -304,7 +311,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         check_output_dir(args)
     model, tokenizer, image_processor = load_repository(args.model_name_or_path, "--model_name_or_path")
-    calibration = model.confidence_path
+    calibration = read_json(Path(model.confidence_path)) if model.confidence_path is not None else None
+    digest = weights_sha256(args.model_name_or_path)
     teacher = TextTeacher(args.teacher_name_or_path, args.text_model_name_or_path).to(accelerator.device)
     texts = collect_texts(args)
     width = teacher(texts[:1]).shape[1]
@@ -318,9 +326,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
         clear_output_dir(output_dir)
         with writing(output_dir):
             save_repository(output_dir, model.cpu(), tokenizer, image_processor)
-            if calibration is not None:
+            if calibration is not None and digest in (None, calibration.get("weights_sha256")):
                 # Captions are as they were, and so is the confidence in them.
-                stored = {**read_json(Path(calibration)), "weights_sha256": weights_sha256(output_dir)}
+                stored = {**calibration, "weights_sha256": weights_sha256(output_dir)}
                 write_json(output_dir / CONFIDENCE_NAME, stored)
             write_json(output_dir / "eval_results.json", metrics)
         print(f"{output_dir}: cosine distance to the teacher's embeddings of held-out texts {distance:.3f}")
