@@ -45,6 +45,11 @@ def test_a_query_finds_images_by_their_cosine_with_its_embedding(text_repository
     assert [row["caption"] for row in rows] == [result.captions[0] for result in captioner(best)]
 
 
+def test_capitals_dont_matter(text_repository, photos, capsys):
+    lower, mixed = (search(capsys, text_repository, words, photos)[0] for words in ("a red dog", "A RED Dog"))
+    assert lower == mixed and lower
+
+
 def paths_of(folder) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*.png"))
 

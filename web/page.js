@@ -183,7 +183,7 @@ async function sortRows() {
   if (query) $("found").textContent ||= "Searching ...";
   try {
     if (found.length > 0) {
-      (await similarities(query, found)).forEach((score, index) => scores.set(found[index], score));
+      (await similarities(query.toLowerCase(), found)).forEach((score, index) => scores.set(found[index], score));
       message = `${found.length} photo${found.length > 1 ? "s" : ""}, most similar to “${query}” first.`;
     }
   } catch (error) {

@@ -151,7 +151,8 @@ def embed_query(args: argparse.Namespace, captioner: Captioner) -> np.ndarray | 
     if args.duplicates:
         return None
     if args.like is None:
-        return captioner.embed_texts([args.query])[0]
+        # Capitals in the middle of a caption are rare, and their tokens hardly trained.
+        return captioner.embed_texts([args.query.lower()])[0]
     result = next(captioner.embed_for_texts([args.like]))
     if result.error is not None:
         raise ValueError(f"--like {args.like}: {result.error}")

@@ -47,7 +47,7 @@ def build_config(args: argparse.Namespace) -> TinyCapConfig:
     values = read_config_values(args) if fixed else copy.deepcopy(default)
     if values.pop("text_encoder_config", None) is not None:
         # It embeds texts where the student embedded images before, from the decoder's token embedding.
-        logger.info("The text encoder is left out: train it again for the new weights (tinycap.training.text_encoder).")
+        logger.warning("The text encoder is left out: train one for the new weights by tinycap.training.text_encoder.")
     vision, text = values.setdefault("vision_config", {}), values.setdefault("text_config", {})
     saved = TinyCapConfig(**values)
     if args.model_name_or_path is not None and args.memory not in (None, saved.memory):
