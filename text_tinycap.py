@@ -125,6 +125,9 @@ class TextFeaturesMixin:
         """
         if self.config.text_encoder_config is None:
             raise ValueError("expected a checkpoint with a text encoder (text_encoder_config), got one without")
+        if attention_mask is None and self.config.pad_token_id is not None:
+            # CLIP's embeddings don't depend on padding either.
+            attention_mask = (input_ids != self.config.pad_token_id).long()
         inputs_embeds = self.decoder.embed_tokens(input_ids)
         return self.text_model(inputs_embeds, attention_mask, **{"return_dict": self.config.return_dict, **kwargs})
 

@@ -48,6 +48,8 @@ def test_padding_changes_no_text_embedding(side, implementation):
     for row in range(3):
         alone = model.get_text_features(ids[row][mask[row].bool()][None]).text_embeds
         assert torch.allclose(together[row], alone[0], atol=1e-6)
+    assert model.config.pad_token_id == 0
+    torch.testing.assert_close(model.get_text_features(ids).text_embeds, together, msg="padding without a mask")
 
 
 def test_both_directions_and_the_order_of_words_count():
