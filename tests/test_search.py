@@ -50,6 +50,13 @@ def test_capitals_dont_matter(text_repository, photos, capsys):
     assert lower == mixed and lower
 
 
+def test_words_that_captions_hardly_have_are_counted(text_repository, photos, capsys):
+    _, said = search(capsys, text_repository, "A, in zxqv!", photos, "--no-captions")
+    assert "1 of 3 words are hardly known, so that scores mean little: zxqv" in said
+    _, said = search(capsys, text_repository, "in a", photos, "--no-captions")
+    assert "hardly known" not in said
+
+
 def paths_of(folder) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*.png"))
 
@@ -143,7 +150,7 @@ def test_the_page_shows_thumbnails_and_runs_no_file_name(text_repository, photos
     [
         (["  ", "{photos}"], "expected a query"),
         (["a dog"], "expected images"),
-        (["a dog", "{photos}/0.png", "{photos}/1.png"], "--index: expected a folder"),
+        (["a dog", "{photos}/0.png", "{photos}/1.png"], "expected one existing folder of images, or --index"),
         (["a dog", "{photos}/nothing-here"], "--index"),
         (["--like", "{photos}/none.png", "{photos}"], "--like"),
         (["a dog", "{photos}", "--model", "{plain}"], "text encoder"),

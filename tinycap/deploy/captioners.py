@@ -86,6 +86,7 @@ class Captioner:
     """The captioners' base class.
 
     `embed_texts(texts)` embeds N texts to (N, D) float32 of unit norm; `ValueError` without a text encoder.
+    `tokens(text)` is how a text is spelled.
     `fingerprint()` tells embeddings of this checkpoint and library from others.
     """
 
@@ -186,6 +187,9 @@ class TorchCaptioner(Captioner):
             embeds = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).text_embeds
             return embeds.float().cpu().numpy()
 
+    def tokens(self, text: str) -> list[str]:
+        return self.pipeline.tokenizer.tokenize(text)
+
     def fingerprint(self) -> str:
         digest = hashlib.sha256()
         for value in self.pipeline.model.vision_model.state_dict().values():
@@ -225,6 +229,9 @@ class OnnxRuntimeCaptioner(Captioner):
         if self.captioner.text_model is None:
             raise ValueError(f"--model {self.options.model}: {NO_TEXTS}")
         return self.captioner.get_text_features(texts)
+
+    def tokens(self, text: str) -> list[str]:
+        return self.captioner.tokenizer.encode(text, add_special_tokens=False).tokens
 
     def fingerprint(self) -> str:
         return f"onnx-{hashlib.sha256(self.captioner.encoder_path.read_bytes()).hexdigest()[:16]}"

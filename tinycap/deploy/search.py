@@ -7,6 +7,7 @@ import html
 import io
 import json
 import os
+import string
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager, nullcontext, suppress
@@ -66,7 +67,8 @@ def locked(path: Path) -> Iterator[None]:
 def index_folder(args: argparse.Namespace) -> tuple[Path, str]:
     """The index's folder and the root of its images; `ValueError` where neither is given."""
     if args.index is None and not (len(args.images) == 1 and os.path.isdir(args.images[0])):
-        raise ValueError("--index: expected a folder for the index, since the images aren't those of one folder")
+        given = " ".join(map(str, args.images[:3]))
+        raise ValueError(f"expected one existing folder of images, or --index FOLDER to search others, got {given}")
     root = args.images[0] if len(args.images) == 1 and os.path.isdir(args.images[0]) else os.curdir
     return Path(args.index or f"{os.path.abspath(root)}{INDEX_ENDING}"), root
 
@@ -152,7 +154,14 @@ def embed_query(args: argparse.Namespace, captioner: Captioner) -> np.ndarray | 
         return None
     if args.like is None:
         # Capitals in the middle of a caption are rare, and their tokens hardly trained.
-        return captioner.embed_texts([args.query.lower()])[0]
+        query = args.query.lower()
+        embeds = captioner.embed_texts([query])
+        words = [word.strip(string.punctuation) for word in query.split()]
+        unknown = [word for word in words if len(captioner.tokens(f" {word}")) > 1]
+        if unknown and not args.quiet:
+            said = f"{len(unknown)} of {len(words)} words are hardly known, so that scores mean little: "
+            say(args.prog, said + ", ".join(unknown))
+        return embeds[0]
     result = next(captioner.embed_for_texts([args.like]))
     if result.error is not None:
         raise ValueError(f"--like {args.like}: {result.error}")
