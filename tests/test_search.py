@@ -57,6 +57,13 @@ def test_words_that_captions_hardly_have_are_counted(text_repository, photos, ca
     assert "hardly known" not in said
 
 
+def test_a_query_that_is_too_long_is_an_error_before_images_are_embedded(text_repository, photos, capsys):
+    words = ["search", "a dog " * 60, str(photos), "--model", str(text_repository)]
+    assert main(words) == 2
+    assert re.search(r"query: expected fewer than 17 tokens, got \d+", capsys.readouterr().err)
+    assert not (photos.parent / "photos.tinycap-index").exists()
+
+
 def paths_of(folder) -> list[str]:
     return sorted(str(path) for path in folder.rglob("*.png"))
 
@@ -120,6 +127,8 @@ def test_like_leaves_the_image_itself_out(text_repository, photos, capsys):
 
 
 def test_duplicates_are_shown_by_group(text_repository, photos, capsys):
+    rows, said = search(capsys, text_repository, "--duplicates", photos, "--threshold", "0.99999")
+    assert rows == [] and "no two of 6 images have a cosine of 0.99999 or more" in said
     shutil.copy(photos / "2.png", photos / "copy.png")
     rows, _ = search(capsys, text_repository, "--duplicates", photos, "--threshold", "0.99999")
     assert rows == [{"group": 1, "image": str(photos / "2.png")}, {"group": 1, "image": str(photos / "copy.png")}]
@@ -139,7 +148,7 @@ def test_the_page_shows_thumbnails_and_runs_no_file_name(text_repository, photos
     os.rename(photos / "2.png", os.fsencode(photos) + b"/\xff.png")
     page = tmp_path / "found.html"
     options = ["--model", str(text_repository), "--format", "html", "--output", str(page), "--quiet"]
-    assert main(["search", '<script>alert("q")</script>', str(photos), *options]) == DONE
+    assert main(["search", '<script>q', str(photos), *options]) == DONE
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r'<img src="data:image/jpeg;base64,[A-Za-z0-9+/=]{200,}"', text)) == 6
     assert "<script" not in text and "<img src=x" not in text and "default-src 'none'" in text

@@ -90,6 +90,8 @@ class Captioner:
     `fingerprint()` tells embeddings of this checkpoint and library from others.
     """
 
+    # Tokens of a text; `None` without a text encoder.
+    max_text_length: int | None = None
     # (D, width of the image embedding), where texts are embedded elsewhere.
     visual_projection: Any = None
 
@@ -144,6 +146,8 @@ class TorchCaptioner(Captioner):
         )
         self.pipeline.worker_init_fn = start_worker
         self.arguments = {"batch_size": options.batch_size, "num_workers": options.num_workers, **options.generation()}
+        if model.config.text_encoder_config is not None:
+            self.max_text_length = model.config.text_encoder_config.max_position_embeddings
         if hasattr(model, "visual_projection"):
             self.visual_projection = model.visual_projection.weight.detach().float().cpu().numpy()
         if options.confidence:
@@ -178,12 +182,11 @@ class TorchCaptioner(Captioner):
         import torch
 
         model, tokenizer = self.pipeline.model, self.pipeline.tokenizer
-        if model.config.text_encoder_config is None:
+        if self.max_text_length is None:
             raise ValueError(f"--model {self.options.model}: {NO_TEXTS}")
-        limit = model.config.text_encoder_config.max_position_embeddings
+        options = {"padding": True, "truncation": True, "max_length": self.max_text_length}
         with torch.inference_mode():
-            inputs = tokenizer(texts, padding=True, truncation=True, max_length=limit, return_tensors="pt")
-            inputs = inputs.to(model.device)
+            inputs = tokenizer(texts, **options, return_tensors="pt").to(model.device)
             embeds = model.get_text_features(inputs["input_ids"], inputs["attention_mask"]).text_embeds
             return embeds.float().cpu().numpy()
 
@@ -221,12 +224,13 @@ class OnnxRuntimeCaptioner(Captioner):
         self.calibration = ConfidenceCalibration.from_file(options.model) if options.confidence else None
         self.embed_batch = self.captioner.get_image_features
         self.visual_projection = self.captioner.visual_projection
+        self.max_text_length = self.captioner.max_text_length
 
     def __call__(self, images: Sequence[str]) -> Iterator[ImageResult]:
         return self._run(self.caption_batch, images)
 
     def embed_texts(self, texts: list[str]) -> Any:
-        if self.captioner.text_model is None:
+        if self.max_text_length is None:
             raise ValueError(f"--model {self.options.model}: {NO_TEXTS}")
         return self.captioner.get_text_features(texts)
 

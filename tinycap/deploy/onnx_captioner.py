@@ -168,7 +168,7 @@ class OnnxCaptioner:
             paths[0], options, {"pixel_values": image, "last_hidden_state": (), "image_embeds": ()}
         )
         self.decoder = load_graph(paths[1], options, {"input_ids": (), "logits": (sizes["vocab_size"],)})
-        self.encoder_path, self.text_model, self.visual_projection = paths[0], None, None
+        self.encoder_path, self.text_model, self.visual_projection, self.max_text_length = paths[0], None, None, None
         if (path := folder / "onnx" / f"{TEXT_MODEL}{suffix}.onnx").is_file():
             self.text_model = load_graph(path, options, {"input_ids": (), "attention_mask": (), "text_embeds": ()})
             section, name = config.get("text_encoder_config") or {}, "max_position_embeddings"

@@ -156,6 +156,10 @@ def embed_query(args: argparse.Namespace, captioner: Captioner) -> np.ndarray | 
         # Capitals in the middle of a caption are rare, and their tokens hardly trained.
         query = args.query.lower()
         embeds = captioner.embed_texts([query])
+        num_tokens = len(captioner.tokens(query))
+        # One is the start token.
+        if num_tokens >= captioner.max_text_length:
+            raise ValueError(f"query: expected fewer than {captioner.max_text_length} tokens, got {num_tokens}")
         words = [word.strip(string.punctuation) for word in query.split()]
         unknown = [word for word in words if len(captioner.tokens(f" {word}")) > 1]
         if unknown and not args.quiet:
@@ -199,6 +203,8 @@ def search(args: argparse.Namespace, captioner: Captioner) -> tuple[list, LeftOu
             if args.refresh:
                 bad, left_out = refresh(args, index, captioner)
             rows = find(args, index, captioner, query)
+            if args.duplicates and not rows and not args.quiet:
+                say(args.prog, f"no two of {len(index)} images have a cosine of {args.threshold} or more")
     text = render(rows, args.format, args.query or (f"Like {args.like}" if args.like else "Near duplicates"))
     if args.output is None:
         sys.stdout.write(text)
