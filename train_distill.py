@@ -36,7 +36,14 @@ from tinycap.training.checkpoints import complete_checkpoints
 from tinycap.training.data import decoded_image
 from tinycap.training.loading import Data, cache_teacher_embeddings, create_loaders, load_data
 from tinycap.training.logs import write_json
-from tinycap.training.loop import StopSignals, create_accelerator, optimizer_steps, run_script, train_step
+from tinycap.training.loop import (
+    StopSignals,
+    create_accelerator,
+    optimizer_steps,
+    run_script,
+    train_step,
+    wait_for_slow_process,
+)
 from tinycap.training.model_card import summarize, write_model_card
 from tinycap.training.optimization import create_training, warn_of_few_steps
 from tinycap.training.repository import create_generation_config, save_repository
@@ -326,6 +333,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if accelerator.is_main_process:
         with writing(args.output_dir):
             save_results(args, model, tokenizer, image_processor, data, metrics, captions, run_info)
+    # The last reference to the process group is DDP's, which waits for gloo's threads without releasing the GIL; one of
+    # them may need it to free the tensors of the last gather. Here they get it.
+    wait_for_slow_process(accelerator)
     accelerator.end_training()
     return metrics
 
