@@ -148,7 +148,7 @@ def test_the_page_shows_thumbnails_and_runs_no_file_name(text_repository, photos
     os.rename(photos / "2.png", os.fsencode(photos) + b"/\xff.png")
     page = tmp_path / "found.html"
     options = ["--model", str(text_repository), "--format", "html", "--output", str(page), "--quiet"]
-    assert main(["search", '<script>q', str(photos), *options]) == DONE
+    assert main(["search", "<script>q", str(photos), *options]) == DONE
     text = page.read_text(encoding="utf-8")
     assert len(re.findall(r'<img src="data:image/jpeg;base64,[A-Za-z0-9+/=]{200,}"', text)) == 6
     assert "<script" not in text and "<img src=x" not in text and "default-src 'none'" in text
