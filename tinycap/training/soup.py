@@ -3,10 +3,12 @@
     python -m tinycap.training.soup --models outputs/flickr8k-a outputs/flickr8k-b --output_dir outputs/flickr8k
 
 With `--weights 2 1`, the first model counts twice. The runs must have started from the same checkpoint: weights of
-different initialisations don't correspond. The soup isn't scored here: evaluate it before you keep it.
+different initialisations don't correspond. The soup isn't scored here: evaluate it before you keep it. It has no text
+encoder: that of a model fits the model's own weights.
 """
 
 import argparse
+import logging
 import math
 import sys
 from pathlib import Path
@@ -15,18 +17,37 @@ from typing import Any
 import torch
 
 from tinycap.commands import run_command, writing
+from tinycap.configuration_tinycap import TinyCapConfig
+from tinycap.modeling_tinycap import TinyCapForConditionalGeneration
 from tinycap.training.logs import write_json
 from tinycap.training.repository import load_repository, save_repository
 from tinycap.training.run_folder import check_output_dir, clear_output_dir
 
 
+logger = logging.getLogger(__name__)
+
 SOUP_FILE = "soup.json"
-# Config fields in which runs may differ: they affect training, not inference.
+# Config fields in which models may differ: they affect training, or follow from a text encoder.
 TRAINING_FIELDS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "patch_dropout"),
     *("distill_weight", "label_smoothing", "memory_noise", "initializer_range"),
-    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"),
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map", "custom_pipelines"),
 )
+
+
+def load_captioner(name: str) -> tuple[TinyCapForConditionalGeneration, Any, Any]:
+    """`load_repository`, without the model's text encoder."""
+    model, tokenizer, image_processor = load_repository(name, "--models")
+    if model.config.text_encoder_config is None:
+        return model, tokenizer, image_processor
+    logger.warning(
+        "%s: the text encoder is left out: train one for the new weights by tinycap.training.text_encoder.", name
+    )
+    config = TinyCapConfig(**{**model.config.to_dict(), "text_encoder_config": None})
+    captioner = TinyCapForConditionalGeneration(config)
+    captioner.load_state_dict(model.state_dict(), strict=False)
+    captioner.generation_config = model.generation_config
+    return captioner, tokenizer, image_processor
 
 
 def traits(model, tokenizer, processor) -> dict[str, Any]:
@@ -44,11 +65,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     check_output_dir(args)
     first, *others = args.models
-    model, tokenizer, processor = load_repository(first, "--models")
+    model, tokenizer, processor = load_captioner(first)
     model.float()
     expected, total = traits(model, tokenizer, processor), args.weights[0]
     for name, weight in zip(others, args.weights[1:]):
-        loaded = load_repository(name, "--models")
+        loaded = load_captioner(name)
         actual = traits(*loaded)
         for field in sorted(expected.keys() | actual.keys()):
             if expected.get(field) != actual.get(field):
