@@ -11,7 +11,7 @@ from tinycap.training import efficientnet_lite, recipe, soup, text_encoder
 
 
 RECIPE = REPOSITORY / "configs" / "flickr8k.yaml"
-VARIABLES = ["dataset=photos", "text_model=encoder"]
+VARIABLES = ["dataset=photos", "unlabelled=more", "text_model=encoder"]
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def flags_of(command: list[str], run: str) -> list[str]:
 def test_the_released_recipe_runs_each_stage_once_with_flags_that_parse(launched, tmp_path):
     for _ in range(2):
         recipe.main([str(RECIPE), "--output_dir", str(tmp_path), *VARIABLES])
-    assert len(launched) == 12, "a second call repeats nothing"
+    assert len(launched) == 16, "a second call repeats nothing"
     assert all(command[0] == sys.executable for command in launched)
     assert flags_of(launched[0], efficientnet_lite.__name__) == ["--output_dir", str(tmp_path / "efficientnet_lite0")]
     teacher = train_teacher.parse_args(flags_of(launched[2], str(REPOSITORY / "train_teacher.py")))
@@ -57,11 +57,19 @@ def test_the_released_recipe_runs_each_stage_once_with_flags_that_parse(launched
     assert mean.models == [folders[4], folders[5], folders[3]] and mean.weights == [1, 1, 1]
     assert [args.cross_entropy_weight for args in stages] == [0, 0, 0, 0, 0.03, 0.04]
     assert stages[-3].teacher_cache_dir == stages[-1].teacher_cache_dir == str(tmp_path / "student_cache")
-    assert mean.output_dir == str(tmp_path / "flickr8k")
-    texts = train_teacher.parse_args(flags_of(launched[10], str(REPOSITORY / "train_teacher.py")))
-    assert texts.image_model_name_or_path == [mean.output_dir] and texts.freeze_image_model
-    search = text_encoder.parse_args(flags_of(launched[11], text_encoder.__name__))
-    assert search.model_name_or_path == mean.output_dir and search.teacher_name_or_path == texts.output_dir
+    student, unlabelled = (train_distill.parse_args(flags_of(launched[index], script)) for index in (10, 12))
+    second_mean, last_mean = (soup.parse_args(flags_of(launched[index], soup.__name__)) for index in (11, 13))
+    assert (student.objective, unlabelled.objective) == ("scst", "cross_entropy")
+    assert not student.freeze_vision_model and student.distill_weight == 2 and student.horizontal_flip
+    assert student.model_name_or_path == mean.output_dir
+    assert second_mean.models == [student.output_dir, mean.output_dir]
+    assert unlabelled.model_name_or_path == second_mean.output_dir and unlabelled.unlabelled_dataset_name == "more"
+    assert last_mean.models == [unlabelled.output_dir, student.output_dir, mean.output_dir]
+    assert last_mean.output_dir == str(tmp_path / "flickr8k")
+    texts = train_teacher.parse_args(flags_of(launched[14], str(REPOSITORY / "train_teacher.py")))
+    assert texts.image_model_name_or_path == [last_mean.output_dir] and texts.freeze_image_model
+    search = text_encoder.parse_args(flags_of(launched[15], text_encoder.__name__))
+    assert search.model_name_or_path == last_mean.output_dir and search.teacher_name_or_path == texts.output_dir
 
 
 def test_an_interrupted_stage_goes_on_from_its_newest_checkpoint(launched, tmp_path, monkeypatch):

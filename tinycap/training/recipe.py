@@ -1,6 +1,7 @@
 """Runs the stages of a recipe, one after the other: several trainings that make one captioner.
 
-    python -m tinycap.training.recipe configs/flickr8k.yaml dataset=flickr8k text_model=all-MiniLM-L6-v2
+    python -m tinycap.training.recipe configs/flickr8k.yaml dataset=flickr8k unlabelled=photos \\
+        text_model=all-MiniLM-L6-v2
 
 A recipe is a YAML file of `stages`, each with what to `run` (a training script or a module of this package) and its
 flags, and of `defaults`, the flags that all stages of a script share. `from: stage` starts from another stage's model.
