@@ -117,14 +117,18 @@ def test_a_run_that_accelerate_compiles_is_the_plain_one_also_resumed(flags, con
     config = {part: {**values, "num_hidden_layers": 1} for part, values in config.items()}
     (tmp_path / "one-layer.json").write_text(json.dumps(config))
     flags = [*flags, "--config_name", str(tmp_path / "one-layer.json"), "--max_train_samples", "21", "--mixup", "0.5"]
-    flags += ["--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "2", "--num_beams", "1"]
-    flags += ["--checkpointing_steps", "1"]
+    flags += ["--dropout", "0", "--patch_dropout", "0", "--max_train_steps", "6", "--num_beams", "1"]
+    flags += ["--checkpointing_steps", "5"]
     train_distill.main([*flags, "--output_dir", str(tmp_path / "plain")])
     # As `accelerate launch --dynamo_backend` does; this backend runs the graphs without compiling them.
+    plugin = TorchDynamoPlugin(backend="eager", dynamic=False)
+    # PyTorch allows eight, enough for a short run.
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
     with monkeypatch.context() as patch:
-        patch.setitem(AcceleratorState._shared_state, "dynamo_plugin", TorchDynamoPlugin(backend="eager"))
-        die_in_step(monkeypatch, flags, 2)
-    train_distill.main([*flags, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1")])
+        patch.setitem(AcceleratorState._shared_state, "dynamo_plugin", plugin)
+        die_in_step(monkeypatch, flags, 6)
+    train_distill.main([*flags, "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-5")])
     resumed = load_file(tmp_path / "out" / "model.safetensors")
     for name, value in load_file(tmp_path / "plain" / "model.safetensors").items():
         torch.testing.assert_close(resumed[name], value, atol=1e-4, rtol=0)

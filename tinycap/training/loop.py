@@ -331,6 +331,9 @@ def create_accelerator(args: argparse.Namespace, **ddp_options) -> Accelerator:
         raise ValueError(
             f"process {rank} of {number}: expected all of them at {address} within {PROCESS_TIMEOUT}, got: {error}"
         ) from error
+    # `accelerate launch` asks for static shapes without `--dynamo_use_dynamic`: each length of captions would be
+    # compiled by itself, and after eight of them none at all. With `None`, PyTorch lets vary what it sees vary.
+    accelerator.state.dynamo_plugin.dynamic = accelerator.state.dynamo_plugin.dynamic or None
     set_up_logging(accelerator)
     set_cpu_threads(accelerator)
     return accelerator
