@@ -307,8 +307,12 @@ def test_a_caption_below_the_confidence_is_no_caption(repository, photos, expect
     assert all((row["caption"] is None) == (row["confidence"] < 0.4) for row in rows)
     # Captions of nine tokens get 0.5, shorter ones less than 0.3.
     assert {round(row["confidence"], 2) for row in rows} >= {0.5}
+    capsys.readouterr()
     assert cli.main(["caption", "photos", "--min-confidence", "0.51", "--model", str(model), "--confidence"]) == 0
-    assert capsys.readouterr().out.splitlines()[0] == "photos/a.png\t0.50\t"
+    shown = capsys.readouterr()
+    assert shown.out.splitlines()[0] == "photos/a.png\t0.50\t"
+    number = len(rows)
+    assert f"{number} of {number} images done, {number} without a caption: below --min-confidence" in shown.err
 
 
 def test_embeddings_are_the_models_with_the_id_of_each(run, repository, photos, tmp_path):

@@ -200,7 +200,7 @@ def test_captions_are_kept_until_their_image_changes(tmp_path, photos):
 
 def test_an_index_of_another_checkpoint_is_refused(tmp_path, photos):
     fill(open_index(tmp_path), photos)
-    with pytest.raises(ValueError, match="expected model other, got m; delete it"):
+    with pytest.raises(ValueError, match="expected model other, got m; delete it or name another --index"):
         open_index(tmp_path, model="other")
 
 

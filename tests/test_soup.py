@@ -144,7 +144,7 @@ def test_a_soup_writes_over_nothing_unasked(models, tmp_path, capsys):
     (tmp_path / "soup").mkdir()
     (tmp_path / "soup" / "metrics.jsonl").write_text("{}")
     (tmp_path / "soup" / "train_args.json").write_text('{"output_dir": "soup"}')
-    with pytest.raises(ValueError, match="--overwrite_output_dir"):
+    with pytest.raises(ValueError, match="pass --overwrite_output_dir to clear it$"):
         soup.main([*flags, "--output_dir", str(tmp_path / "soup")])
     soup.main([*flags, "--output_dir", str(tmp_path / "soup"), "--overwrite_output_dir"])
     assert not (tmp_path / "soup" / "metrics.jsonl").exists(), "another run's"

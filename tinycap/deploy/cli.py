@@ -238,12 +238,12 @@ def run_images(args: argparse.Namespace) -> int:
         done = output.start(images, args.overwrite)
         pending = [image for image in images if image not in done]
         results = captioner.embed(pending) if args.command == "embed" else captioner(pending)
-        bad, failed = write_results(args, results, len(pending), output.append)
-    report(args, len(images), len(pending), bad, failed)
+        bad, failed, num_unsure = write_results(args, results, len(pending), output.append)
+    report(args, len(images), len(pending), bad, failed, num_unsure)
     return BAD_IMAGES if bad or failed or left_out[UNREADABLE] else DONE
 
 
-def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed: list) -> None:
+def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed: list, num_unsure: int) -> None:
     """Prints failures, and the number of completed images unless `--quiet`."""
     named = bad[:MAX_NAMED] if args.command == "caption" and args.output is not None else bad
     for image, error in (*named, *failed):
@@ -254,7 +254,8 @@ def report(args: argparse.Namespace, total: int, pending: int, bad: list, failed
         kept = f", {total - pending} were there already" if total > pending else ""
         unread = f", {len(bad)} could not be read" if bad else ""
         unwritten = f", {len(failed)} could not be written" if failed else ""
-        say(args.prog, f"{pending - len(bad) - len(failed)} of {total} images done{kept}{unread}{unwritten}")
+        unsure = f", {num_unsure} without a caption: below --min-confidence" if num_unsure else ""
+        say(args.prog, f"{pending - len(bad) - len(failed)} of {total} images done{kept}{unread}{unwritten}{unsure}")
 
 
 def run_search(args: argparse.Namespace) -> int:

@@ -70,7 +70,8 @@ class ImageIndex:
             facts = dict(self.table.execute("SELECT name, value FROM facts"))
         for name, value in {"version": VERSION, "model": model}.items():
             if facts.get(name) != value:
-                raise ValueError(f"index {self.folder}: expected {name} {value}, got {facts.get(name)}; delete it")
+                found = f"index {self.folder}: expected {name} {value}, got {facts.get(name)}"
+                raise ValueError(f"{found}; delete it or name another --index")
         # Of an embedding; 0 before the first one.
         self.width = int(facts["width"])
         self.embeddings_path = self.folder / facts["embeddings"]

@@ -349,7 +349,7 @@ class Screen(Output):
 
 def write_results(
     args: argparse.Namespace, results: Iterable[ImageResult], total: int, append: Callable, name: str | None = None
-) -> tuple[list, list]:
+) -> tuple[list, list, int]:
     """Appends results in batches, also those before an interruption, with a progress bar for more than one batch.
 
     Args:
@@ -357,11 +357,12 @@ def write_results(
         name: of the progress bar.
 
     Returns:
-        The unreadable images and those whose result can't be written, as (image, reason).
+        The unreadable images and those whose result can't be written, as (image, reason), and the number of captions
+        left out by `--min-confidence`.
     """
     from tqdm import tqdm
 
-    bad, failed, batch = [], [], []
+    bad, failed, batch, num_unsure = [], [], [], 0
     # In a log file, each update is a line.
     options = {"unit": "image", "mininterval": 0.2 if sys.stderr.isatty() else 10.0, "file": sys.stderr, "desc": name}
 
@@ -378,9 +379,10 @@ def write_results(
                 bad.append((result.image, result.error))
             elif low is not None and result.confidence < low:
                 result.captions = [None]
+                num_unsure += 1
             batch.append(result)
             if len(batch) == args.batch_size:
                 write()
     finally:
         write()
-    return bad, failed
+    return bad, failed, num_unsure

@@ -80,7 +80,7 @@ def refresh(args: argparse.Namespace, index: ImageIndex, captioner: Captioner) -
     if gone:
         index.remove(gone)
     results, append = captioner.embed_for_texts(list(pending)), partial(index.add, facts=pending)
-    bad, _ = write_results(args, results, len(pending), append, "Indexing")
+    bad, *_ = write_results(args, results, len(pending), append, "Indexing")
     index.compact()
     index.summarize()
     if not args.quiet and (pending or gone):

@@ -204,9 +204,10 @@ def check_output_dir(args: argparse.Namespace) -> None:
     if args.overwrite_output_dir:
         run_leftovers(folder)
     elif any(path.name not in START_FILES for path in folder.iterdir()):
+        resume = ", or --resume_from_checkpoint latest to go on" if hasattr(args, "resume_from_checkpoint") else ""
         raise ValueError(
             f"--output_dir: expected an empty folder, got {folder}, which isn't; "
-            "pass --overwrite_output_dir to clear it, or --resume_from_checkpoint latest to go on"
+            f"pass --overwrite_output_dir to clear it{resume}"
         )
 
 
