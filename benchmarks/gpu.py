@@ -285,13 +285,15 @@ def measure_step(setup: Setup) -> dict:
     return results
 
 
-def summarize_log(path: Path, images: int, batch: int) -> dict:
+def summarize_log(path: Path, images: int, batch: int, skipped_epochs: int = 0) -> dict:
     """Photos a second and the share of waiting, from the second row of a run's log on: the first has the start-up.
+    The rows of the first `skipped_epochs` are left out.
 
     `waiting_at_epochs` is that of the rows in which an epoch of `images` begins.
     """
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    rows, epoch = [row for row in rows if "waiting_share" in row], -(-images // batch)
+    epoch = -(-images // batch)
+    rows = [row for row in rows if "waiting_share" in row and row["step"] >= skipped_epochs * epoch]
     spans = [(row["step"], later["step"]) for row, later in zip(rows, rows[1:])]
     seconds = [later["elapsed_seconds"] - row["elapsed_seconds"] for row, later in zip(rows, rows[1:])]
     waiting = [row["waiting_share"] for row in rows[1:]]
@@ -304,9 +306,10 @@ def summarize_log(path: Path, images: int, batch: int) -> dict:
 
 
 def measure_training(setup: Setup, *launch: str) -> dict:
-    """`train_distill.py` itself, over whole epochs."""
+    """`train_distill.py` itself, over whole epochs; with flags of the launcher without the first, which compiles."""
     out = setup.train(launch[-1] if launch else "training", "--checkpointing_steps", 10**6, launch=launch)
-    return summarize_log(out / "metrics.jsonl", setup.sizes["images"], setup.sizes["batch"])
+    sizes = (setup.sizes["images"], setup.sizes["batch"])
+    return summarize_log(out / "metrics.jsonl", *sizes, skipped_epochs=1 if launch else 0)
 
 
 def measure_inductor(setup: Setup) -> dict:

@@ -106,3 +106,6 @@ def test_the_log_of_a_run_gives_its_speed_and_waiting_at_epochs(tmp_path):
     assert found["photos_per_second"] == pytest.approx(8 * 9.6 / 5)
     assert found["waiting_share"] == pytest.approx((0.0 + 0.2 + 2 * 0.3 + 0.1) / 5)
     assert found["waiting_at_epochs"] == pytest.approx(0.3)
+    later = gpu.summarize_log(tmp_path / "log", images=48, batch=10, skipped_epochs=1)
+    assert later["photos_per_second"] == pytest.approx(4 * 9.6 / 3)
+    assert later["waiting_share"] == pytest.approx((2 * 0.3 + 0.1) / 3)
