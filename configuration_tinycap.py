@@ -247,8 +247,9 @@ class TinyCapConfig(PretrainedConfig):
         self.text_config.tie_word_embeddings = tie_word_embeddings
         # A config made in Python names what a Hub user's loaders look for, as a downloaded one does.
         kwargs = {**copy.deepcopy(LOADERS), **kwargs, "is_encoder_decoder": True}
-        if text_encoder_config is not None:
-            kwargs["auto_map"] = {**kwargs["auto_map"], **ZERO_SHOT}
+        # One without texts may come from one that had them.
+        others = {name: place for name, place in (kwargs["auto_map"] or {}).items() if name not in ZERO_SHOT}
+        kwargs["auto_map"] = {**others, **(ZERO_SHOT if text_encoder_config is not None else {})}
         super().__init__(tie_word_embeddings=tie_word_embeddings, **kwargs)
 
     @classmethod

@@ -67,12 +67,14 @@ def test_a_model_counts_as_much_in_a_soup_as_its_weight_says(models, tmp_path):
 
 
 def test_a_soup_has_no_text_encoder_and_says_so(models, text_repository, tmp_path, caplog):
-    soup.main(["--models", str(models[0]), str(text_repository), "--output_dir", str(tmp_path / "soup")])
+    soup.main(["--models", str(text_repository), str(models[0]), "--output_dir", str(tmp_path / "soup")])
     assert f"{text_repository}: the text encoder is left out" in caplog.text
     found, part, searchable = map(weights, (tmp_path / "soup", models[0], text_repository))
     assert found.keys() == part.keys() < searchable.keys()
     for name, value in found.items():
         torch.testing.assert_close(value, (part[name] + searchable[name]) / 2)
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "soup", models[0])]
+    assert configs[0]["auto_map"] == configs[1]["auto_map"], "nothing offers what needs texts"
 
 
 @pytest.mark.parametrize("given", (["1"], ["1", "-2"], ["1", "inf"], ["1", "0"]))

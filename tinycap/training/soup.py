@@ -27,11 +27,11 @@ from tinycap.training.run_folder import check_output_dir, clear_output_dir
 logger = logging.getLogger(__name__)
 
 SOUP_FILE = "soup.json"
-# Config fields in which models may differ: they affect training, or follow from a text encoder.
+# Config fields in which runs may differ: they affect training, not inference.
 TRAINING_FIELDS = (
     *("hidden_dropout_prob", "attention_probs_dropout_prob", "patch_dropout"),
     *("distill_weight", "label_smoothing", "memory_noise", "initializer_range"),
-    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache", "auto_map", "custom_pipelines"),
+    *("_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"),
 )
 
 
